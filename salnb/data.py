@@ -1,0 +1,86 @@
+"""Images to work with: the real photographs that come in a registry package, so that no network is needed."""
+
+import importlib.util
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from salnb._checks import unknown
+
+
+class Photos(NamedTuple):
+    """Labelled photographs.
+
+    Attributes:
+        images: (N, 3, H, W), float32 in [0, 1].
+        labels: (N,), int64.
+        names: the class name of each photograph.
+    """
+
+    images: Tensor
+    labels: Tensor
+    names: list[str]
+
+
+CIFAR10_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
+_SIZES = {"imagenet": 224, "cifar10": 32, "cifar100": 32}
+
+
+def photos(name: str = "imagenet", *, size: int | None = None) -> Photos:
+    """Twenty real photographs with their labels, from the package `foolbox`.
+
+    Args:
+        name: "imagenet" (20 photographs, labels of the 1,000 classes), "cifar10" or "cifar100".
+        size: height and width in pixels. The short side is resized with antialiasing to 8/7 of it (to
+            the size itself for the CIFARs) and the centre is cut out. None: 224, or 32 for the CIFARs.
+
+    Returns:
+        Images, labels and class names, in a fixed order.
+
+    Raises:
+        ValueError: `name` is unknown or `size` is not positive.
+        ModuleNotFoundError: the extra `chapters`, which brings the photographs, is not installed.
+    """
+    from torchvision.transforms.v2 import functional as tv
+
+    if name not in _SIZES:
+        raise unknown("name", name, _SIZES)
+    size = _SIZES[name] if size is None else size
+    if size < 1:
+        raise ValueError(f"size must be at least 1 pixel, got {size}")
+    # the package's files are read without importing it, which would load every framework it knows
+    files = sorted((_package_folder("foolbox") / "data").glob(f"{name}_*"))
+    enlarged = size * 8 // 7 if name == "imagenet" else size
+    images = [
+        tv.center_crop(tv.resize(_read(path), [enlarged], antialias=True), [size, size]) for path in files
+    ]
+    labels = [int(path.stem.rsplit("_", 1)[1]) for path in files]
+    words = {
+        "imagenet": imagenet_classes(),
+        "cifar10": CIFAR10_CLASSES,
+        "cifar100": [f"class {i}" for i in range(100)],  # the package does not name them
+    }[name]
+    stacked = torch.stack(images).float().div(255)
+    return Photos(stacked, torch.tensor(labels), [words[label] for label in labels])
+
+
+def imagenet_classes() -> list[str]:
+    """The names of the 1,000 ImageNet classes, in the order of their indices."""
+    from torchvision.models import ResNet18_Weights
+
+    return list(ResNet18_Weights.DEFAULT.meta["categories"])
+
+
+def _read(path: Path) -> Tensor:
+    from torchvision.io import ImageReadMode, decode_image
+
+    return decode_image(str(path), mode=ImageReadMode.RGB)
+
+
+def _package_folder(name: str) -> Path:
+    spec = importlib.util.find_spec(name)
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError(f"this needs the package {name}: pip install 'salnb[chapters]'")
+    return Path(spec.origin).parent
