@@ -54,7 +54,16 @@ def _as_rectifier(func: Callable, *args: Any, **kwargs: Any) -> tuple[Tensor, fl
     if func is F.relu6:
         x, *rest = args or (kwargs["input"],)
         return x, 6.0, bool(rest and rest[0]) or kwargs.get("inplace", False)
+    if func is F.hardtanh:  # nn.ReLU6 calls it, with the bounds 0 and 6
+        x, lower, upper, in_place = _arguments_of_hardtanh(*args, **kwargs)
+        return (x, upper, in_place) if lower == 0 else None
     return None
+
+
+def _arguments_of_hardtanh(
+    input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False
+) -> tuple[Tensor, float, float, bool]:
+    return input, min_val, max_val, inplace
 
 
 class _Rectifier(torch.autograd.Function):

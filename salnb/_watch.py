@@ -125,7 +125,9 @@ class Watch:
             (slope,) = torch.autograd.grad(
                 score, self.activation, retain_graph=keep, create_graph=create_graph
             )
-            maps.append(_class_activation(self.activation, slope, images.shape[-2:]))
+            # without create_graph a map is a plain result: it must not hold on to the forward pass
+            activation = self.activation if create_graph else self.activation.detach()
+            maps.append(_class_activation(activation, slope, images.shape[-2:]))
         if self.recipe.pixels:
             if self.relus is not None:
                 self.relus.open = True
