@@ -1,0 +1,141 @@
+"""Figures: what is drawn, with which limits, and what is refused."""
+
+import matplotlib as mpl
+import numpy as np
+import pytest
+import torch
+
+mpl.use("Agg")
+
+import matplotlib.pyplot as plt
+
+from salnb import plot
+
+
+@pytest.fixture(autouse=True)
+def _close_figures():
+    with mpl.rc_context():
+        yield
+    plt.close("all")
+
+
+@pytest.fixture
+def photos():
+    return torch.rand(3, 3, 12, 16)
+
+
+@pytest.fixture
+def maps():
+    return {"one": 7 * torch.rand(3, 1, 12, 16), "other": 0.01 * torch.rand(3, 1, 6, 8)}
+
+
+def drawn(ax):
+    """The array of the topmost picture in an axes."""
+    return np.asarray(ax.images[-1].get_array())
+
+
+def test_importing_the_package_does_not_import_matplotlib():
+    import subprocess
+    import sys
+
+    code = "import sys, salnb; sys.exit('matplotlib' in sys.modules or 'seaborn' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_style_has_an_opaque_white_background():
+    plot.use_style(dpi=50)
+    assert mpl.rcParams["figure.facecolor"] == "white"
+    assert not mpl.rcParams["savefig.transparent"]
+    assert plt.figure().dpi == 50
+
+
+def test_divide_by_maximum_uses_each_maps_own_and_keeps_zeros():
+    maps = torch.tensor([[1.0, -4.0], [0.0, 0.0], [10.0, 5.0]]).view(3, 1, 1, 2)
+    assert plot.divide_by_maximum(maps).flatten().tolist() == [0.25, -1, 0, 0, 1, 0.5]
+
+
+def test_show_images_draws_each_image_with_its_title(photos):
+    fig = plot.show_images(photos, titles=["a", "b", "c"], columns=2)
+    assert [ax.get_title() for ax in fig.axes] == ["a", "b", "c"]
+    np.testing.assert_allclose(drawn(fig.axes[2]), photos[2].permute(1, 2, 0))
+
+
+def test_show_images_takes_grey_ones():
+    assert drawn(plot.show_images(torch.full((1, 1, 4, 4), 0.5)).axes[0]).shape == (4, 4, 3)
+
+
+@pytest.mark.parametrize("across", ["methods", "photos"])
+def test_maps_are_divided_by_their_own_maximum_with_fixed_limits(photos, maps, across):
+    fig = plot.show_maps(photos, maps, titles=["a", "b", "c"], across=across)
+    assert len(fig.axes) == 3 * (1 + 2) + 1
+    panels = [ax for ax in fig.axes[:-1] if drawn(ax).ndim == 2]
+    assert len(panels) == 6
+    for ax in panels:
+        assert drawn(ax).max() == pytest.approx(1)
+        assert ax.images[-1].get_clim() == (0, 1)
+    assert fig.axes[-1].get_ylabel() == "share of each map's maximum, square-root scale"
+
+
+def test_across_says_which_way_the_grid_runs(photos, maps):
+    rows = plot.show_maps(photos, maps, titles=["a", "b", "c"], across="methods").axes[:-1]
+    assert [ax.get_title() for ax in rows] == ["", "one", "other"] + [""] * 6
+    assert [ax.get_ylabel() for ax in rows[::3]] == ["a", "b", "c"]
+    columns = plot.show_maps(photos, maps, titles=["a", "b", "c"], across="photos").axes[:-1]
+    assert [ax.get_title() for ax in columns] == ["a", "b", "c"] + [""] * 6
+    assert [ax.get_ylabel() for ax in columns[::3]] == ["", "one", "other"]
+
+
+def test_signed_maps_are_white_at_zero(photos):
+    fig = plot.show_maps(photos, {"slope": torch.randn(3, 1, 12, 16)}, signed=True)
+    image = fig.axes[1].images[-1]
+    assert image.get_clim() == (-1, 1)
+    assert image.cmap(image.norm(0.0)) == pytest.approx((1, 1, 1, 1), abs=0.05)
+    assert "square-root" not in fig.axes[-1].get_ylabel()
+
+
+def test_overlay_lies_over_the_grey_photograph(photos, maps):
+    ax = plot.overlay(photos, maps, opacity=0.3).axes[1]
+    below, above = ax.images
+    assert np.ptp(below.get_array(), axis=2).max() == 0
+    assert above.get_alpha() == 0.3
+    assert below.get_extent() == above.get_extent()
+
+
+def test_show_numbers_writes_every_value_and_strikes_cells():
+    fig = plot.show_numbers(
+        {"a": torch.tensor([[1.0, -2.0]]), "b": torch.tensor([[0.0, 0.5]])},
+        struck={"b": torch.tensor([[True, False]])},
+    )
+    texts = [[text.get_text() for text in ax.texts] for ax in fig.axes]
+    assert texts == [["1", "-2"], ["0", "0.5"]]
+    assert [len(ax.lines) for ax in fig.axes] == [0, 1]
+    limits = {ax.collections[0].get_clim() for ax in fig.axes}
+    assert len(limits) == 1
+
+
+P, M = torch.rand(2, 3, 4, 4), {"m": torch.rand(2, 1, 4, 4)}
+REFUSED = {
+    "dpi": (lambda: plot.use_style(dpi=0), ValueError, "dpi must be at least 1, got 0"),
+    "integers": (lambda: plot.show_images(torch.zeros(1, 3, 2, 2, dtype=torch.uint8)), TypeError, "floating"),
+    "channels": (lambda: plot.show_images(torch.rand(1, 4, 2, 2)), ValueError, "1 or 3 channels .* got 4"),
+    "titles": (lambda: plot.show_images(P, titles=["a"]), ValueError, "titles must be 2 texts.* got 1"),
+    "one-title": (lambda: plot.show_images(P, titles="ab"), ValueError, "titles must be 2 texts.* got 'ab'"),
+    "columns": (lambda: plot.show_images(P, columns=0), ValueError, "columns must be at least 1, got 0"),
+    "tensor": (lambda: plot.show_maps(P, M["m"]), TypeError, "maps must be a dict .* got Tensor"),
+    "no-maps": (lambda: plot.show_maps(P, {}), ValueError, "at least one method"),
+    "too-few": (lambda: plot.show_maps(P, {"m": M["m"][:1]}), ValueError, r"shape \(2, 1, H, W\), got \(1, "),
+    "negative": (lambda: plot.show_maps(P, {"m": -M["m"]}), ValueError, "negative .* signed=True"),
+    "nan": (lambda: plot.show_maps(P, {"m": M["m"] * torch.nan}), ValueError, "must be finite"),
+    "across": (lambda: plot.show_maps(P, M, across="rows"), ValueError, "across must be .* got 'rows'"),
+    "power": (lambda: plot.show_maps(P, M, power=0), ValueError, "power must be positive, got 0"),
+    "opacity": (lambda: plot.overlay(P, M, opacity=2), ValueError, r"opacity must lie in \[0, 1\], got 2"),
+    "no-matrix": (lambda: plot.show_numbers({}), ValueError, "at least one matrix"),
+    "cube": (lambda: plot.show_numbers({"a": P}), ValueError, r"matrices\['a'\] must have two dimensions"),
+    "struck": (lambda: plot.show_numbers({"a": P[0, 0]}, struck={"b": P[0, 0] > 0}), ValueError, "struck"),
+}
+
+
+@pytest.mark.parametrize(("call", "error", "message"), REFUSED.values(), ids=REFUSED)
+def test_bad_input_is_refused_by_name(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
