@@ -10,6 +10,9 @@ from torch.overrides import TorchFunctionMode
 
 _RELU = (F.relu, torch.relu, Tensor.relu)
 _RELU_IN_PLACE = (torch.relu_, Tensor.relu_)
+_PARAMETERS = dict.fromkeys((*_RELU, *_RELU_IN_PLACE, F.relu6), ("input", "inplace")) | {
+    F.hardtanh: ("input", "min_val", "max_val", "inplace")
+}
 
 
 class ReLURule(TorchFunctionMode):
@@ -47,23 +50,16 @@ class ReLURule(TorchFunctionMode):
 
 def _as_rectifier(func: Callable, *args: Any, **kwargs: Any) -> tuple[Tensor, float | None, bool] | None:
     """The input, the upper bound and whether it is in place, if this call is a ReLU or a ReLU6."""
-    if func in _RELU or func in _RELU_IN_PLACE:
-        x, *rest = args or (kwargs["input"],)
-        in_place = func in _RELU_IN_PLACE or bool(rest and rest[0]) or kwargs.get("inplace", False)
-        return x, None, in_place
+    arguments = dict(zip(_PARAMETERS.get(func, ()), args, strict=False)) | kwargs
+    if func in _RELU_IN_PLACE:
+        return arguments["input"], None, True
+    if func in _RELU:
+        return arguments["input"], None, arguments.get("inplace", False)
     if func is F.relu6:
-        x, *rest = args or (kwargs["input"],)
-        return x, 6.0, bool(rest and rest[0]) or kwargs.get("inplace", False)
-    if func is F.hardtanh:  # nn.ReLU6 calls it, with the bounds 0 and 6
-        x, lower, upper, in_place = _arguments_of_hardtanh(*args, **kwargs)
-        return (x, upper, in_place) if lower == 0 else None
+        return arguments["input"], 6.0, arguments.get("inplace", False)
+    if func is F.hardtanh and arguments.get("min_val") == 0:  # nn.ReLU6 calls it
+        return arguments["input"], arguments.get("max_val", 1.0), arguments.get("inplace", False)
     return None
-
-
-def _arguments_of_hardtanh(
-    input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False
-) -> tuple[Tensor, float, float, bool]:
-    return input, min_val, max_val, inplace
 
 
 class _Rectifier(torch.autograd.Function):

@@ -125,7 +125,6 @@ class Watch:
             (slope,) = torch.autograd.grad(
                 score, self.activation, retain_graph=keep, create_graph=create_graph
             )
-            # without create_graph a map is a plain result: it must not hold on to the forward pass
             activation = self.activation if create_graph else self.activation.detach()
             maps.append(_class_activation(activation, slope, images.shape[-2:]))
         if self.recipe.pixels:
@@ -149,7 +148,7 @@ def _class_activation(activation: Tensor, slope: Tensor, size: torch.Size) -> Te
     if activation.shape[-2:] == (1, 1):
         raise ValueError("layer must have an output of more than one pixel, got 1×1: choose an earlier layer")
     weights = slope.mean((2, 3), keepdim=True)
-    cam = (weights * activation).sum(1, keepdim=True).relu()
+    cam = (weights * activation).sum(1, keepdim=True).clamp(min=0)
     return F.interpolate(cam, size=size, mode="bilinear", align_corners=False)
 
 

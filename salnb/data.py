@@ -24,7 +24,7 @@ class Photos(NamedTuple):
     names: list[str]
 
 
-CIFAR10_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
+CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 _SIZES = {"imagenet": 224, "cifar10": 32, "cifar100": 32}
 
 

@@ -1,0 +1,1 @@
+"""What builds the book: run notebooks, check them, assemble the site."""

@@ -1,0 +1,126 @@
+"""Run the chapters with papermill, and check the rules that every committed notebook keeps.
+
+python -m tools.notebooks execute notebooks/01-….ipynb --to _build/source/notebooks/01-….ipynb
+python -m tools.notebooks execute notebooks/12-….ipynb --to … --parameters notebooks/scales/smoke.yml
+python -m tools.notebooks lint notebooks/*.ipynb
+"""
+
+import argparse
+import os
+import re
+import sys
+import tempfile
+from pathlib import Path
+
+import nbformat
+
+LARGEST = 1_500_000  # bytes of a committed notebook
+_DIRECTIVE = re.compile(r"^\s*(```|:::)\{|\{[a-z-]+\}`", re.MULTILINE)
+_MACHINE_PATH = re.compile(r"(?<![\w.])/(home|root|tmp|work|Users|content)/\w+")
+
+
+def execute(notebook: Path, to: Path, parameters: Path | None = None) -> None:
+    """Run `notebook` and write it with its outputs to `to`, which is replaced only if every cell succeeded.
+
+    What differs between two runs that computed the same thing (timestamps, durations, the interpreter's
+    version) is left out, so that the same results give the same file.
+    """
+    import papermill
+    import yaml
+
+    values = yaml.safe_load(parameters.read_text()) if parameters else {}
+    to.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=to.parent) as folder:
+        raw = Path(folder) / notebook.name
+        papermill.execute_notebook(
+            str(notebook),
+            str(raw),
+            parameters=values,
+            cwd=str(notebook.parent),
+            progress_bar=False,
+            request_save_on_cell_execute=False,
+        )
+        clean = raw.with_suffix(".clean")
+        nbformat.write(without_run_data(nbformat.read(raw, as_version=4)), clean)
+        os.replace(clean, to)
+
+
+def without_run_data(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """The notebook without what papermill and the kernel add to each run."""
+    notebook.metadata.pop("papermill", None)
+    notebook.metadata["language_info"] = {"name": "python"}
+    notebook.metadata["kernelspec"] = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    for cell in notebook.cells:
+        for key in ("papermill", "execution"):
+            cell.metadata.pop(key, None)
+        if not cell.metadata.get("tags", True):
+            del cell.metadata["tags"]  # papermill adds an empty list
+    return notebook
+
+
+def problems(path: Path) -> list[str]:
+    """What the notebook at `path` does against the rules, one sentence each."""
+    notebook = nbformat.read(path, as_version=4)
+    found = []
+    if path.stat().st_size > LARGEST:
+        found.append(f"is larger than {LARGEST / 1e6} MB")
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    if [cell.execution_count for cell in code] != list(range(1, len(code) + 1)):
+        found.append("was not executed from top to bottom")
+    if sum("parameters" in cell.metadata.get("tags", []) for cell in code) != 1:
+        found.append("must have one cell with the tag 'parameters'")
+    setup = next((cell for cell in code), None)
+    if setup is None or "hide-input" not in setup.metadata.get("tags", []) or "find_spec" not in setup.source:
+        found.append("must begin with a folded set-up cell that installs salnb where it is missing")
+    for cell in notebook.cells:
+        found += [f"cell {cell.id!r} {sentence}" for sentence in _cell_problems(cell)]
+    return found
+
+
+def _cell_problems(cell: nbformat.NotebookNode) -> list[str]:
+    found = []
+    if re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f-]+)?", cell.id):
+        found.append("needs an id that can be read")
+    if cell.cell_type == "markdown" and _DIRECTIVE.search(cell.source):
+        found.append("has a directive or role, which Colab does not render")
+    outputs = cell.get("outputs", [])
+    for output in outputs:
+        data = output.get("data", {})
+        if output.output_type == "error":
+            found.append("holds an error")
+        if output.get("name") == "stderr":
+            found.append("writes to stderr")
+        if any("widget" in kind for kind in data):
+            found.append("holds a widget")
+        if _MACHINE_PATH.search(output.get("text", "") + "".join(data.get("text/plain", ""))):
+            found.append("shows a path of the machine it ran on")
+    if any("image/png" in output.get("data", {}) for output in outputs):
+        mystnb = cell.metadata.get("mystnb", {})
+        if not mystnb.get("figure", {}).get("caption") or not mystnb.get("image", {}).get("alt"):
+            found.append("shows a picture without a caption or without alt text")
+    return found
+
+
+def main() -> int:
+    """Run the command line; 1 if a notebook breaks a rule."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("execute", help="run one notebook")
+    run.add_argument("notebook", type=Path)
+    run.add_argument("--to", type=Path, required=True, help="where the notebook with its outputs goes")
+    run.add_argument("--parameters", type=Path, help="a YAML file of papermill parameters")
+    check = commands.add_parser("lint", help="check committed notebooks")
+    check.add_argument("notebooks", type=Path, nargs="+")
+    arguments = parser.parse_args()
+    if arguments.command == "execute":
+        execute(arguments.notebook, arguments.to, arguments.parameters)
+        return 0
+    broken = [f"{path}: {sentence}" for path in arguments.notebooks for sentence in problems(path)]
+    print("\n".join(broken) or f"{len(arguments.notebooks)} notebooks keep the rules")
+    return int(bool(broken))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
