@@ -2,6 +2,7 @@
 
 import copy
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -40,6 +41,10 @@ def architecture(request):
     return make().double().eval(), layer
 
 
+def _hooks_warning():
+    return pytest.warns(UserWarning, match="backward hooks")
+
+
 def images(n=2, size=64, dtype=torch.float64):
     return torch.rand(n, 3, size, size, dtype=dtype)
 
@@ -66,7 +71,7 @@ def test_agrees_with_captum(architecture, method, dtype):
         method
     ]
     options = {"abs": False} if method == "vanilla_gradient" else {}
-    with pytest.warns(UserWarning) if method != "vanilla_gradient" else _nothing():
+    with _hooks_warning() if method != "vanilla_gradient" else nullcontext():
         theirs = captum(model).attribute(x.clone().requires_grad_(), target, **options)
     assert_close(ours, theirs)
 
@@ -100,7 +105,7 @@ def test_grad_cam_agrees_with_captum(architecture):
     theirs = F.interpolate(coarse, x.shape[-2:], mode="bilinear", align_corners=False)
     assert theirs.max() > 0
     assert_close(saliency.grad_cam(model, x, target, layer=name), theirs)
-    with pytest.warns(UserWarning):
+    with _hooks_warning():
         guided = GuidedGradCam(model, layer).attribute(x, target, interpolate_mode="bilinear")
     assert_close(saliency.guided_grad_cam(model, x, target, layer=layer, reduce=None), guided)
 
@@ -152,14 +157,18 @@ def test_functional_relus_follow_the_definition(method, dtype):
 @pytest.mark.parametrize(
     ("rule", "allowed"), [("guided_backprop", [0, 1, 0, 0]), ("deconvnet", [1, 1, 0, 1])]
 )
-def test_relu6_has_a_mask_of_its_own(rule, allowed):
+def test_relu6_has_a_mask_of_its_own(rule, allowed, spelling, in_place):
     """Below 0, inside, inside with a negative gradient, above 6."""
+
+    relu6 = {
+        "module": nn.ReLU6(in_place),
+        "functional": lambda x: F.relu6(x, in_place),
+        "hardtanh": lambda x: F.hardtanh(x, 0, 6, inplace=in_place),
+    }[spelling]
 
     class Probe(nn.Module):
         def forward(self, x):
-            return (nn.functional.relu6(x).flatten(1) * torch.tensor([1.0, 1.0, -1.0, 1.0])).sum(
-                1, keepdim=True
-            )
+            return (relu6(x * 1).flatten(1) * torch.tensor([1.0, 1.0, -1.0, 1.0])).sum(1, keepdim=True)
 
     x = torch.tensor([-1.0, 3.0, 3.0, 7.0]).view(1, 1, 2, 2)
     found = saliency.METHODS[rule](Probe(), x, 0, reduce=None).flatten()
@@ -422,11 +431,3 @@ def test_models_without_logits_are_named():
 def test_smoothgrad_checks_its_numbers(kwargs):
     with pytest.raises(ValueError, match=next(iter(kwargs))):
         saliency.smoothgrad(conv_bn().eval(), images(2, 12, torch.float32), **kwargs)
-
-
-class _nothing:  # noqa: N801
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        return None
