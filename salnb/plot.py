@@ -9,6 +9,7 @@ This module needs matplotlib and seaborn (`pip install 'salnb[chapters]'`) and i
 `from salnb import plot`.
 """
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -28,17 +29,24 @@ DIVERGING = "RdBu_r"  # white at 0
 INK = "#1b1b1b"
 
 
-def use_style(*, dpi: int = 90) -> None:
+def use_style(*, dpi: int = 110) -> None:
     """Set the look of all figures that follow: seaborn's white theme on an opaque white background.
 
+    In a notebook figures become JPEG images: photographs and grainy maps take four times the space as PNG.
+
     Args:
-        dpi: pixels per inch. A figure 8 inches wide is then 720 pixels wide at the default.
+        dpi: pixels per inch. A figure 8 inches wide is then 880 pixels wide at the default.
 
     Raises:
         ValueError: `dpi` is not positive.
     """
     if dpi < 1:
         raise ValueError(f"dpi must be at least 1, got {dpi}")
+    ipython = sys.modules.get("IPython")
+    if ipython is not None and ipython.get_ipython() is not None:
+        from matplotlib_inline.backend_inline import set_matplotlib_formats
+
+        set_matplotlib_formats("jpeg", pil_kwargs={"quality": 90})
     sns.set_theme(
         context="notebook",
         style="ticks",
@@ -328,8 +336,8 @@ def _colour_bar(
     bar = fig.colorbar(
         colours, ax=axes, shrink=min(1.0, 2.2 / axes.shape[0]), aspect=18, pad=0.02, alpha=opacity
     )
-    scale = {0.5: ", square-root scale", 1.0: ""}.get(power, f", scale of power {power:g}")
-    bar.set_label(f"share of each map's maximum{scale}", fontsize="small")
+    scale = {0.5: "\n(square-root scale)", 1.0: ""}.get(power, f"\n(scale of power {power:g})")
+    bar.set_label(f"share of the map's maximum{scale}", fontsize="small")
     bar.set_ticks(
         [-1, 0, 1] if colours.norm.vmin == -1 else [0, 0.1, 0.25, 0.5, 1] if power < 1 else [0, 0.5, 1]
     )

@@ -73,7 +73,7 @@ def test_maps_are_divided_by_their_own_maximum_with_fixed_limits(photos, maps, a
     for ax in panels:
         assert drawn(ax).max() == pytest.approx(1)
         assert ax.images[-1].get_clim() == (0, 1)
-    assert fig.axes[-1].get_ylabel() == "share of each map's maximum, square-root scale"
+    assert fig.axes[-1].get_ylabel() == "share of the map's maximum\n(square-root scale)"
 
 
 def test_across_says_which_way_the_grid_runs(photos, maps):

@@ -94,7 +94,7 @@ def _cell_problems(cell: nbformat.NotebookNode) -> list[str]:
             found.append("holds a widget")
         if _MACHINE_PATH.search(output.get("text", "") + "".join(data.get("text/plain", ""))):
             found.append("shows a path of the machine it ran on")
-    if any("image/png" in output.get("data", {}) for output in outputs):
+    if any(kind.startswith("image/") for output in outputs for kind in output.get("data", {})):
         mystnb = cell.metadata.get("mystnb", {})
         if not mystnb.get("figure", {}).get("caption") or not mystnb.get("image", {}).get("alt"):
             found.append("shows a picture without a caption or without alt text")

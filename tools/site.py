@@ -19,7 +19,7 @@ from tools.notebooks import problems
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "_build" / "source"
 HTML = ROOT / "_build" / "html"
-_BORROWED = re.compile(r"figures/([\w-]+)/([\w-]+)\.png")
+_BORROWED = re.compile(r"figures/([\w-]+)/([\w-]+)\.jpeg")
 
 
 def assemble() -> None:
@@ -37,7 +37,7 @@ def assemble() -> None:
 
 
 def borrow_figure(chapter: str, cell_id: str) -> None:
-    """Put the picture that a chapter's cell drew where prose pages show it, as `figures/CHAPTER/CELL.png`.
+    """Put the picture that a chapter's cell drew where prose pages show it, as `figures/CHAPTER/CELL.jpeg`.
 
     Raises:
         LookupError: the chapter has no such cell, or the cell drew nothing.
@@ -45,10 +45,10 @@ def borrow_figure(chapter: str, cell_id: str) -> None:
     notebook = nbformat.read(SOURCE / "notebooks" / f"{chapter}.ipynb", as_version=4)
     for cell in notebook.cells:
         for output in cell.get("outputs", []):
-            if cell.id == cell_id and "image/png" in output.get("data", {}):
-                picture = SOURCE / "book" / "figures" / chapter / f"{cell_id}.png"
+            if cell.id == cell_id and "image/jpeg" in output.get("data", {}):
+                picture = SOURCE / "book" / "figures" / chapter / f"{cell_id}.jpeg"
                 picture.parent.mkdir(parents=True, exist_ok=True)
-                picture.write_bytes(b64decode(output.data["image/png"]))
+                picture.write_bytes(b64decode(output.data["image/jpeg"]))
                 return
     raise LookupError(f"cell {cell_id!r} of chapter {chapter!r} shows no picture")
 
