@@ -153,6 +153,7 @@ class AugMix(Augmentation[AugMixParams]):
 
     params_class = AugMixParams
     unit_range = True
+    piecewise = True
 
     def __init__(self, severity: float = 3.0, width: int = 3, depth: int = -1, alpha: float = 1.0) -> None:
         super().__init__()
@@ -183,10 +184,13 @@ class AugMix(Augmentation[AugMixParams]):
         return self._mix(images, params, colours=True).clamp(0, 1)  # the weights' sum may round to above 1
 
     def _carry(self, maps: Tensor, params: AugMixParams, valid: Tensor | None) -> tuple[Tensor, Tensor]:
-        real = torch.ones_like(maps[:, :1]) if valid is None else valid.to(maps.dtype)
-        known = maps if valid is None else maps.where(valid, 0)
+        # in the maps' own half precision the mask could not tell a part filled in from none
+        known = maps.to(torch.promote_types(maps.dtype, torch.float32))
+        real = torch.ones_like(known[:, :1])
+        if valid is not None:
+            known, real = known.where(valid, 0), real.where(valid, 0)
         moved = self._mix(torch.cat([known, real], 1), params, colours=False)
-        return moved[:, :-1], whole(moved[:, -1:])
+        return moved[:, :-1].to(maps.dtype), whole(moved[:, -1:])
 
     def _mix(self, images: Tensor, params: AugMixParams, *, colours: bool) -> Tensor:
         mixed = images * column(1 - params.mixed_weight, images)

@@ -8,7 +8,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from salnb._checks import check_images, is_traced
+from salnb._checks import check_images
 from salnb.augment.base import (
     Augmentation,
     Draw,
@@ -18,11 +18,9 @@ from salnb.augment.base import (
     check_probability,
     check_range,
     everywhere,
+    in_pieces,
 )
-from salnb.augment.warp import Warp, affine_matrix, flip, invert, merge, pull, push, resample, resize_boxes
-
-# below this many pixels a loop over the samples costs more than it saves
-SMALL_IMAGE = 64 * 64
+from salnb.augment.warp import Warp, affine_matrix, flip, invert, merge, pull, push, resample
 
 
 @dataclass(frozen=True)
@@ -69,7 +67,7 @@ class Geometric(Augmentation[P]):
         """Pull maps of the moved images back; see :meth:`Augmentation.inverse`."""
         check_images(new_maps, name="new_maps")
         self._check_params(new_maps, params, "new_maps")
-        return pull_back(new_maps, [[(self, params)]])
+        return in_pieces(lambda some, drawn: pull_back(some, [[(self, drawn)]]), new_maps, params)
 
     def _transform(self, images: Tensor, params: P) -> Tensor:
         return move(images, [(self, params)])
@@ -301,9 +299,3 @@ class ResizedCrop(Geometric[CropParams]):
         ]
         reach = (torch.stack([wide, tall], -1) - 1) / 2
         return Warp(torch.stack(rows, 1), torch.stack([middle - reach, middle + reach], -1))
-
-    def _transform(self, images: Tensor, params: CropParams) -> Tensor:
-        small = images.shape[-2] * images.shape[-1] < SMALL_IMAGE
-        if small or is_traced(images) or images.device.type != "cpu":
-            return super()._transform(images, params)
-        return resize_boxes(images, params.box)  # the same numbers, in less than half the time on a CPU

@@ -201,6 +201,7 @@ class ColorJitter(Photometric[JitterParams]):
 
     params_class = JitterParams
     unit_range = True
+    piecewise = True
 
     def __init__(
         self,

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from salnb._checks import check_images
-from salnb.augment.base import Augmentation, Draw, Params, check_number, everywhere
+from salnb.augment.base import Augmentation, Draw, Params, check_number, everywhere, in_pieces
 from salnb.augment.geometric import (
     Affine,
     Geometric,
@@ -59,6 +59,8 @@ class Sequential(Augmentation[SequentialParams]):
         self.invertible = all(step.invertible for step in augmentations)
         self.unit_range = any(step.unit_range for step in augmentations)
         self.least_samples = max(step.least_samples for step in augmentations)
+        # pieces would part partners
+        self.piecewise = self.least_samples == 1 and any(step.piecewise for step in augmentations)
 
     def targets(self, target: Tensor, params: SequentialParams, num_classes: int | None = None) -> Tensor:
         """The labels after every step; see :meth:`Augmentation.targets`."""
@@ -74,8 +76,7 @@ class Sequential(Augmentation[SequentialParams]):
         for step, drawn in self._flat(params):
             if not step.invertible:
                 step.inverse(new_maps, drawn)  # raises, and says what has no inverse
-        groups = [steps for geometric, steps in self._runs(params) if geometric]
-        return pull_back(new_maps, groups) if groups else (new_maps, everywhere(new_maps))
+        return in_pieces(self._pull_back, new_maps, params)
 
     def extra_repr(self) -> str:
         """Nothing: the steps are printed as submodules."""
@@ -103,6 +104,10 @@ class Sequential(Augmentation[SequentialParams]):
                 for step, drawn in steps:
                     maps, valid = step._carry(maps, drawn, valid)
         return maps, valid
+
+    def _pull_back(self, new_maps: Tensor, params: SequentialParams) -> tuple[Tensor, Tensor]:
+        groups = [steps for geometric, steps in self._runs(params) if geometric]
+        return pull_back(new_maps, groups) if groups else (new_maps, everywhere(new_maps))
 
     def _flat(self, params: SequentialParams) -> Iterable[tuple[Augmentation, Params]]:
         """Every step with its params, nested sequences taken apart."""

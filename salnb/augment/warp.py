@@ -180,20 +180,3 @@ def pull(new_maps: Tensor, warps: Sequence[Warp]) -> tuple[Tensor, Tensor]:
 def flip(images: Tensor, flipped: Tensor, dim: int) -> Tensor:
     """Flip the chosen images ``(N, C, H, W)`` along one dimension, exactly."""
     return apply_where(flipped, lambda chosen: chosen.flip(dim), images)
-
-
-def resize_boxes(images: Tensor, box: Tensor) -> Tensor:
-    """Cut a box out of each image and enlarge it to the image's size, as torchvision's ``resized_crop``.
-
-    Args:
-        images: ``(N, C, H, W)``.
-        box: ``(N, 4)`` integers: top, left, height, width.
-    """
-    cuts = zip(images, box.tolist(), strict=True)
-    size = images.shape[-2:]
-    return torch.cat(
-        [
-            F.interpolate(image[None, :, top : top + height, left : left + width], size, mode="bilinear")
-            for image, (top, left, height, width) in cuts
-        ]
-    )
