@@ -384,8 +384,139 @@ def _torch_batch_norm(
     return _batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
 
 
+# ---------------------------------------------------------------------------------------------------------
+# ReLU, max pooling, concatenation: linear in their gradient, so that the cotangent simply goes forwards
+
+
+class _ReLU(Function):
+    """``y = max(x, 0)``, in place or not."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, inplace: bool) -> Tensor:
+        y = torch.relu_(x) if inplace else torch.relu(x)
+        if inplace:
+            ctx.mark_dirty(x)
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, gy: Tensor) -> tuple:
+        return _ReLUBackward.apply(gy, ctx.saved_tensors[0].detach()), None
+
+
+class _ReLUBackward(Function):
+    """``gx = gy`` where ``y > 0``."""
+
+    @staticmethod
+    def forward(ctx: Any, gy: Tensor, y: Tensor) -> Tensor:
+        ctx.save_for_backward(y)
+        return aten.threshold_backward(gy, y, 0)
+
+    @staticmethod
+    @_last
+    def backward(ctx: Any, vx: Tensor) -> tuple:
+        return aten.threshold_backward(vx, *ctx.saved_tensors, 0), None
+
+
+def _relu(input: Tensor, inplace: bool = False) -> Tensor:
+    """:func:`torch.nn.functional.relu`."""
+    if not _plain(input) or torch._C._len_torch_function_stack():
+        return NotImplemented
+    if inplace and input._is_view():
+        return NotImplemented
+    return _ReLU.apply(input, inplace)
+
+
+class _MaxPool2d(Function):
+    """``y``, the largest ``x`` of each window."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, window: tuple) -> Tensor:
+        y, indices = aten.max_pool2d_with_indices(x, *window)
+        ctx.save_for_backward(x, indices)
+        ctx.window = window
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, gy: Tensor) -> tuple:
+        x, indices = ctx.saved_tensors
+        return _MaxPool2dBackward.apply(gy, x.detach(), indices, ctx.window), None
+
+
+class _MaxPool2dBackward(Function):
+    """``gx``, the sum of ``gy`` over the windows whose maximum a pixel is."""
+
+    @staticmethod
+    def forward(ctx: Any, gy: Tensor, x: Tensor, indices: Tensor, window: tuple) -> Tensor:
+        ctx.save_for_backward(indices)
+        return aten.max_pool2d_with_indices_backward(gy, x, *window, indices)
+
+    @staticmethod
+    @_last
+    def backward(ctx: Any, vx: Tensor) -> tuple:
+        (indices,) = ctx.saved_tensors
+        ggy = vx.flatten(-2).gather(-1, indices.flatten(-2)).view_as(indices)
+        return ggy, None, None, None
+
+
+def _max_pool2d(
+    input: Tensor,
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int] | None = None,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> Tensor:
+    """:func:`torch.nn.functional.max_pool2d`."""
+    if not _plain(input) or input.ndim != 4 or return_indices:
+        return NotImplemented
+    kernel = _pair(kernel_size)
+    window = (kernel, _pair(stride) if stride else kernel, _pair(padding), _pair(dilation), ceil_mode)
+    return _MaxPool2d.apply(input, window)
+
+
+class _Cat(Function):
+    """The tensors one behind the other."""
+
+    @staticmethod
+    def forward(ctx: Any, dim: int, *tensors: Tensor) -> Tensor:
+        ctx.dim, ctx.sizes = dim, [t.shape[dim] for t in tensors]
+        return torch.cat(tensors, dim)
+
+    @staticmethod
+    def backward(ctx: Any, gy: Tensor) -> tuple:
+        return None, *_Split.apply(gy, ctx.sizes, ctx.dim)
+
+
+class _Split(Function):
+    """The parts of a concatenated gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, gy: Tensor, sizes: list[int], dim: int) -> tuple:
+        ctx.dim = dim
+        return tuple(part.contiguous() for part in gy.split(sizes, dim))
+
+    @staticmethod
+    @_last
+    def backward(ctx: Any, *parts: Tensor) -> tuple:
+        return torch.cat(parts, ctx.dim), None, None
+
+
+def _cat(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
+    """:func:`torch.cat` of tensors of one type."""
+    if not tensors or not _plain(*tensors) or len({t.dtype for t in tensors}) > 1:
+        return NotImplemented
+    return _Cat.apply(dim, *tensors)
+
+
 _REPLACEMENTS: dict[Callable, Callable] = {
     F.conv2d: _conv2d,
     F.batch_norm: _batch_norm,
     torch.batch_norm: _torch_batch_norm,
+    F.relu: _relu,
+    torch.relu: _relu,
+    torch.relu_: functools.partial(_relu, inplace=True),
+    torch.max_pool2d: _max_pool2d,
+    torch.cat: _cat,
 }
