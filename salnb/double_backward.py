@@ -311,7 +311,9 @@ class _BatchNormBackward(Function):
         c_y = c_x = torch.zeros_like(r)
         ggy = ggv = ggw = None
         if vx is not None:
-            ggv, v_x, v_1 = _batch_norm_kernel(vx, x, w, mean, spread, training, eps, [True, training, training])
+            ggv, v_x, v_1 = _batch_norm_kernel(
+                vx, x, w, mean, spread, training, eps, [True, training, training]
+            )
             v_gy = (vx * gy.to(r.dtype)).sum([0, *range(2, x.ndim)])
             if training:
                 v_gy = v_gy - v_1 * gb / n - v_x * gw / n  # the sum of v * P(gy)
