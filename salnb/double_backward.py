@@ -1,8 +1,8 @@
 """Fast, exact double backward for convolutional networks.
 
 Equation 7 compares input gradients, so training with it differentiates twice: once with respect to the
-images (``create_graph=True``), then once more with respect to the parameters. PyTorch's own second derivatives
-are right but slow, for reasons that have nothing to do with arithmetic:
+images (``create_graph=True``), then once more with respect to the parameters. PyTorch's own second
+derivatives are right but slow, for reasons that have nothing to do with arithmetic:
 
 * the weight term of a convolution's double backward is computed as a forward convolution whose *kernel* is as
   large as the feature map. The same term is one ordinary weight gradient, with the cotangent of the input
@@ -35,13 +35,14 @@ __all__ = ["fast_double_backward"]
 class fast_double_backward(TorchFunctionMode):  # noqa: N801 (a context manager, used like torch.no_grad)
     """Context in which the functions of a convolutional network have a fast double backward.
 
-    Only the forward pass has to run inside; what it recorded keeps the fast derivatives when ``autograd.grad``
-    and ``backward`` are called later. Values, first and second derivatives and running statistics are
-    PyTorch's own; differentiating a third time raises ``RuntimeError``.
+    Only the forward pass has to run inside; what it recorded keeps the fast derivatives when
+    ``autograd.grad`` and ``backward`` are called later. Values, first and second derivatives and running
+    statistics are PyTorch's own; differentiating a third time raises ``RuntimeError``.
 
     Replaced are ``conv2d``, ``batch_norm``, ``relu``, ``max_pool2d`` and ``cat``, in every spelling (module,
-    functional, method, in-place). Everything else goes on to PyTorch unchanged, as do calls that record
-    no graph and inputs that are not batches of dense floating-point images or vectors.
+    functional, method, in-place). Everything else goes on to PyTorch unchanged, as do calls that record no
+    graph and inputs that are not batches of dense floating-point images or vectors. Another
+    ``TorchFunctionMode`` with a rule of its own for ReLU comes first, in whichever order the two are entered.
 
     Example:
         >>> import torch
@@ -61,11 +62,13 @@ class fast_double_backward(TorchFunctionMode):  # noqa: N801 (a context manager,
     ) -> Any:
         """Run the replacement of ``func`` where there is one, and ``func`` itself otherwise."""
         kwargs = kwargs or {}
-        replacement = _REPLACEMENTS.get(func) if torch.is_grad_enabled() else None
-        if replacement is None:
-            return func(*args, **kwargs)
-        result = replacement(*args, **kwargs)
-        return func(*args, **kwargs) if result is NotImplemented else result
+        replacement = _REPLACEMENTS.get(func)
+        # vmap and torch.func.grad ask more of a Function than those below offer: leave their calls alone
+        if replacement and torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():
+            result = replacement(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        return func(*args, **kwargs)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -73,11 +76,11 @@ class fast_double_backward(TorchFunctionMode):  # noqa: N801 (a context manager,
 
 
 class _NoThirdDerivative(Function):
-    """The identity, with a backward that refuses."""
+    """Hands ``result`` on, and refuses to be differentiated with respect to the ``sources`` it comes from."""
 
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor) -> Tensor:
-        return tensor.view_as(tensor)
+    def forward(ctx: Any, result: Tensor, *sources: Tensor) -> Tensor:
+        return result.view_as(result)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> None:
@@ -88,7 +91,11 @@ class _NoThirdDerivative(Function):
 
 
 def _last(backward: Callable) -> Callable:
-    """Wrap the backward of a backward: its results are exact, and refuse to be differentiated again."""
+    """Wrap the backward of a backward: its results are exact, and refuse to be differentiated again.
+
+    PyTorch's ``once_differentiable`` is not enough. Its refusal hangs on a leaf of its own, which
+    ``autograd.grad`` does not visit on its way to the inputs: the missing term would go unnoticed.
+    """
 
     @functools.wraps(backward)
     def wrapper(ctx: Any, *grads: Tensor | None) -> Any:
@@ -96,10 +103,8 @@ def _last(backward: Callable) -> Callable:
             results = backward(ctx, *grads)
         if not torch.is_grad_enabled():
             return results
-        return tuple(
-            _NoThirdDerivative.apply(result.requires_grad_()) if isinstance(result, Tensor) else result
-            for result in results
-        )
+        sources = [t for t in (*grads, *ctx.saved_tensors) if t is not None and t.requires_grad]
+        return tuple(None if r is None else _NoThirdDerivative.apply(r, *sources) for r in results)
 
     return wrapper
 
@@ -107,8 +112,8 @@ def _last(backward: Callable) -> Callable:
 def _wanted(ctx: Any, index: int) -> bool:
     """Whether the backward pass that is running needs the gradient of input number ``index``.
 
-    ``ctx.needs_input_grad`` only knows that the input *could* have a gradient. The gradient with respect to the
-    images does not need those of the weights, which would cost as much again, and the engine knows it.
+    ``ctx.needs_input_grad`` only knows that the input *could* have a gradient. The gradient with respect to
+    the images does not need those of the weights, which would cost as much again, and the engine knows it.
     """
     if not ctx.needs_input_grad[index]:
         return False
@@ -148,8 +153,8 @@ class _Conv2d(Function):
 class _Conv2dBackward(Function):
     """The gradients ``gx``, ``gw``, ``gb`` of a convolution, those of them that ``mask`` asks for.
 
-    Each is linear in ``gy``; ``gx`` is linear in ``w`` and ``gw`` in ``x`` as well. So every second derivative is
-    again a convolution or one of its gradients, with one argument replaced by a cotangent.
+    Each is linear in ``gy``; ``gx`` is linear in ``w`` and ``gw`` in ``x`` as well. So every second
+    derivative is again a convolution or one of its gradients, with one argument replaced by a cotangent.
     """
 
     @staticmethod
@@ -196,25 +201,26 @@ def _conv2d(
         return NotImplemented
     stride, dilation = _pair(stride), _pair(dilation)
     if isinstance(padding, str):
-        if padding == "same":
-            if stride != [1, 1]:
-                return NotImplemented
+        if padding == "same" and stride == [1, 1]:
             total = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
-            # an odd total cannot be split: as in PyTorch, the right and lower edges get the larger half
-            input = F.pad(input, (0, total[1] % 2, 0, total[0] % 2))
+            if any(t % 2 for t in total):  # as in PyTorch, the right and lower edges get the larger half
+                input = F.pad(input, (0, total[1] % 2, 0, total[0] % 2))
             padding = [t // 2 for t in total]
         elif padding == "valid":
             padding = 0
         else:
             return NotImplemented
-    device = input.device.type
-    if torch.is_autocast_enabled(device):
-        # autocast acts below this level, on calls that are no longer made: cast here, where it is differentiated
-        dtype = torch.get_autocast_dtype(device)
-        input, weight, bias = (
-            t if t is None or t.dtype is torch.float64 else t.to(dtype) for t in (input, weight, bias)
-        )
+    input, weight, bias = _autocast(input, weight, bias)
     return _Conv2d.apply(input, weight, bias, (stride, _pair(padding), dilation, False, [0, 0], groups))
+
+
+def _autocast(*tensors: Any) -> tuple:
+    """What autocast would do to a convolution's arguments, which it does no longer see; differentiable."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t if t is None or t.dtype is torch.float64 else t.to(dtype) for t in tensors)
 
 
 def _pair(value: int | Sequence[int]) -> list[int]:
@@ -263,7 +269,7 @@ class _BatchNorm(Function):
 class _BatchNormBackward(Function):
     """The gradients ``gx``, ``gw``, ``gb`` of batch norm, those of them that ``mask`` asks for.
 
-    Write ``x' = (x - mean) / std`` and ``<u>`` for the mean of ``u`` over a channel, ``n`` pixels. In training
+    Write ``x' = (x - mean) / std`` and ``<u>`` for the mean of u over a channel's n pixels. In training
 
         P(u) = u - <u> - x' <u x'>,    gx = w / std * P(gy),    gw = n <gy x'>,    gb = n <gy>.
 
@@ -272,7 +278,7 @@ class _BatchNormBackward(Function):
 
         -w / std^2 * ( x' <v P(gy)> + <gy x'> P(v) + <v x'> P(gy) ),
 
-    a sum of ``gy``, ``x``, ``w / std * P(v)`` and a constant, with one factor each per channel. Without training
+    a sum of ``gy``, ``x``, ``w / std * P(v)`` and a constant, with one factor each per channel. In evaluation
     std is a constant and P the identity.
     """
 
@@ -288,8 +294,9 @@ class _BatchNormBackward(Function):
         eps: float,
         mask: list[bool],
     ) -> tuple:
-        # the sums gw and gb come for free with gx in training, and their second derivatives need them
-        gx, gw, gb = _batch_norm_kernel(gy, x, w, mean, spread, training, eps, [mask[0], True, True])
+        # in training the sums gw and gb come for free with gx, and its derivatives need them
+        sums = [training or wanted for wanted in mask[1:]]
+        gx, gw, gb = _batch_norm_kernel(gy, x, w, mean, spread, training, eps, [mask[0], *sums])
         ctx.save_for_backward(gy, x, w, mean, spread, gw, gb)
         ctx.set_materialize_grads(False)
         ctx.training, ctx.eps = training, eps
@@ -301,40 +308,42 @@ class _BatchNormBackward(Function):
         gy, x, w, mean, spread, gw, gb = ctx.saved_tensors
         training, eps = ctx.training, ctx.eps
         n = x.numel() // x.shape[1]
-        r = spread if training else (spread + eps).rsqrt()
+        r = spread if training else (spread + eps).rsqrt()  # 1/std
         wr = r if w is None else r * w
 
-        def per_channel(u: Tensor) -> Tensor:
-            return u.reshape(1, -1, *[1] * (x.ndim - 2))
+        def wide(u: Tensor) -> Tensor:
+            return u.view(1, -1, *[1] * (x.ndim - 2))
 
-        # with a = gy - <gy>, in training: ggx = c_y * a + c_x * (x - mean) + c_v * ggv; c_y * gy without
-        c_y = c_x = torch.zeros_like(r)
         ggy = ggv = ggw = None
+        # ggx = c_y * (gy - <gy>) + c_x * (x - mean) + c_v * ggv in training, c_y * gy otherwise
+        c_y = c_x = torch.zeros_like(r)
         if vx is not None:
             ggv, v_x, v_1 = _batch_norm_kernel(
                 vx, x, w, mean, spread, training, eps, [True, training, training]
             )
+            ggy = ggv
             v_gy = (vx * gy.to(r.dtype)).sum([0, *range(2, x.ndim)])
             if training:
-                v_gy = v_gy - v_1 * gb / n - v_x * gw / n  # the sum of v * P(gy)
+                v_gy = v_gy - (v_1 * gb + v_x * gw) / n  # from the sum of v * gy to that of v * P(gy)
                 c_y = -wr * r * v_x / n
                 c_x = -wr * r * r * (v_gy - v_x * gw / n) / n
             ggw = None if w is None else r * v_gy
-            ggy = ggv
         if vw is not None:
-            c_y = c_y + vw * r
-            c_x = c_x - vw * r * r * gw / n
-            ggy = _add(ggy, per_channel(vw * r) * (x - per_channel(mean)))
+            ggy = _add(ggy, (x - wide(mean)) * wide(r * vw))
+            c_y = c_y + r * vw
+            if training:
+                c_x = c_x - r * r * vw * gw / n
         if vb is not None:
-            ggy = _add(ggy, per_channel(vb).expand_as(x))
+            ggy = _add(ggy, wide(vb).expand_as(gy))
+
         ggx = None
-        if training and (vx is not None or vw is not None):
-            ggx = (x * per_channel(c_x)).addcmul_(gy, per_channel(c_y))
+        if training and ctx.needs_input_grad[1] and (vx is not None or vw is not None):
+            ggx = (x * wide(c_x)).addcmul_(gy, wide(c_y))
             if ggv is not None:
-                ggx.addcmul_(ggv, per_channel(-r * gw / n))
-            ggx.sub_(per_channel(c_y * gb / n + c_x * mean))
+                ggx.addcmul_(ggv, wide(-r * gw / n))
+            ggx.sub_(wide(c_x * mean + c_y * gb / n))
         elif vw is not None:
-            ggx = gy * per_channel(c_y)
+            ggx = gy * wide(c_y)
         return ggy, ggx, ggw, *[None] * 5
 
 
@@ -366,8 +375,8 @@ def _batch_norm(
     """:func:`torch.nn.functional.batch_norm` of images ``(N, C, H, W)`` and vectors ``(N, C)``."""
     if not _plain(input, weight, bias) or input.ndim not in (2, 4):
         return NotImplemented
-    if training and input.numel() == input.shape[1]:
-        return NotImplemented  # one value per channel: PyTorch's own error
+    if input.numel() == input.shape[1] if training else running_mean is None:
+        return NotImplemented  # for PyTorch's own error
     return _BatchNorm.apply(input, weight, bias, running_mean, running_var, training, momentum, eps)
 
 
@@ -422,9 +431,8 @@ class _ReLUBackward(Function):
 
 def _relu(input: Tensor, inplace: bool = False) -> Tensor:
     """:func:`torch.nn.functional.relu`."""
-    if not _plain(input) or torch._C._len_torch_function_stack():
-        return NotImplemented
-    if inplace and input._is_view():
+    # another mode, entered before this one, may have a rule of its own for ReLU's gradient: it goes first
+    if not _plain(input) or torch._C._len_torch_function_stack() or (inplace and input._is_view()):
         return NotImplemented
     return _ReLU.apply(input, inplace)
 
@@ -516,9 +524,8 @@ _REPLACEMENTS: dict[Callable, Callable] = {
     F.conv2d: _conv2d,
     F.batch_norm: _batch_norm,
     torch.batch_norm: _torch_batch_norm,
-    F.relu: _relu,
-    torch.relu: _relu,
-    torch.relu_: functools.partial(_relu, inplace=True),
-    torch.max_pool2d: _max_pool2d,
-    torch.cat: _cat,
+    **dict.fromkeys((F.relu, torch.relu, Tensor.relu), _relu),
+    **dict.fromkeys((torch.relu_, Tensor.relu_), functools.partial(_relu, inplace=True)),
+    **dict.fromkeys((F.max_pool2d, torch.max_pool2d), _max_pool2d),
+    **dict.fromkeys((torch.cat, torch.concat, torch.concatenate), _cat),
 }
