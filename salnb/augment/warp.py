@@ -180,3 +180,26 @@ def pull(new_maps: Tensor, warps: Sequence[Warp]) -> tuple[Tensor, Tensor]:
 def flip(images: Tensor, flipped: Tensor, dim: int) -> Tensor:
     """Flip the chosen images ``(N, C, H, W)`` along one dimension, exactly."""
     return apply_where(flipped, lambda chosen: chosen.flip(dim), images)
+
+
+def resize_boxes(images: Tensor, box: Tensor) -> Tensor:
+    """Cut a box out of each image and enlarge it bilinearly to the image's size, one image after another.
+
+    The same as :func:`resample` of a warp with that box; faster on a CPU for large images, as it needs no
+    grid.
+
+    Args:
+        images: ``(N, C, H, W)``.
+        box: ``(N, 4)`` integers, top, left, height and width.
+    """
+    size = images.shape[-2:]
+    cuts = (
+        F.interpolate(image[None, :, top : top + height, left : left + width], size, mode="bilinear")
+        for image, (top, left, height, width) in zip(images, box.tolist(), strict=True)
+    )
+    if images.requires_grad:
+        return torch.cat(list(cuts))
+    new = torch.empty_like(images)
+    for one, cut in zip(new, cuts, strict=True):
+        one.copy_(cut[0])
+    return new
