@@ -79,15 +79,17 @@ class _Rectifier(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        (out,) = ctx.saved_tensors
-        if not ctx.rule.open:
-            passes = _was_active(out, ctx.upper)
-        elif ctx.rule.guided:
-            passes = _was_active(out, ctx.upper) & (grad > 0)  # eq. 4
-        else:
-            passes = grad > 0  # eq. 3
-        return grad * passes, None, None, None
+        if not ctx.rule.open or ctx.rule.guided:
+            grad = _where_active(
+                grad, *ctx.saved_tensors, ctx.upper
+            )  # the true derivative, and half of eq. 4
+        if ctx.rule.open:
+            grad = _where_active(grad, grad.detach(), None)  # eq. 3, and the other half of eq. 4
+        return grad, None, None, None
 
 
-def _was_active(out: Tensor, upper: float | None) -> Tensor:
-    return out > 0 if upper is None else (out > 0) & (out < upper)
+def _where_active(grad: Tensor, out: Tensor, upper: float | None) -> Tensor:
+    """`grad` where 0 < `out` < `upper`, else 0, by the kernels of PyTorch's own backward pass."""
+    if upper is None:
+        return torch.ops.aten.threshold_backward(grad, out, 0)
+    return torch.ops.aten.hardtanh_backward(grad, out, 0, upper)

@@ -154,6 +154,8 @@ def test_functional_relus_follow_the_definition(method, dtype):
     assert_close(ours, slow_relu_rule(model, x, target, method).detach())
 
 
+@pytest.mark.parametrize("in_place", [False, True], ids=["new", "in-place"])
+@pytest.mark.parametrize("spelling", ["module", "functional", "hardtanh"])
 @pytest.mark.parametrize(
     ("rule", "allowed"), [("guided_backprop", [0, 1, 0, 0]), ("deconvnet", [1, 1, 0, 1])]
 )

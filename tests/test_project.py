@@ -1,0 +1,139 @@
+"""The files that set the project up agree with one another."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+CONSTRAINTS = {
+    canonicalize_name(requirement.name): str(next(iter(requirement.specifier)).version)
+    for line in (ROOT / "constraints.txt").read_text().splitlines()
+    if line and not line.startswith("#")
+    for requirement in [Requirement(line)]
+}
+DIRECT = [Requirement(line) for lines in (PROJECT["dependencies"], *EXTRAS.values()) for line in lines]
+
+
+@pytest.mark.parametrize("requirement", [r for r in DIRECT if r.name != "salnb"], ids=lambda r: r.name)
+def test_constraints_hold_a_version_that_the_package_allows(requirement):
+    exact = CONSTRAINTS[canonicalize_name(requirement.name)]
+    assert requirement.specifier.contains(exact)
+
+
+@pytest.mark.parametrize("name", ["torch", "torchvision", "numpy"])
+def test_what_colab_brings_is_never_pinned(name):
+    bounds = [s.operator for r in DIRECT if r.name == name for s in r.specifier]
+    assert all(operator == ">=" for operator in bounds)
+
+
+def test_conda_environment_installs_the_package_with_known_extras():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    conda = [entry for entry in environment["dependencies"] if isinstance(entry, str)]
+    (pip,) = [entry["pip"] for entry in environment["dependencies"] if isinstance(entry, dict)]
+    assert f"python{PROJECT['requires-python']}" in conda
+    assert "--constraint constraints.txt" in pip
+    (package,) = [line for line in pip if line.startswith("--editable")]
+    extras = re.fullmatch(r"--editable \.\[(.*)\]", package).group(1).split(",")
+    assert set(extras) <= set(EXTRAS)
+    makefile = (ROOT / "Makefile").read_text()
+    assert f"--editable '.[{','.join(extras)}]'" in makefile
+
+
+def test_versions_agree():
+    import salnb
+
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert PROJECT["version"] == salnb.__version__ == citation["version"]
+
+
+def test_readme_names_targets_that_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    documents = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "book" / "reproduce.md"]
+    named = {
+        t for path in documents for t in re.findall(r"(?:^|`)make ([a-z-]+)", path.read_text(), re.MULTILINE)
+    }
+    assert named >= {"book", "test", "help"}
+    for target in named:
+        assert re.search(rf"^{target}:.*##", makefile, re.MULTILINE), f"make {target}"
+
+
+def test_table_of_contents_names_every_chapter_and_page_once():
+    toc = yaml.safe_load((ROOT / "_toc.yml").read_text())
+    files = [toc["root"]] + [chapter["file"] for part in toc["parts"] for chapter in part["chapters"]]
+    assert len(files) == len(set(files))
+    there = {str(path.relative_to(ROOT).with_suffix("")) for path in (ROOT / "notebooks").glob("*.ipynb")}
+    there |= {str(path.relative_to(ROOT).with_suffix("")) for path in (ROOT / "book").glob("*.md")}
+    assert set(files) == there
+
+
+def test_import_needs_torch_and_torchvision_only():
+    """Everything else is imported where it is used, so that the package works on a bare machine."""
+    allowed = {"torch", "torchvision", "salnb"}
+    probe = (
+        "import sys, torch, torchvision; before = set(sys.modules); import salnb; "
+        "print(*sorted({n.split('.')[0] for n in set(sys.modules) - before}))"
+    )
+    answer = subprocess.run(
+        [sys.executable, "-c", probe], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    extra = {name for name in answer.stdout.split() if name not in sys.stdlib_module_names} - allowed
+    assert extra == set()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "salnb").rglob("*.py")), ids=lambda path: path.name)
+def test_modules_stay_small(path):
+    assert len(path.read_text().splitlines()) <= 400
+
+
+@pytest.fixture
+def built_tree(tmp_path):
+    """A copy of the Makefile in a small tree in which everything has just been built."""
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    sources = (
+        "pyproject.toml constraints.txt _config.yml _toc.yml book/index.md tools/notebooks.py tools/site.py"
+    )
+    sources = [*sources.split(), "salnb/saliency.py", "results/timing.json", "notebooks/01-a.ipynb"]
+    built = [".venv/.ready", "_build/source/notebooks/01-a.ipynb", "_build/site.stamp"]
+    for age, name in enumerate([*sources, *built]):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        os.utime(path, (1_000_000_000 + age, 1_000_000_000 + age))
+    return tmp_path
+
+
+def plan(tree):
+    """What `make book` would do."""
+    command = ["make", "--dry-run", "book"]
+    return subprocess.run(
+        command, cwd=tree, capture_output=True, text=True, check=True, env={"PATH": os.environ["PATH"]}
+    ).stdout
+
+
+def test_a_second_make_book_does_nothing(built_tree):
+    assert "-m tools" not in plan(built_tree)
+
+
+@pytest.mark.parametrize("changed", ["salnb/saliency.py", "results/timing.json", "notebooks/01-a.ipynb"])
+def test_a_change_runs_the_chapters_that_depend_on_it(built_tree, changed):
+    (built_tree / changed).touch()
+    assert "tools.notebooks execute notebooks/01-a.ipynb" in plan(built_tree)
+    assert "tools.site" in plan(built_tree)
+
+
+@pytest.mark.parametrize("changed", ["book/index.md", "_toc.yml"])
+def test_a_changed_page_builds_the_site_only(built_tree, changed):
+    (built_tree / changed).touch()
+    assert "tools.site" in plan(built_tree)
+    assert "tools.notebooks execute" not in plan(built_tree)
