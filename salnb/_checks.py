@@ -38,15 +38,16 @@ def check_images(images: Tensor, *, name: str = "images", unit_range: bool = Fal
         )
     if not images.is_floating_point():
         raise TypeError(
-            f"{name} must be of a floating-point dtype, got {images.dtype}: scale integer images to [0, 1], for "
-            "example with torchvision.transforms.v2.functional.to_dtype(images, torch.float32, scale=True)"
+            f"{name} must be of a floating-point dtype, got {images.dtype}: scale integer images to "
+            "[0, 1], as torchvision.transforms.v2.functional.to_dtype(images, torch.float32, scale=True) does"
         )
     if unit_range and not is_traced(images):
         low, high = (value.item() for value in images.detach().aminmax())
         rounding = 8 * torch.finfo(images.dtype).eps  # resampling ones may give one and a bit
         if not (low >= -rounding and high <= 1 + rounding):  # the negation catches NaN too
             raise ValueError(
-                f"{name} must lie in [0, 1], got values from {low:.4g} to {high:.4g}: augment before normalising"
+                f"{name} must lie in [0, 1], got values from {low:.4g} to {high:.4g}: "
+                "augment before normalising"
             )
 
 
