@@ -130,6 +130,8 @@ class Objective(nn.Module):
         num_classes: int | None = None,
     ):
         super().__init__()
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
         for name, weight in (("alpha", alpha), ("beta", beta), ("gamma", gamma)):
             if not 0 <= weight < float("inf"):
                 raise ValueError(f"{name} must be a finite number of at least 0, got {weight}")

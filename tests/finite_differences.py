@@ -1,0 +1,41 @@
+"""Gradients against finite differences in float64."""
+
+import math
+
+import torch
+
+
+def assert_gradient(loss, parameters, tolerance=1e-6):
+    """Assert that autograd's derivative of `loss()` along a random direction is that of its values.
+
+    Returns the derivative relative to the value, so that a caller can tell that it is not zero.
+    """
+    parameters = list(parameters)
+    direction = [torch.randn_like(p) for p in parameters]
+    value = loss()
+    gradients = torch.autograd.grad(value, parameters, allow_unused=True)
+    exact = sum((g * d).sum().item() for g, d in zip(gradients, direction, strict=True) if g is not None)
+    assert math.isfinite(exact)
+    # maps have kinks, which a large step may cross; a small one suffers from rounding
+    numeric = []
+    for step in (1e-5, 1e-6, 1e-7):
+        numeric.append(central_difference(loss, parameters, direction, step))
+        if abs(exact - numeric[-1]) <= tolerance * abs(exact):
+            return abs(exact) / max(abs(value.item()), 1e-300)
+    raise AssertionError(f"autograd {exact!r}, finite differences {numeric}")
+
+
+def central_difference(loss, parameters, direction, step):
+    """Fourth-order central difference of `loss` along `direction`."""
+
+    def at(t):
+        with torch.no_grad():
+            for p, d in zip(parameters, direction, strict=True):
+                p += t * d
+        value = loss().item()
+        with torch.no_grad():
+            for p, d in zip(parameters, direction, strict=True):
+                p -= t * d
+        return value
+
+    return (8 * (at(step) - at(-step)) - (at(2 * step) - at(-2 * step))) / (12 * step)
