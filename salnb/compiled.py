@@ -145,7 +145,9 @@ class _Step(nn.Module):
 
         terms = (losses.class_loss, losses.invariance_loss, losses.saliency_loss)
         total = sum(weight * term for weight, term in zip(weights, terms, strict=True))
-        gradients: list[Tensor | None] = [*torch.autograd.grad(total * scale, trained, allow_unused=True)]
+        # as the user's backward(), outside of autocast
+        with torch.autocast(total.device.type, enabled=False):
+            gradients = list(torch.autograd.grad(total * scale, trained, allow_unused=True))
         finite = None
         if self.scaled:
             gradients = [None if g is None else g / scale for g in gradients]

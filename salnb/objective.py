@@ -377,7 +377,7 @@ class Objective(nn.Module):
 
 
 def both_targets(target: Tensor, new_target: Tensor, num_classes: int) -> Tensor:
-    """The targets of originals and augmented images: (2N,) labels, or (2N, K) weights where any are mixed."""
+    """The targets of originals and augmented images: (2N,) labels, or (2N, K) weights if any are mixed."""
     check_labels(target, num_classes)
     if target.ndim < new_target.ndim:
         target = class_weights(target, num_classes, new_target.dtype)

@@ -99,9 +99,7 @@ def test_agrees_with_the_equations_written_out(detach_original, mode):
     score = logits.gather(1, targets[:, None]).sum()
     (gradient,) = torch.autograd.grad(score, pixels, create_graph=True)
     maps, new_maps = gradient.abs().max(1, keepdim=True).values.chunk(2)
-    maps, new_maps, valid = augmentation.align(
-        maps.detach() if detach_original else maps, new_maps, params
-    )
+    maps, new_maps, valid = augmentation.align(maps.detach() if detach_original else maps, new_maps, params)
     expected = (
         F.cross_entropy(logits, targets),
         1.5 * (features[:4] - features[4:]).square().mean(),
@@ -110,7 +108,9 @@ def test_agrees_with_the_equations_written_out(detach_original, mode):
     total = 0.3 * expected[0] + 0.5 * expected[1] + 2.0 * expected[2]
     total.backward()
 
-    for value, by_hand in zip((found.class_loss, found.invariance_loss, found.saliency_loss), expected, strict=True):
+    for value, by_hand in zip(
+        (found.class_loss, found.invariance_loss, found.saliency_loss), expected, strict=True
+    ):
         assert_close(value, by_hand)
     assert_close(found.total, total)
     assert_close(found.logits, logits)
@@ -123,7 +123,9 @@ def test_agrees_with_the_equations_written_out(detach_original, mode):
 # --- what must be zero or stay the same ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["vanilla_gradient", "deconvnet", "guided_backprop", "grad_cam", "guided_grad_cam"])
+@pytest.mark.parametrize(
+    "method", ["vanilla_gradient", "deconvnet", "guided_backprop", "grad_cam", "guided_grad_cam"]
+)
 def test_nothing_to_compare_under_the_identity(method):
     objective = objective_of(method, Identity(), beta=1.0, layers=["0", "6"])
     found = objective(images(), TARGET)
@@ -354,12 +356,28 @@ def test_bad_settings_are_named(case):
 BAD_BATCHES = {
     "integers": (lambda x: ((x * 255).byte(), TARGET), TypeError, r"images must be .* floating-point"),
     "three-dimensions": (lambda x: (x[0], TARGET), ValueError, "images must have four dimensions"),
-    "no-target": (lambda x: (x, None), ValueError, r"target must be a tensor \(4,\) or \(4, K\), got NoneType"),
-    "target-too-short": (lambda x: (x, TARGET[:3]), ValueError, r"target must be a tensor \(4,\).*got \(3,\)"),
-    "target-floats": (lambda x: (x, TARGET.double()), TypeError, "must hold integer labels, got torch.float64"),
+    "no-target": (
+        lambda x: (x, None),
+        ValueError,
+        r"target must be a tensor \(4,\) or \(4, K\), got NoneType",
+    ),
+    "target-too-short": (
+        lambda x: (x, TARGET[:3]),
+        ValueError,
+        r"target must be a tensor \(4,\).*got \(3,\)",
+    ),
+    "target-floats": (
+        lambda x: (x, TARGET.double()),
+        TypeError,
+        "must hold integer labels, got torch.float64",
+    ),
     "label-too-high": (lambda x: (x, TARGET + 1), ValueError, "target must lie in 0 … 3, got 4"),
     "label-negative": (lambda x: (x, TARGET - 1), ValueError, "target must lie in 0 … 3, got -1"),
-    "weights-misfit": (lambda x: (x, torch.rand(4, 7)), ValueError, r"weights must be \(4, 4\), got \(4, 7\)"),
+    "weights-misfit": (
+        lambda x: (x, torch.rand(4, 7)),
+        ValueError,
+        r"weights must be \(4, 4\), got \(4, 7\)",
+    ),
 }
 
 
