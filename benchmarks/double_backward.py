@@ -1,22 +1,19 @@
 """What a training step with the saliency loss costs, over a step without it on the same batch.
 
-Run ``python -m benchmarks.double_backward`` (``--help`` for the options). Three steps are compared: ``baseline``
-is forward, cross-entropy and backward on a batch of originals and augmented images; ``plain`` adds the saliency
-loss as eager PyTorch computes it; ``fast`` does so inside ``salnb.double_backward.fast_double_backward``.
-Arithmetic allows a ratio of 2.0: 6 forward passes' worth of work against 3.
+Run ``python -m benchmarks.double_backward`` (``--help`` for the options). Three steps are compared:
+``baseline`` is forward, cross-entropy and backward on a batch of originals and augmented images, ``plain``
+adds the saliency loss as eager PyTorch has it, ``fast`` does so in ``fast_double_backward()``. Arithmetic
+allows a ratio of 2.0: 6 forward passes' worth of work against 3.
 
 The steps take turns, so that whatever else the machine does meets all of them alike; the ratio is the median
-over the rounds of (this step / the baseline of the same round). Memory is measured in a process of its own for
-each step: by how much two steps raise the highest resident set size of the process.
+over the rounds of (this step / the baseline of the same round).
 """
 
 import argparse
 import contextlib
 import functools
-import resource
+import itertools
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 
@@ -24,6 +21,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 from salnb.double_backward import fast_double_backward
 from salnb.losses import saliency_loss
@@ -66,34 +64,31 @@ def setting(network: str) -> tuple[nn.Module, Tensor, Tensor]:
     return model, torch.randn(n, 3, side, side), torch.randint(0, 1000, (n,))
 
 
-def seconds(network: str, rounds: int) -> dict[str, list[float]]:
+def seconds(network: str, rounds: int, clock: Callable[[], float]) -> dict[str, list[float]]:
     """Duration of each step in each round; a first round is not counted."""
     model, images, target = setting(network)
     times: dict[str, list[float]] = {name: [] for name in STEPS}
     for _ in range(rounds + 1):
         for name, step in STEPS.items():
             model.zero_grad(set_to_none=True)
-            start = time.perf_counter()
+            start = clock()
             step(model, images, target)
-            times[name].append(time.perf_counter() - start)
+            times[name].append(clock() - start)
     return {name: each[1:] for name, each in times.items()}
 
 
-def print_peak(network: str, step: str) -> None:
-    """Print the MiB by which two steps raise the peak of this process."""
+def peak_mebibytes(network: str) -> dict[str, int]:
+    """Most memory that the tensors of a step (gradients included) hold at one time, by the allocator."""
     model, images, target = setting(network)
-    unit = 2**20 if sys.platform == "darwin" else 2**10
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for _ in range(2):
+    peaks = {}
+    for name, step in STEPS.items():
         model.zero_grad(set_to_none=True)
-        STEPS[step](model, images, target)
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // unit)
-
-
-def peak(network: str, step: str) -> int:
-    """Peak memory of a step in MiB, measured in a new process."""
-    command = [sys.executable, "-m", "benchmarks.double_backward", "--peak", network, step]
-    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+            step(model, images, target)
+        events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
+        sizes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]  # negative where freed
+        peaks[name] = max(itertools.accumulate(sizes)) // 2**20
+    return peaks
 
 
 def main() -> None:
@@ -102,25 +97,20 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--no-memory", action="store_true", help="time only")
-    parser.add_argument("--peak", nargs=2, metavar=("NETWORK", "STEP"), help=argparse.SUPPRESS)
+    parser.add_argument("--cpu-time", action="store_true", help="for a busy machine, with --threads 1")
     options = parser.parse_args()
+    clock = time.process_time if options.cpu_time else time.perf_counter
     torch.set_num_threads(options.threads)
-    if options.peak:
-        print_peak(*options.peak)
-        return
-    print(
-        "| network | batch | step | seconds | ratio | rounds' ratios | peak MiB |\n|---|---|---|---|---|---|---|"
-    )
+    print("| network | batch | step | seconds | ratio | of all rounds | peak MiB |")
+    print("|---|---|---|---|---|---|---|")
     for network in options.networks:
         n, side = SIZES[network]
-        times = seconds(network, options.rounds)
+        times, peaks = seconds(network, options.rounds, clock), peak_mebibytes(network)
         for name, each in times.items():
             ratios = [a / b for a, b in zip(each, times["baseline"], strict=True)]
-            memory = "" if options.no_memory else peak(network, name)
             print(
                 f"| {network} | {n} × {side} px | {name} | {statistics.median(each):.3f} "
-                f"| {statistics.median(ratios):.2f} | {min(ratios):.2f}–{max(ratios):.2f} | {memory} |",
+                f"| {statistics.median(ratios):.2f} | {min(ratios):.2f}–{max(ratios):.2f} | {peaks[name]} |",
                 flush=True,
             )
 

@@ -1,8 +1,8 @@
 """Functions with a hand-written first and second derivative; :mod:`salnb.double_backward` puts them in place.
 
-Names: ``y = f(x, w, b)`` is the forward pass; the first backward takes ``gy`` to ``gx``, ``gw`` and ``gb``. The
-second receives ``vx``, ``vw`` and ``vb``, the cotangents of these three, and returns ``ggy``, ``ggx`` and ``ggw``,
-what they amount to for ``gy``, ``x`` and ``w``.
+Names: ``y = f(x, w, b)`` is the forward pass; the first backward takes ``gy`` to ``gx``, ``gw`` and ``gb``.
+The second receives ``vx``, ``vw`` and ``vb``, the cotangents of these three, and returns ``ggy``, ``ggx`` and
+``ggw``, what they amount to for ``gy``, ``x`` and ``w``.
 """
 
 from __future__ import annotations
