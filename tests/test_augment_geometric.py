@@ -12,6 +12,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
 from salnb import augment
+from salnb.augment import geometric
 from salnb.augment import warp as kernels
 from tests.tolerances import RELATIVE, assert_close
 
@@ -240,7 +241,9 @@ def test_affine_agrees_with_torchvision(angle, shift, scale, shear, dtype):
 
 
 @floats
-def test_resized_crop_agrees_with_torchvision(dtype):
+@pytest.mark.parametrize("loop", [False, True], ids=["at once", "one by one"])
+def test_resized_crop_agrees_with_torchvision(loop, dtype, monkeypatch):
+    monkeypatch.setattr(geometric, "SMALL_IMAGE", 0 if loop else math.inf)
     images = vignette(dtype=dtype)
     aug = augment.ResizedCrop()
     params = aug.make_params(images, generator(5))
@@ -300,6 +303,17 @@ def test_small_frames(height, width):
         new = aug(images)
         assert new.images.isfinite().all()
         assert new.align(images[:, :1], new.images[:, :1])[2].shape == (4, 1, height, width)
+
+
+def test_cutting_one_by_one_has_the_gradient_of_cutting_at_once(monkeypatch):
+    images = smooth().requires_grad_()
+    aug = augment.ResizedCrop()
+    params = aug.make_params(images, generator(12))
+    gradients = []
+    for small in (0, math.inf):
+        monkeypatch.setattr(geometric, "SMALL_IMAGE", small)
+        gradients += torch.autograd.grad(aug.images(images, params).square().sum(), images)
+    assert_close(*gradients)
 
 
 def test_crop_boxes_fit_and_follow_the_ranges():
