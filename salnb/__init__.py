@@ -1,7 +1,8 @@
 """salnb: saliency map based data augmentation (arXiv 2205.14686) in PyTorch."""
 
-from salnb import data, models, saliency
+from salnb import augment, data, losses, models, saliency
+from salnb.objective import Losses, Objective
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__", "data", "models", "saliency"]
+__all__ = ["Losses", "Objective", "__version__", "augment", "data", "losses", "models", "saliency"]
