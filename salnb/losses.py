@@ -3,8 +3,8 @@
 Nothing here knows about models, augmentations or batches of originals and transformed images;
 :class:`salnb.Objective` prepares the arguments and adds the three up (equation 8).
 
-Every function is differentiable with finite gradients wherever its arguments are finite, and consists of tensor
-operations only (no ``.item()``, no branch on values), so that ``make_fx`` and ``torch.compile`` see all of it.
+Every function has finite gradients wherever its arguments are finite, and consists of tensor operations only
+(no ``.item()``, no branch on values), so that ``make_fx`` and ``torch.compile`` see all of it.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ DISTANCES = frozenset({"mse", "l1", "cosine"})
 
 _LABEL_TYPES = frozenset({torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64})
 
-# The smallest standard deviation that "zscore" divides by, as a share of the map's largest absolute value. What is
-# flatter than this is noise: a map constant up to rounding, divided by its own deviation, has gradients of 1e8.
+# The smallest standard deviation that "zscore" divides by, as a share of the map's largest absolute value.
+# What is flatter is noise: a map constant up to rounding, divided by its deviation, has gradients of 1e8.
 _FLAT = 1e-3
 
 FEATURE_DISTANCES = frozenset({"l1", "l2"})
@@ -79,9 +79,9 @@ def invariance_loss(
 ) -> Tensor:
     """Distance between the activations of original and transformed images, equation 6.
 
-    The distance of a layer is the **mean** over its elements, of absolute differences (``"l1"``) or squared ones
-    (``"l2"``), where the paper leaves the scale open: a sum would let the layer with the most units outweigh the
-    others by orders of magnitude. The layers are summed, as in the paper.
+    The distance of a layer is the **mean** over its elements, of absolute differences (``"l1"``) or squared
+    ones (``"l2"``). The paper leaves the scale open; a sum would let the layer with the most units outweigh
+    the others by orders of magnitude. The layers are summed, as in the paper.
 
     Args:
         features: Activations of the originals, one tensor ``(N, ...)`` per layer, by name or in order.
@@ -93,7 +93,7 @@ def invariance_loss(
         A scalar.
 
     Raises:
-        ValueError: If there is no layer, if layers or shapes do not correspond, or if ``distance`` is unknown.
+        ValueError: If there is no layer, layers or shapes do not correspond, or ``distance`` is unknown.
 
     Example:
         >>> import torch
@@ -123,13 +123,13 @@ def invariance_loss(
 def normalize_maps(maps: Tensor, valid: Tensor | None = None, how: str | None = "max") -> Tensor:
     """Put every map on a scale of its own, so that only *where* it is high matters (Section 3.2).
 
-    ``"max"`` divides by the largest absolute value, ``"sum"`` by the sum of the absolute values, ``"l2"`` by the root
-    of the sum of squares; ``"zscore"`` takes away the mean and divides by the (population) standard deviation;
-    ``"none"`` or ``None`` changes nothing. The statistics are those of the valid pixels.
+    ``"max"`` divides by the largest absolute value, ``"sum"`` by the sum of the absolute values, ``"l2"`` by
+    the root of the sum of squares; ``"zscore"`` takes away the mean and divides by the (population) standard
+    deviation; ``"none"`` or ``None`` changes nothing. The statistics are those of the valid pixels.
 
-    A constant factor on a map changes nothing, however small or large. The gradient is finite for every map: a zero
-    map stays zero, and ``"zscore"`` divides by no less than a thousandth of the map's largest absolute value, so that
-    a constant map becomes zero.
+    A constant factor on a map changes nothing, however small or large. The gradient is finite for every map:
+    a zero map stays zero, and ``"zscore"`` divides by no less than a thousandth of the map's largest absolute
+    value, so that a constant map becomes zero.
 
     Args:
         maps: ``(N, C, H, W)``; the channels of a sample share one scale.
@@ -137,7 +137,7 @@ def normalize_maps(maps: Tensor, valid: Tensor | None = None, how: str | None = 
         how: One of :data:`NORMALIZATIONS`, or ``None``.
 
     Returns:
-        The normalised maps, ``(N, C, H, W)``, zero where they are not valid; half precision comes back as ``float32``.
+        The normalised maps, ``(N, C, H, W)``, zero where not valid; half precision comes back as ``float32``.
 
     Raises:
         ValueError: If ``how`` is unknown, or if a shape or type is wrong.
@@ -187,12 +187,12 @@ def saliency_loss(
     """Distance between the saliency maps of original and transformed images, equation 7.
 
     Both maps have to be in one frame already (``aug.align``). Each is normalised on its own
-    (:func:`normalize_maps`) and the two are compared where they are valid: by the mean over these pixels of the squared
-    (``"mse"``, the paper's) or absolute (``"l1"``) difference, or by one minus their cosine (``"cosine"``). The
-    result is the mean over the samples that have a valid pixel, and zero if there is none.
+    (:func:`normalize_maps`) and the two are compared where they are valid: by the mean over these pixels of
+    the squared (``"mse"``, the paper's) or absolute (``"l1"``) difference, or by one minus their cosine
+    (``"cosine"``). The result is the mean over the samples that have a valid pixel, zero if none has one.
 
-    The cosine distance is computed as half the squared distance between unit vectors. So it is exactly zero for equal
-    maps, two zero maps are no distance apart, and a zero map is 0.5 away from any other.
+    The cosine distance is computed as half the squared distance between unit vectors. So it is exactly zero
+    for equal maps, two zero maps are no distance apart, and a zero map is 0.5 away from any other.
 
     Args:
         maps: Maps of the originals, ``(N, 1, H, W)`` or ``(N, C, H, W)``.
@@ -223,12 +223,12 @@ def saliency_loss(
         count = torch.full_like(a[:, 0, 0, 0], a[0].numel())
     else:
         count = valid.expand_as(a).sum(pixels).to(a.dtype)
-    if distance == "cosine":
-        difference = normalize_maps(a, valid, "l2") - normalize_maps(b, valid, "l2")
-        each = difference.square().sum(pixels) / 2
+    if distance == "cosine" and normalize != "zscore":
+        each = (normalize_maps(a, valid, "l2") - normalize_maps(b, valid, "l2")).square().sum(pixels) / 2
     else:
-        difference = (a - b).abs() if distance == "l1" else (a - b).square()
-        each = difference.sum(pixels) / count.clamp(min=1)
+        each = ((a - b).abs() if distance == "l1" else (a - b).square()).sum(pixels) / count.clamp(min=1)
+        if distance == "cosine":  # z-scores have the length of sqrt(count), or less where it would be noise
+            each = each / 2
     # a sample without a valid pixel has a distance of zero already
     return each.sum() / (count > 0).sum().clamp(min=1)
 
@@ -258,12 +258,12 @@ def _known(argument: str, given: str, allowed: frozenset[str]) -> None:
         raise ValueError(f"{argument} must be one of {sorted(allowed)}, got {given!r}")
 
 
-def _by_name(argument: str, given: Mapping[str, T] | Sequence[T]) -> dict[str | int, T]:
+def _by_name(argument: str, given: Mapping[str, T] | Sequence[T]) -> dict[str, T]:
     """A mapping as it is, a sequence by position."""
     if isinstance(given, Mapping):
         return dict(given)
     if isinstance(given, Sequence):
-        return dict(enumerate(given))
+        return {str(i): item for i, item in enumerate(given)}
     raise ValueError(f"{argument} must be a dict or a sequence, got {type(given).__name__}")
 
 
