@@ -44,9 +44,10 @@ class fast_double_backward(TorchFunctionMode):  # noqa: N801 (a context manager,
     statistics are PyTorch's own; differentiating a third time raises ``RuntimeError``.
 
     Replaced are ``conv2d``, ``linear``, ``batch_norm``, ``relu``, ``max_pool2d`` and ``cat``, in every
-    spelling (module, functional, method, in-place). Everything else goes on to PyTorch unchanged, as do calls
-    that record no graph and inputs that are not batches of dense floating-point images or vectors. Another
-    ``TorchFunctionMode`` with a rule of its own for ReLU comes first, in whichever order the two are entered.
+    spelling (module, functional, method, in-place), and ``hardsigmoid``, which PyTorch cannot differentiate
+    twice at all. Everything else goes on to PyTorch unchanged, as do calls that record no graph and inputs
+    that are not batches of dense floating-point images or vectors. Another ``TorchFunctionMode`` with a rule
+    of its own for ReLU comes first, in whichever order the two are entered.
 
     Example:
         >>> import torch

@@ -98,7 +98,10 @@ class Objective(nn.Module):
 
     Wrap the objective, not the model: `DistributedDataParallel(objective)`. Autocast applies to the network;
     augmentation, maps and losses are computed in float32 at least. With float16 use a `GradScaler` as ever.
-    `compile()` makes a step faster on GPUs.
+    `compile()` makes a step faster on GPUs; `torch.compile(objective)` runs it as it is.
+
+    A gradient that would be wrong is refused with a `RuntimeError` instead: `nn.SyncBatchNorm` in train mode,
+    an operation without a second derivative, and `DistributedDataParallel(static_graph=True)`.
 
     >>> from salnb import Objective
     >>> from salnb.augment import HorizontalFlip

@@ -247,6 +247,25 @@ def test_relu(relu):
     assert torch.equal(*changed)  # an in-place ReLU still changes its input, the others do not
 
 
+@pytest.mark.parametrize("inplace", [False, True], ids=["new", "in-place"])
+def test_hardsigmoid(inplace):
+    """PyTorch has no second derivative of it; clamp has."""
+    x = (4 * random(2, 3, 4, 4, grad=False)).requires_grad_()
+
+    def reference(x):
+        return (x + 3).clamp(0, 6) / 6
+
+    def ours(x):
+        x = x.clone()
+        with fast_double_backward():
+            y = F.hardsigmoid(x, inplace)
+        assert torch.equal(x, y) == inplace
+        return y
+
+    for a, e in zip(second_order(ours, [x]), second_order(reference, [x]), strict=True):
+        assert_close(a, e)
+
+
 @pytest.mark.parametrize(
     ("calls", "operator"),
     [
