@@ -10,7 +10,15 @@ import torch
 def medians(
     contenders: dict[str, Callable[[], object]], *, seconds: float = 8.0, least: int = 3
 ) -> dict[str, float]:
-    """Median seconds of one call of each contender, the device's work included.
+    """Median seconds of one call of each contender; see `durations`."""
+    spent = durations(contenders, seconds=seconds, least=least)
+    return {name: statistics.median(times) for name, times in spent.items()}
+
+
+def durations(
+    contenders: dict[str, Callable[[], object]], *, seconds: float, least: int
+) -> dict[str, list[float]]:
+    """Seconds of each call of each contender, the device's work included, round by round.
 
     Args:
         contenders: what to call, by name. Each is called once before the clock runs.
@@ -28,7 +36,7 @@ def medians(
             call()
             spent[name].append(_clock() - begin)
         rounds += 1
-    return {name: statistics.median(times) for name, times in spent.items()}
+    return spent
 
 
 def _clock() -> float:

@@ -12,7 +12,6 @@ from torch import nn
 
 from salnb import Objective, saliency
 from salnb.augment import AUGMENTATIONS, Rotation
-from salnb.compiled import LossScale
 from tests.networks import conv_bn
 from tests.tolerances import assert_close, relative_difference
 
@@ -234,28 +233,15 @@ def test_float16_gradients_do_not_underflow_inside_the_graph():
     _, compiled = pair(conv_bn())
     x = images(dtype=torch.float32)
 
-    def gradient(weight, scale):
+    def gradient(weight, exponent):
         compiled.alpha = compiled.gamma = weight
         with torch.autocast("cpu", dtype=torch.float16):
-            compiled(x, TARGET)  # makes the scale, if there is none yet
-            compiled._compiled._scale.value.fill_(scale)
+            compiled.gradient_scale.exponent.fill_(exponent)
             return step(compiled, x)[1] / weight
 
-    expected = gradient(1.0, 1.0)
-    assert relative_difference(gradient(1e-5, 2.0**14), expected) < 0.05
-    assert relative_difference(gradient(1e-5, 1.0), expected) > 0.5
-
-
-def test_the_scale_of_float16_follows_the_gradients():
-    scale = LossScale(torch.device("cpu"))
-    start = scale.value.item()
-    scale.update(torch.tensor(False))
-    assert scale.value == start / 2
-    for _ in range(1999):
-        scale.update(torch.tensor(True))
-    assert scale.value == start / 2
-    scale.update(torch.tensor(True))
-    assert scale.value == start
+    expected = gradient(1.0, 0)
+    assert relative_difference(gradient(2.0**-14, 14), expected) < 1e-3
+    assert relative_difference(gradient(2.0**-14, 0), expected) > 0.5
 
 
 @pytest.mark.usefixtures("traced")
