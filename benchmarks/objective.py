@@ -86,7 +86,6 @@ def main() -> None:
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision = "bfloat16" if options.bfloat16 else "float32"
-    rows = []
     for network in options.networks:
         torch.manual_seed(0)
         n, side = CPU_SIZES[network] if device.type == "cpu" else GPU_SIZE
@@ -95,16 +94,15 @@ def main() -> None:
         steps = steps_of(model, images, target, compiled=options.compile)
         with torch.autocast(device.type, torch.bfloat16, enabled=options.bfloat16):
             times = durations(steps, seconds=options.seconds, least=3)
-            for name, step in steps.items():
-                ratios = [a / b for a, b in zip(times[name], times["baseline"], strict=True)]
-                median, ratio = statistics.median(times[name]), statistics.median(ratios)
-                spread = f"{min(ratios):.2f}–{max(ratios):.2f}"
-                size = f"2 × {n} × {side} px"
-                rows.append(
-                    [network, size, name, f"{median:.3f}", f"{ratio:.2f}", spread, str(peak_mebibytes(step))]
-                )
-    title = f"A training step, {device.type}, {precision}, {torch.get_num_threads()} threads"
-    print_table(title, ["network", "batch", "step", "s", "ratio", "of all rounds", "peak, MiB"], rows)
+            peaks = {name: peak_mebibytes(step) for name, step in steps.items()}
+        rows = []
+        for name, each in times.items():
+            ratios = [a / b for a, b in zip(each, times["baseline"], strict=True)]
+            median, ratio = statistics.median(each), statistics.median(ratios)
+            spread = f"{min(ratios):.2f}–{max(ratios):.2f}"
+            rows.append([name, f"{median:.3f}", f"{ratio:.2f}", spread, str(peaks[name])])
+        title = f"A training step, {network}, 2×{n}×3×{side}×{side}, {device.type}, {precision}"
+        print_table(title, ["step", "s", "ratio", "of all rounds", "peak, MiB"], rows)
 
 
 if __name__ == "__main__":
