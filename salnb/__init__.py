@@ -4,18 +4,32 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from salnb import data, models, results, saliency, train
+    from salnb import augment, data, losses, models, results, saliency, train
+    from salnb.objective import Losses, Objective
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__", "data", "models", "results", "saliency", "train"]
+__all__ = [
+    "Losses",
+    "Objective",
+    "__version__",
+    "augment",
+    "data",
+    "losses",
+    "models",
+    "results",
+    "saliency",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:
-    # on first use only: torch takes seconds to load, and a mistyped option should be answered before that
-    if name in __all__:
-        return importlib.import_module(f"salnb.{name}")
-    raise AttributeError(f"module 'salnb' has no attribute {name!r}")
+    # on first use only: torch takes seconds to load, and a mistyped option is answered before that
+    if name not in __all__:
+        raise AttributeError(f"module 'salnb' has no attribute {name!r}")
+    if name in ("Losses", "Objective"):
+        return getattr(importlib.import_module("salnb.objective"), name)
+    return importlib.import_module(f"salnb.{name}")
 
 
 def __dir__() -> list[str]:

@@ -1,18 +1,31 @@
 """Checks of arguments; each error names the argument, what came and what is allowed."""
 
-import difflib
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 
-def check_images(images: Tensor, *, name: str = "images") -> None:
+def is_traced(tensor: Tensor) -> bool:
+    """Whether the tensor has no values to look at: under `torch.compile`, `make_fx`, or a fake tensor."""
+    return (
+        torch.compiler.is_compiling()
+        or _get_current_dispatch_mode() is not None
+        or type(tensor) not in (Tensor, torch.nn.Parameter)
+        or tensor.is_meta
+    )
+
+
+def check_images(images: Tensor, *, name: str = "images", unit_range: bool = False) -> None:
     """Raise unless `images` is a floating-point (N, C, H, W) tensor with at least one sample.
+
+    Args:
+        images: what the caller gave.
+        name: how the caller knows it.
+        unit_range: also ask for values in [0, 1]; not looked at while tracing.
 
     Raises:
         TypeError: not a tensor, or not of a floating-point dtype.
-        ValueError: not four-dimensional, or empty.
+        ValueError: not four-dimensional, empty, or out of range.
     """
     if not isinstance(images, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor of shape (N, C, H, W), got {type(images).__name__}")
@@ -22,8 +35,16 @@ def check_images(images: Tensor, *, name: str = "images") -> None:
         )
     if not images.is_floating_point():
         raise TypeError(
-            f"{name} must be of a floating-point dtype, got {images.dtype}: scale integer images to [0, 1]"
+            f"{name} must be of a floating-point dtype, got {images.dtype}: scale integer images to [0, 1], for "
+            "example with torchvision.transforms.v2.functional.to_dtype(images, torch.float32, scale=True)"
         )
+    if unit_range and not is_traced(images):
+        low, high = (value.item() for value in images.detach().aminmax())
+        rounding = 8 * torch.finfo(images.dtype).eps  # resampling ones may give one and a bit
+        if not (low >= -rounding and high <= 1 + rounding):  # the negation catches NaN too
+            raise ValueError(
+                f"{name} must lie in [0, 1], got values from {low:.4g} to {high:.4g}: augment before normalising"
+            )
 
 
 def check_finite(values: Tensor, *, name: str) -> None:
@@ -62,11 +83,3 @@ def check_target(target: Tensor | int | None, n: int, num_classes: int) -> None:
         low = high = target
     if low < 0 or high >= num_classes:
         raise ValueError(f"target must lie in 0 … {num_classes - 1}, got {low if low < 0 else high}")
-
-
-def unknown(what: str, given: object, known: Iterable[str]) -> ValueError:
-    """The error for a name that is not among the `known` ones, with the nearest of them suggested."""
-    names = list(known)
-    near = difflib.get_close_matches(str(given), names, n=1)
-    hint = f" (did you mean {near[0]!r}?)" if near else ""
-    return ValueError(f"{what} {given!r} is unknown{hint}; known: {', '.join(names)}")

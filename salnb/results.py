@@ -1,51 +1,23 @@
 """Records of what was measured: written whole or not at all, with where, when and on what."""
 
 import contextlib
+import hashlib
 import json
-import os
 import platform
+import resource
 import subprocess
-import tempfile
+import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
 import salnb
-
-
-def write_atomic(path: str | Path, content: bytes) -> None:
-    """Write a file so that, whatever happens meanwhile, its old or its new content is there, never a part.
-
-    The content goes to a temporary file in the same folder, reaches the disk, and takes the file's name.
-
-    Args:
-        path: the file; its folder must exist.
-        content: all of it.
-
-    Raises:
-        OSError: the content could not be written (a full disk, say); what was there before still is.
-    """
-    path = Path(path)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with open(handle, "wb") as file:
-            os.fchmod(file.fileno(), 0o644)  # mkstemp's files are private
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(name, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name)
-        raise
-    # the new name is an entry of the folder, which is written out on its own
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+from salnb._files import write_atomic
 
 
 def write_record(path: str | Path, record: Mapping[str, Any]) -> None:
@@ -89,8 +61,6 @@ def provenance(device: str = "cpu") -> dict[str, Any]:
         The time (UTC), the versions of Python and of the packages that matter, the commit of the
         source tree where there is one (with "+changes" where it was altered), the device's name.
     """
-    import torch
-
     versions = {"python": platform.python_version(), "salnb": salnb.__version__}
     for package in ("torch", "torchvision", "lightning-fabric", "timm"):
         with contextlib.suppress(metadata.PackageNotFoundError):
@@ -123,3 +93,20 @@ def commit() -> str | None:
         return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--", ".") else "")
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def parameters_sha256(model: nn.Module) -> str:
+    """A SHA-256 over names, shapes, types and values of all parameters and buffers, in hexadecimal."""
+    sha = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        sha.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        sha.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most memory that was in use so far, in bytes: of the GPU, or of this process where there is none."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    # counted in kibibytes, but on macOS in bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

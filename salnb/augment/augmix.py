@@ -1,0 +1,203 @@
+"""AugMix (arXiv 1912.02781): chains of operations, mixed with one another and with the original."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from salnb.augment.base import Augmentation, Draw, Params, apply_where, check_number, column
+from salnb.augment.photometric import check_channels
+from salnb.augment.warp import Warp, affine_matrix, compose, invert, resample, whole
+
+OPERATIONS = (
+    "autocontrast",
+    "equalize",
+    "posterize",
+    "solarize",
+    "rotate",
+    "shear_x",
+    "shear_y",
+    "translate_x",
+    "translate_y",
+)
+NONE = -1
+FIRST_GEOMETRIC = OPERATIONS.index("rotate")
+
+
+@dataclass(frozen=True)
+class AugMixParams(Params):
+    """The chains of each image.
+
+    Attributes:
+        operation: ``(N, width, depth)`` indices into :data:`OPERATIONS`, -1 where a chain has ended.
+        level: ``(N, width, depth)``, the strength, on a scale to 10; its sign is the direction of movements.
+        chain_weight: ``(N, width)``, sums to 1.
+        mixed_weight: ``(N,)`` in [0, 1]: of the mixed chains; the original has the rest.
+    """
+
+    operation: Tensor
+    level: Tensor
+    chain_weight: Tensor
+    mixed_weight: Tensor
+
+
+def autocontrast(images: Tensor) -> Tensor:
+    """Stretch each channel of each image to the range from 0 to 1; a constant channel stays as it is."""
+    low, high = images.amin((-2, -1), keepdim=True), images.amax((-2, -1), keepdim=True)
+    constant = low == high
+    return ((images - low.where(~constant, 0)) / (high - low).where(~constant, 1)).clamp(0, 1)
+
+
+def equalize(images: Tensor) -> Tensor:
+    """Spread the 256 grey levels of each channel of each image evenly, as Pillow does. It has no gradient."""
+    exact = images.detach().to(torch.promote_types(images.dtype, torch.float32))
+    levels = (exact * 255.999).long().flatten(-2)
+    histogram = torch.zeros(*images.shape[:2], 256, dtype=torch.long, device=images.device)
+    histogram = histogram.scatter_add(-1, levels, torch.ones_like(levels[..., :1]).expand_as(levels))
+    below = histogram.cumsum(-1) - histogram
+    brightest = histogram.gather(-1, levels.amax(-1, keepdim=True))
+    step = (levels.shape[-1] - brightest) // 255
+    table = ((below + step // 2) // step.clamp(min=1)).clamp(max=255)
+    table = torch.where(step > 0, table, torch.arange(256, device=images.device))
+    return (table.to(images.dtype) / 255).gather(-1, levels).view_as(images)
+
+
+def posterize(images: Tensor, bits: Tensor) -> Tensor:
+    """Keep ``bits`` ``(N,)`` bits of each value. It has no gradient."""
+    levels = column(2**bits, images)
+    return (images * levels).floor().clamp(min=0).minimum(levels - 1) / levels
+
+
+def solarize(images: Tensor, threshold: Tensor) -> Tensor:
+    """Invert the values from a threshold ``(N,)`` upwards."""
+    return torch.where(images >= column(threshold, images), 1 - images, images)
+
+
+def step_matrix(operation: Tensor, level: Tensor, size: Sequence[int]) -> Tensor:
+    """The movement of one step, ``(N, 2, 3)`` from the new frame to the old; none for what is not geometric.
+
+    At level 10 an image is turned by 30 degrees, sheared by 0.3 or shifted by a third of its side, all
+    about its centre.
+
+    Args:
+        operation: ``(N,)`` indices into :data:`OPERATIONS`.
+        level: ``(N,)``, signed.
+        size: height and width of the frame, in pixels.
+    """
+    height, width = size
+
+    def amount(name: str, at_ten: float) -> Tensor:
+        return (at_ten / 10 * level).where(operation == OPERATIONS.index(name), 0)
+
+    shear = torch.stack([amount("shear_x", 0.3), amount("shear_y", 0.3)], -1).atan().rad2deg()
+    shift = torch.stack([amount("translate_x", width / 3), amount("translate_y", height / 3)], -1)
+    return invert(affine_matrix(amount("rotate", 30), torch.ones_like(level), shift, shear))
+
+
+def recolour(images: Tensor, operation: Tensor, level: Tensor) -> Tensor:
+    """Apply the photometric operation of one step to each image that has one.
+
+    At level 10 no bits are left of four, and everything is inverted.
+    """
+    bits = 4 - (0.4 * level.abs()).long()
+    threshold = (256 - (25.6 * level.abs()).floor()) / 255
+    images = apply_where(operation == OPERATIONS.index("autocontrast"), autocontrast, images)
+    images = apply_where(operation == OPERATIONS.index("equalize"), equalize, images)
+    images = apply_where(operation == OPERATIONS.index("posterize"), posterize, images, bits)
+    return apply_where(operation == OPERATIONS.index("solarize"), solarize, images, threshold)
+
+
+def run_chain(images: Tensor, operation: Tensor, level: Tensor, *, colours: bool) -> Tensor:
+    """Take each image through its chain; movements in a row are one resampling.
+
+    Args:
+        images: ``(N, C, H, W)``, or maps, which only move.
+        operation: ``(N, depth)``.
+        level: ``(N, depth)``.
+        colours: whether photometric operations act; they do not on maps.
+    """
+    size = images.shape[-2:]
+    level = level.to(torch.promote_types(images.dtype, torch.float32))
+    still = step_matrix(torch.full_like(operation[:, 0], NONE), level[:, 0], size)
+    matrix, moved = still, torch.zeros_like(operation[:, 0], dtype=torch.bool)
+
+    def settle(images: Tensor, chosen: Tensor) -> Tensor:
+        return apply_where(chosen, lambda some, back: resample(some, Warp(back)), images, matrix)
+
+    for kind, strength in zip(operation.unbind(-1), level.unbind(-1), strict=True):
+        coloured = (kind > NONE) & (kind < FIRST_GEOMETRIC)
+        images = settle(images, coloured & moved)
+        if colours:
+            images = recolour(images, kind, strength)
+        matrix = torch.where(coloured[:, None, None], still, matrix)
+        matrix = compose(matrix, step_matrix(kind, strength, size))
+        moved = (moved & ~coloured) | (kind >= FIRST_GEOMETRIC)
+    return settle(images, moved)
+
+
+class AugMix(Augmentation[AugMixParams]):
+    """Mix each image with ``width`` chains of random operations applied to it (arXiv 1912.02781).
+
+    Movements of a chain move the map of the chain, photometric operations do not; the maps of the chains are
+    mixed with the original's by the weights that mix the images. A pixel that any chain filled in is not
+    valid.
+
+    Args:
+        severity: strength of the operations, from 0.1 to 10.
+        width: number of chains.
+        depth: operations in a chain; -1 draws 1, 2 or 3 for each chain.
+        alpha: above 0; of the Dirichlet distribution of the chains' weights and of the Beta distribution of
+            their share against the original.
+    """
+
+    params_class = AugMixParams
+    unit_range = True
+    piecewise = True
+
+    def __init__(self, severity: float = 3.0, width: int = 3, depth: int = -1, alpha: float = 1.0) -> None:
+        super().__init__()
+        self.severity = check_number("severity", severity, 0.1, 10)
+        self.width = int(check_number("width", width, 1, 100))
+        if depth != -1:
+            check_number("depth", depth, 1, 100)
+        self.depth = int(depth)
+        self.alpha = check_number("alpha", alpha, 0, 1e6, above=True)
+
+    def _draw(self, draw: Draw) -> AugMixParams:
+        depth = 3 if self.depth == -1 else self.depth
+        shape = (self.width, depth)
+        operation = draw.integers(len(OPERATIONS), *shape)
+        if self.depth == -1:
+            last = draw.integers(3, self.width, 1)
+            operation = operation.where(torch.arange(depth, device=draw.device) <= last, NONE)
+        sign = 2 * draw.integers(2, *shape) - 1
+        return AugMixParams(
+            operation,
+            draw.uniform(0.1, self.severity, *shape) * sign,
+            draw.dirichlet(self.alpha, self.width),
+            draw.beta(self.alpha),
+        )
+
+    def _transform(self, images: Tensor, params: AugMixParams) -> Tensor:
+        check_channels(images)
+        return self._mix(images, params, colours=True).clamp(0, 1)  # the weights' sum may round to above 1
+
+    def _carry(self, maps: Tensor, params: AugMixParams, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+        # in the maps' own half precision the mask could not tell a part filled in from none
+        known = maps.to(torch.promote_types(maps.dtype, torch.float32))
+        real = torch.ones_like(known[:, :1])
+        if valid is not None:
+            known, real = known.where(valid, 0), real.where(valid, 0)
+        moved = self._mix(torch.cat([known, real], 1), params, colours=False)
+        return moved[:, :-1].to(maps.dtype), whole(moved[:, -1:])
+
+    def _mix(self, images: Tensor, params: AugMixParams, *, colours: bool) -> Tensor:
+        mixed = images * column(1 - params.mixed_weight, images)
+        weights = params.chain_weight * params.mixed_weight[:, None]
+        for operation, level, weight in zip(
+            params.operation.unbind(1), params.level.unbind(1), weights.unbind(1), strict=True
+        ):
+            chain = run_chain(images, operation, level, colours=colours)
+            mixed = torch.addcmul(mixed, chain, column(weight, images))
+        return mixed

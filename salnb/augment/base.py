@@ -1,0 +1,380 @@
+"""The contract of every augmentation: draw, apply, relabel, and find the way back."""
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Generic, Self, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from salnb._checks import check_images, is_traced
+
+
+class NotInvertibleError(RuntimeError):
+    """Raised by ``inverse`` of an augmentation that destroys or mixes what it is given."""
+
+
+@dataclass(frozen=True)
+class Params:
+    """What was drawn for one batch, to be saved and replayed: tensors whose first dimension is N."""
+
+    def __init_subclass__(cls) -> None:
+        """Make each kind of params a pytree, so that it passes through tracers as its tensors."""
+        pytree.register_pytree_node(
+            cls,
+            lambda params: ([getattr(params, field.name) for field in dataclasses.fields(params)], None),
+            lambda values, _: cls(*values),
+        )
+
+    def __len__(self) -> int:
+        """The number of samples."""
+        return len(self.first)
+
+    def __getitem__(self, some: slice) -> Self:
+        """The params of some of the samples."""
+        return pytree.tree_map(lambda tensor: tensor[some], self)
+
+    @property
+    def first(self) -> Tensor:
+        """The first tensor of the draw, which stands for all in questions of length and device."""
+        return getattr(self, dataclasses.fields(self)[0].name)
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same draw on another device."""
+        return pytree.tree_map(lambda tensor: tensor.to(device), self)
+
+
+P = TypeVar("P", bound=Params)
+
+
+class Draw:
+    """Draws for each image of a batch, in float32 or better, and hands the numbers out on the images' device.
+
+    Args:
+        images: ``(N, C, H, W)``; only their shape, dtype and device are read.
+        generator: where the numbers come from; None is torch's global generator of the images' device.
+    """
+
+    def __init__(self, images: Tensor, generator: torch.Generator | None) -> None:
+        self.samples = len(images)
+        self.size = images.shape[-2:]
+        self.generator = generator
+        self.device = images.device
+        self.source = images.device if generator is None else generator.device
+        self.dtype = torch.promote_types(images.dtype, torch.float32)
+
+    def uniform(self, low: float, high: float, *shape: int) -> Tensor:
+        """``(N, *shape)`` numbers from [low, high)."""
+        unit = torch.rand(
+            self.samples, *shape, device=self.source, dtype=self.dtype, generator=self.generator
+        )
+        return (low + (high - low) * unit).to(self.device)
+
+    def chance(self, p: float) -> Tensor:
+        """``(N,)`` booleans, each true with probability p."""
+        return self.uniform(0, 1) < p
+
+    def integers(self, count: int | Tensor, *shape: int) -> Tensor:
+        """``(N, *shape)`` whole numbers from 0 to count - 1; count may differ among the samples."""
+        scaled = (self.uniform(0, 1, *shape) * count).long()
+        return scaled.clamp(max=count - 1)  # rounding in float32 may reach count itself
+
+    def dirichlet(self, alpha: float, *shape: int) -> Tensor:
+        """``(N, *shape)`` weights from Dirichlet(alpha, ..., alpha), which sum to 1 in the last dimension."""
+        concentration = torch.full((self.samples, *shape), alpha, device=self.source, dtype=self.dtype)
+        return torch._sample_dirichlet(concentration, generator=self.generator).to(self.device)
+
+    def beta(self, alpha: float) -> Tensor:
+        """``(N,)`` numbers from Beta(alpha, alpha)."""
+        return self.dirichlet(alpha, 2)[:, 0]
+
+    def partners(self) -> Tensor:
+        """``(N,)`` indices: each sample's partner, never itself, each sample partner of exactly one other."""
+        order = torch.randperm(self.samples, device=self.source, generator=self.generator).to(self.device)
+        return torch.empty_like(order).scatter(0, order, order.roll(1))
+
+
+def apply_where(chosen: Tensor, kernel: Callable[..., Tensor], images: Tensor, *per_sample: Tensor) -> Tensor:
+    """Apply a kernel to the chosen samples and leave the others as they are.
+
+    On a CPU only the chosen samples are computed. Where that would make the host wait for the device, or
+    where the choice is not known because the call is being traced, all are computed and the chosen ones kept.
+
+    Args:
+        chosen: ``(N,)`` booleans.
+        kernel: a function of images ``(M, C, H, W)`` and of the per-sample tensors that keeps the shape.
+        images: ``(N, C, H, W)``.
+        *per_sample: tensors of first dimension N.
+    """
+    if is_traced(images) or images.device.type != "cpu":
+        return torch.where(chosen[:, None, None, None], kernel(images, *per_sample), images)
+    index = chosen.nonzero()[:, 0]
+    if len(index) == len(images):
+        return kernel(images, *per_sample)
+    result = images.clone()
+    if len(index):
+        result[index] = kernel(images[index], *(values[index] for values in per_sample))
+    return result
+
+
+# numbers that a core's cache holds along with the intermediate results of a few steps
+PIECE = 2**20
+
+
+def in_pieces(function: Callable[..., Any], samples: Tensor, params: P) -> Any:
+    """Call a function that treats each sample on its own with one piece of the batch after another.
+
+    On a CPU a large batch takes several times as long as its arithmetic where there are many steps: every
+    intermediate result goes through memory that the system first has to hand out page by page. Pieces that
+    stay in the cache avoid that.
+
+    Args:
+        function: of samples and their params, to a tensor or a tuple of tensors of as many samples.
+        samples: ``(N, ...)``.
+        params: of N samples.
+    """
+    length = max(1, PIECE * len(samples) // samples.numel())
+    if length >= len(samples) or is_traced(samples) or samples.device.type != "cpu":
+        return function(samples, params)
+    pieces = [slice(start, start + length) for start in range(0, len(samples), length)]
+    results = [function(samples[piece], params[piece]) for piece in pieces]
+    if isinstance(results[0], Tensor):
+        return torch.cat(results)
+    return tuple(torch.cat(parts) for parts in zip(*results, strict=True))
+
+
+def column(values: Tensor, images: Tensor) -> Tensor:
+    """Per-sample values ``(N,)`` in the images' dtype, shaped to act on ``(N, C, H, W)``."""
+    return values.to(images.dtype)[:, None, None, None]
+
+
+def everywhere(maps: Tensor) -> Tensor:
+    """A mask ``(N, 1, H, W)`` that is true at every pixel of the maps."""
+    return torch.ones_like(maps[:, :1], dtype=torch.bool)
+
+
+@dataclass
+class Batch:
+    """An augmented batch, with what is needed to bring saliency maps together.
+
+    Attributes:
+        images: ``(N, C, H, W)``, augmented.
+        targets: ``(N,)`` labels, ``(N, K)`` weights, or None where no target was given.
+        params: what was drawn.
+        augmentation: what was applied.
+    """
+
+    images: Tensor
+    targets: Tensor | None
+    params: Any
+    augmentation: "Augmentation"
+
+    def align(self, maps: Tensor, new_maps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Both maps in one frame and where they may be compared; see :meth:`Augmentation.align`."""
+        if maps.shape[-2:] != self.images.shape[-2:]:
+            raise ValueError(
+                f"maps must have the images' size {tuple(self.images.shape[-2:])}, "
+                f"got {tuple(maps.shape[-2:])}"
+            )
+        return self.augmentation.align(maps, new_maps, self.params)
+
+
+class Augmentation(nn.Module, Generic[P]):
+    """One augmentation of a batch of images, with its effect on labels and on saliency maps.
+
+    A subclass draws in ``_draw``, changes images in ``_transform`` and maps in ``_carry``; one that can be
+    undone overrides ``inverse`` and sets ``invertible``. There is no state: what a call did is in its params.
+
+    Attributes:
+        params_class: the kind of params that it draws.
+        invertible: whether ``inverse`` has a way back.
+        unit_range: whether images must lie in [0, 1].
+        least_samples: how many images it needs.
+        piecewise: whether it takes enough passes over its images to be worth doing in pieces.
+    """
+
+    params_class: ClassVar[type[Params]]
+    invertible: bool = False
+    unit_range: bool = False
+    least_samples: int = 1
+    piecewise: bool = False
+
+    def make_params(self, images: Tensor, generator: torch.Generator | None = None) -> P:
+        """Draw for each image of the batch.
+
+        Args:
+            images: ``(N, C, H, W)``; only their shape, dtype and device are read.
+            generator: the source of randomness; None is torch's global one.
+
+        Raises:
+            ValueError: too few images for an augmentation that mixes them.
+        """
+        check_images(images)
+        if len(images) < self.least_samples:
+            raise ValueError(
+                f"{self._get_name()} mixes images and needs at least {self.least_samples}, got {len(images)}"
+            )
+        return self._draw(Draw(images, generator))
+
+    def images(self, images: Tensor, params: P) -> Tensor:
+        """The augmented images: same shape, dtype and device, and differentiable where the operation is."""
+        check_images(images, unit_range=self.unit_range)
+        self._check_params(images, params, "images")
+        return (
+            in_pieces(self._transform, images, params) if self.piecewise else self._transform(images, params)
+        )
+
+    def targets(self, target: Tensor, params: P, num_classes: int | None = None) -> Tensor:
+        """The labels of the augmented images.
+
+        Args:
+            target: ``(N,)`` integer labels or ``(N, K)`` class weights.
+            params: what was drawn.
+            num_classes: K; needed only where labels are mixed and given as integers.
+
+        Returns:
+            The target itself, or ``(N, K)`` weights where images are mixed.
+        """
+        self._check_params(target, params, "target")
+        return target
+
+    def carry(self, maps: Tensor, params: P, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Push maps of the original images forward: the maps expected of the augmented images.
+
+        Args:
+            maps: ``(N, 1, H, W)``, of the originals.
+            params: what was drawn.
+            valid: ``(N, 1, H, W)`` booleans, where the maps hold at all; None is everywhere.
+
+        Returns:
+            The maps in the new frame, and where in it they hold.
+        """
+        check_images(maps, name="maps")
+        self._check_params(maps, params, "maps")
+        carried, valid = self._carry(maps, params, valid)
+        return carried, everywhere(carried) if valid is None else valid
+
+    def inverse(self, new_maps: Tensor, params: P) -> tuple[Tensor, Tensor]:
+        """Pull maps of the augmented images back into the originals' frame.
+
+        Args:
+            new_maps: ``(N, 1, H, W)``, of the augmented images.
+            params: what was drawn.
+
+        Returns:
+            The maps in the originals' frame and ``valid``, ``(N, 1, H, W)``: false wherever the pixel had
+            left the frame or would be read from filled-in pixels.
+
+        Raises:
+            NotInvertibleError: there is no way back.
+        """
+        raise NotInvertibleError(
+            f"{self._get_name()} has no inverse: use align(maps, new_maps, params), which carries the "
+            "originals' maps forward with the same operation"
+        )
+
+    def align(self, maps: Tensor, new_maps: Tensor, params: P) -> tuple[Tensor, Tensor, Tensor]:
+        """Bring the maps of the originals and of the augmented images into one frame.
+
+        In the originals' frame (the new map pulled back) where an inverse exists, else in the new frame (the
+        originals' map pushed forward). See the paper's Section 3.1 and eq. 7.
+
+        Args:
+            maps: ``(N, 1, H, W)``, of the originals.
+            new_maps: the same shape, of the augmented images.
+            params: what was drawn.
+
+        Returns:
+            The two maps, and ``valid`` ``(N, 1, H, W)``: where they may be compared.
+        """
+        if maps.shape != new_maps.shape:
+            raise ValueError(
+                f"maps and new_maps must have one shape, got {tuple(maps.shape)} and {tuple(new_maps.shape)}"
+            )
+        if self.invertible:
+            pulled, valid = self.inverse(new_maps, params)
+            return maps, pulled, valid
+        expected, valid = self.carry(maps, params)
+        return expected, new_maps, valid
+
+    def forward(
+        self,
+        images: Tensor,
+        target: Tensor | None = None,
+        *,
+        num_classes: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Batch:
+        """Draw, and apply to images and labels.
+
+        Args:
+            images: ``(N, C, H, W)``.
+            target: ``(N,)`` integer labels or ``(N, K)`` class weights, or None.
+            num_classes: K; needed only where labels are mixed and given as integers.
+            generator: the source of randomness; None is torch's global one.
+        """
+        params = self.make_params(images, generator)
+        labels = None if target is None else self.targets(target, params, num_classes)
+        return Batch(self.images(images, params), labels, params, self)
+
+    def extra_repr(self) -> str:
+        """The constructor's arguments as they are in force."""
+        arguments = inspect.signature(type(self)).parameters.values()
+        names = [argument.name for argument in arguments if argument.kind is argument.POSITIONAL_OR_KEYWORD]
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+
+    def _draw(self, draw: Draw) -> P:
+        raise NotImplementedError
+
+    def _transform(self, images: Tensor, params: P) -> Tensor:
+        raise NotImplementedError
+
+    def _carry(self, maps: Tensor, params: P, valid: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        raise NotImplementedError
+
+    def _check_params(self, samples: Tensor, params: P, name: str) -> None:
+        if not isinstance(params, self.params_class):
+            raise TypeError(
+                f"params of {self._get_name()} must be {self.params_class.__name__}, "
+                f"got {type(params).__name__}"
+            )
+        if len(params) != len(samples):
+            raise ValueError(f"params were drawn for {len(params)} samples, but {name} has {len(samples)}")
+        if params.first.device != samples.device:
+            raise ValueError(
+                f"params are on {params.first.device}, but {name} on {samples.device}: use params.to(device)"
+            )
+
+
+def check_probability(name: str, value: float) -> float:
+    """The value, if it lies in [0, 1]."""
+    return check_number(name, value, 0, 1)
+
+
+def check_number(name: str, value: float, low: float, high: float, *, above: bool = False) -> float:
+    """The value as a float, if it lies in [low, high], or in (low, high] with ``above``.
+
+    Raises:
+        ValueError: naming the argument, the value and what is allowed.
+    """
+    if not (low < value if above else low <= value) or not value <= high:
+        interval = f"{'(' if above else '['}{low:g}, {high:g}]"
+        raise ValueError(f"{name} must lie in {interval}, got {value!r}")
+    return float(value)
+
+
+def check_range(
+    name: str, value: float | tuple[float, float], low: float, high: float, *, above: bool = False
+) -> tuple[float, float]:
+    """The pair as floats, if both ends lie between low and high and are in order.
+
+    A single number x means from -x to x.
+    """
+    pair = (-value, value) if isinstance(value, int | float) else tuple(value)
+    if len(pair) != 2 or pair[0] > pair[1]:
+        raise ValueError(f"{name} must be a pair (from, to) in this order, got {value!r}")
+    first, last = (check_number(name, end, low, high, above=above) for end in pair)
+    return first, last

@@ -1,0 +1,301 @@
+"""Augmentations that move pixels and the saliency map with them: flips, affine ones, crops (Section 3.1)."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import reduce
+
+import torch
+from torch import Tensor
+
+from salnb._checks import check_images
+from salnb.augment.base import (
+    Augmentation,
+    Draw,
+    P,
+    Params,
+    check_number,
+    check_probability,
+    check_range,
+    everywhere,
+    in_pieces,
+)
+from salnb.augment.warp import Warp, affine_matrix, flip, invert, merge, pull, push, resample
+
+
+@dataclass(frozen=True)
+class FlipParams(Params):
+    """Which images are flipped: ``(N,)`` booleans."""
+
+    flipped: Tensor
+
+
+@dataclass(frozen=True)
+class AffineParams(Params):
+    """An affine movement of each image about its centre.
+
+    Attributes:
+        angle: ``(N,)`` degrees, positive counter-clockwise.
+        scale: ``(N,)``, above 1 enlarges.
+        translate: ``(N, 2)``, to the right and down, as fractions of width and height.
+        shear: ``(N, 2)`` degrees along x and y.
+    """
+
+    angle: Tensor
+    scale: Tensor
+    translate: Tensor
+    shear: Tensor
+
+
+@dataclass(frozen=True)
+class CropParams(Params):
+    """The box cut out of each image: ``(N, 4)`` integers, top, left, height and width in pixels."""
+
+    box: Tensor
+
+
+class Geometric(Augmentation[P]):
+    """An augmentation that moves pixels and can be undone wherever they stayed in the frame."""
+
+    invertible = True
+
+    def warp(self, params: P, size: Sequence[int], dtype: torch.dtype) -> Warp:
+        """The movement as a warp of a frame of that height and width, computed in the given dtype."""
+        raise NotImplementedError
+
+    def inverse(self, new_maps: Tensor, params: P) -> tuple[Tensor, Tensor]:
+        """Pull maps of the moved images back; see :meth:`Augmentation.inverse`."""
+        check_images(new_maps, name="new_maps")
+        self._check_params(new_maps, params, "new_maps")
+        return in_pieces(lambda some, drawn: pull_back(some, [[(self, drawn)]]), new_maps, params)
+
+    def _transform(self, images: Tensor, params: P) -> Tensor:
+        return move(images, [(self, params)])
+
+    def _carry(self, maps: Tensor, params: P, valid: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return push_forward(maps, [(self, params)], valid)
+
+
+Step = tuple[Geometric, Params]
+
+
+def move(images: Tensor, steps: Sequence[Step]) -> Tensor:
+    """Take images through steps in a row: flips alone exactly, all else with one resampling.
+
+    Args:
+        images: ``(N, C, H, W)``.
+        steps: first to last, each with its params.
+    """
+    if _all_flips(steps):
+        return _flip_all(images, steps)
+    return resample(images, _merged(steps, images))
+
+
+def push_forward(maps: Tensor, steps: Sequence[Step], valid: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Take maps through steps in a row as :func:`move` does; and where they hold (None: everywhere)."""
+    if _all_flips(steps):
+        moved = valid if valid is None else _flip_all(valid, steps)
+        return _flip_all(maps, steps), moved
+    return push(maps, _merged(steps, maps), valid)
+
+
+def pull_back(new_maps: Tensor, groups: Sequence[Sequence[Step]]) -> tuple[Tensor, Tensor]:
+    """Undo steps with one resampling, or none where all are flips.
+
+    Args:
+        new_maps: ``(N, 1, H, W)``.
+        groups: the steps as the images went through them, one group for each resampling.
+
+    Returns:
+        The maps in the first frame, and where they hold.
+    """
+    steps = [step for group in groups for step in group]
+    if _all_flips(steps):
+        return _flip_all(new_maps, steps[::-1]), everywhere(new_maps)
+    return pull(new_maps, [_merged(group, new_maps) for group in groups])
+
+
+def _all_flips(steps: Sequence[Step]) -> bool:
+    return all(isinstance(step, _Flip) for step, _ in steps)
+
+
+def _flip_all(images: Tensor, steps: Sequence[Step]) -> Tensor:
+    for step, params in steps:
+        images = flip(images, params.flipped, step.dim)  # type: ignore[attr-defined, arg-type]
+    return images
+
+
+def _merged(steps: Sequence[Step], images: Tensor) -> Warp:
+    dtype = torch.promote_types(images.dtype, torch.float32)
+    return reduce(merge, [step.warp(params, images.shape[-2:], dtype) for step, params in steps])
+
+
+class _Flip(Geometric[FlipParams]):
+    """Flip each image with probability p."""
+
+    params_class = FlipParams
+    dim: int
+
+    def __init__(self, p: float = 0.5) -> None:
+        super().__init__()
+        self.p = check_probability("p", p)
+
+    def _draw(self, draw: Draw) -> FlipParams:
+        return FlipParams(draw.chance(self.p))
+
+    def warp(self, params: FlipParams, size: Sequence[int], dtype: torch.dtype) -> Warp:
+        """See :meth:`Geometric.warp`."""
+        sign = 1 - 2 * params.flipped.to(dtype)
+        one, zero = torch.ones_like(sign), torch.zeros_like(sign)
+        across, down = (sign, one) if self.dim == -1 else (one, sign)
+        rows = [torch.stack([across, zero, zero], -1), torch.stack([zero, down, zero], -1)]
+        return Warp(torch.stack(rows, 1))
+
+
+class HorizontalFlip(_Flip):
+    """Exchange left and right of each image with probability p. Exact, on images and maps.
+
+    Args:
+        p: in [0, 1].
+    """
+
+    dim = -1
+
+
+class VerticalFlip(_Flip):
+    """Exchange top and bottom of each image with probability p. Exact, on images and maps.
+
+    Args:
+        p: in [0, 1].
+    """
+
+    dim = -2
+
+
+class _Affine(Geometric[AffineParams]):
+    """What rescaling, rotation and the general affine movement share; the ranges default to no movement."""
+
+    params_class = AffineParams
+    degrees: tuple[float, float] = (0.0, 0.0)
+    translate: tuple[float, float] = (0.0, 0.0)
+    scale: tuple[float, float] = (1.0, 1.0)
+    shear: tuple[float, float] = (0.0, 0.0)
+
+    def _draw(self, draw: Draw) -> AffineParams:
+        across, down = self.translate
+        return AffineParams(
+            angle=draw.uniform(*self.degrees),
+            scale=draw.uniform(*self.scale),
+            translate=torch.stack([draw.uniform(-across, across), draw.uniform(-down, down)], -1),
+            shear=draw.uniform(*self.shear, 2),
+        )
+
+    def warp(self, params: AffineParams, size: Sequence[int], dtype: torch.dtype) -> Warp:
+        """See :meth:`Geometric.warp`."""
+        height, width = size
+        shift = torch.stack([params.translate[:, 0] * width, params.translate[:, 1] * height], -1)
+        parts = (params.angle, params.scale, shift, params.shear)
+        return Warp(invert(affine_matrix(*(part.to(dtype) for part in parts))))
+
+
+class Rescale(_Affine):
+    """Enlarge or shrink each image about its centre; the frame keeps its size.
+
+    Args:
+        scale: range of the factor; above 1 enlarges.
+    """
+
+    def __init__(self, scale: tuple[float, float] = (0.8, 1.2)) -> None:
+        super().__init__()
+        self.scale = check_range("scale", scale, 0, math.inf, above=True)
+
+
+class Rotation(_Affine):
+    """Turn each image about its centre.
+
+    Args:
+        degrees: range of the angle, positive counter-clockwise; one number d means from -d to d.
+    """
+
+    def __init__(self, degrees: float | tuple[float, float] = 30.0) -> None:
+        super().__init__()
+        self.degrees = check_range("degrees", degrees, -360, 360)
+
+
+class Affine(_Affine):
+    """Shear, rescale and turn each image about its centre, then shift it.
+
+    Args:
+        degrees: range of the angle, positive counter-clockwise; one number d means from -d to d.
+        translate: largest shift across and down, as fractions of width and height.
+        scale: range of the factor; above 1 enlarges.
+        shear: range of the shear angle in degrees, drawn along x and along y; one number s means
+            from -s to s.
+    """
+
+    def __init__(
+        self,
+        degrees: float | tuple[float, float] = 30.0,
+        translate: tuple[float, float] = (0.1, 0.1),
+        scale: tuple[float, float] = (0.8, 1.2),
+        shear: float | tuple[float, float] = 10.0,
+    ) -> None:
+        super().__init__()
+        self.degrees = check_range("degrees", degrees, -360, 360)
+        across, down = translate
+        self.translate = (check_number("translate", across, 0, 1), check_number("translate", down, 0, 1))
+        self.scale = check_range("scale", scale, 0, math.inf, above=True)
+        # two shears of 45 degrees in one direction would flatten the image
+        self.shear = check_range("shear", shear, -44, 44)
+
+
+class ResizedCrop(Geometric[CropParams]):
+    """Cut a random box out of each image and resize it to the image's size, as Inception did.
+
+    The saliency map of the crop is brought back to where the box was; the rest of the frame is not valid.
+
+    Args:
+        scale: range of the box's area, as a fraction of the image's.
+        ratio: range of its width over its height, drawn evenly in the logarithm.
+    """
+
+    params_class = CropParams
+    attempts = 10
+
+    def __init__(
+        self, scale: tuple[float, float] = (0.2, 1.0), ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    ) -> None:
+        super().__init__()
+        self.scale = check_range("scale", scale, 0, 1, above=True)
+        self.ratio = check_range("ratio", ratio, 0, math.inf, above=True)
+
+    def _draw(self, draw: Draw) -> CropParams:
+        high, wide = draw.size
+        area = draw.uniform(*self.scale, self.attempts) * (high * wide)
+        ratio = draw.uniform(math.log(self.ratio[0]), math.log(self.ratio[1]), self.attempts).exp()
+        sides = torch.stack([(area / ratio).sqrt(), (area * ratio).sqrt()], -1).round().long()
+        fits = ((sides > 0) & (sides <= sides.new_tensor(draw.size))).all(-1)
+        # the first attempt that fits; where none does, the largest central box of an allowed ratio
+        first = sides[torch.arange(len(sides), device=sides.device), fits.byte().argmax(-1)]
+        limited = min(max(wide / high, self.ratio[0]), self.ratio[1])
+        largest = (max(1, min(high, round(wide / limited))), max(1, min(wide, round(high * limited))))
+        found = fits.any(-1)
+        height, width = (
+            torch.where(found, first[:, axis], first.new_tensor(largest[axis])) for axis in (0, 1)
+        )
+        top = torch.where(found, draw.integers(high - height + 1), (high - height) // 2)
+        left = torch.where(found, draw.integers(wide - width + 1), (wide - width) // 2)
+        return CropParams(torch.stack([top, left, height, width], -1))
+
+    def warp(self, params: CropParams, size: Sequence[int], dtype: torch.dtype) -> Warp:
+        """See :meth:`Geometric.warp`."""
+        height, width = size
+        top, left, tall, wide = params.box.to(dtype).unbind(-1)
+        middle = torch.stack([left + (wide - width) / 2, top + (tall - height) / 2], -1)
+        shrink, none = torch.stack([wide / width, tall / height], -1), torch.zeros_like(wide)
+        rows = [
+            torch.stack([shrink[:, 0], none, middle[:, 0]], -1),
+            torch.stack([none, shrink[:, 1], middle[:, 1]], -1),
+        ]
+        reach = (torch.stack([wide, tall], -1) - 1) / 2
+        return Warp(torch.stack(rows, 1), torch.stack([middle - reach, middle + reach], -1))

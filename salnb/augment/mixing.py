@@ -1,0 +1,200 @@
+"""Augmentations that cut and mix: without an inverse, so the originals' maps go forward (Section 3.1)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from salnb._checks import is_traced
+from salnb.augment.base import Augmentation, Draw, Params, check_number
+
+
+@dataclass(frozen=True)
+class CutOutParams(Params):
+    """The box blanked in each image: ``(N, 4)`` integers, top, left, bottom, right (both excluded)."""
+
+    box: Tensor
+
+
+@dataclass(frozen=True)
+class MixUpParams(Params):
+    """Whom each image is mixed with, and how much of itself it keeps.
+
+    Attributes:
+        partner: ``(N,)`` indices into the batch.
+        weight: ``(N,)`` in [0, 1], of the image itself.
+    """
+
+    partner: Tensor
+    weight: Tensor
+
+
+@dataclass(frozen=True)
+class CutMixParams(MixUpParams):
+    """What each image gets from its partner; ``weight`` is the fraction of the pixels that remain its own.
+
+    Attributes:
+        box: ``(N, 4)`` integers, top, left, bottom and right of the part taken from the partner.
+    """
+
+    box: Tensor
+
+
+M = TypeVar("M", bound=MixUpParams)
+
+
+def clipped_box(centre: Tensor, sides: Tensor, size: Sequence[int]) -> Tensor:
+    """Boxes ``(N, 4)`` of given sides about given centres, as far as they lie in the frame.
+
+    Args:
+        centre: ``(N, 2)`` integers, row and column.
+        sides: ``(N, 2)`` integers, height and width.
+        size: height and width of the frame, in pixels.
+
+    Returns:
+        Top, left, bottom and right, the last two excluded.
+    """
+    start = centre - sides // 2
+    edges = torch.cat([start, start + sides], -1)
+    return torch.stack(
+        [edge.clamp(0, limit) for edge, limit in zip(edges.unbind(-1), tuple(size) * 2, strict=True)], -1
+    )
+
+
+def inside(box: Tensor, size: Sequence[int]) -> Tensor:
+    """A mask ``(N, 1, H, W)`` that is true inside each box ``(N, 4)``."""
+    top, left, bottom, right = box[:, :, None].unbind(1)
+    row, col = (torch.arange(length, device=box.device) for length in size)
+    rows = (row >= top) & (row < bottom)
+    columns = (col >= left) & (col < right)
+    return (rows[:, :, None] & columns[:, None])[:, None]
+
+
+def mix(samples: Tensor, partner: Tensor, weight: Tensor) -> Tensor:
+    """``weight * own + (1 - weight) * partner's`` for each sample of a tensor ``(N, ...)``."""
+    weight = weight.to(samples.dtype).reshape(-1, *[1] * (samples.ndim - 1))
+    return torch.lerp(samples[partner], samples, weight)
+
+
+def class_weights(target: Tensor, num_classes: int | None, dtype: torch.dtype) -> Tensor:
+    """Class weights ``(N, K)``: the target itself if it has them, else one-hot rows of its labels ``(N,)``.
+
+    Raises:
+        TypeError: labels that are no integers.
+        ValueError: no number of classes to make weights of, or labels or weights that do not agree
+            with it.
+    """
+    if target.ndim == 2 and target.is_floating_point():
+        if num_classes not in (None, target.shape[1]):
+            raise ValueError(f"target has {target.shape[1]} class weights, but num_classes is {num_classes}")
+        return target
+    if target.ndim != 1 or target.is_floating_point() or target.is_complex():
+        raise TypeError(
+            "target must be integer labels (N,) or floating point class weights (N, K), "
+            f"got {target.dtype} of shape {tuple(target.shape)}"
+        )
+    if num_classes is None:
+        raise ValueError("num_classes must be given where integer labels are mixed, got None")
+    if not is_traced(target):
+        low, high = (value.item() for value in target.aminmax())
+        if low < 0 or high >= num_classes:
+            raise ValueError(f"target must hold labels from 0 to {num_classes - 1}, got {low} to {high}")
+    return (target[:, None] == torch.arange(num_classes, device=target.device)).to(dtype)
+
+
+class CutOut(Augmentation[CutOutParams]):
+    """Blank a box at a random place of each image, clipped where it leaves the frame (arXiv 1708.04552).
+
+    The maps are blanked likewise, and the box is not valid: nothing of the original is seen there.
+
+    Args:
+        size: the box's height and width, as a fraction of the image's.
+    """
+
+    params_class = CutOutParams
+
+    def __init__(self, size: float = 0.5) -> None:
+        super().__init__()
+        self.size = check_number("size", size, 0, 1, above=True)
+
+    def _draw(self, draw: Draw) -> CutOutParams:
+        centre = torch.stack([draw.integers(length) for length in draw.size], -1)
+        sides = torch.tensor([round(self.size * length) for length in draw.size], device=draw.device)
+        return CutOutParams(clipped_box(centre, sides.expand_as(centre), draw.size))
+
+    def _transform(self, images: Tensor, params: CutOutParams) -> Tensor:
+        return images.masked_fill(inside(params.box, images.shape[-2:]), 0)
+
+    def _carry(self, maps: Tensor, params: CutOutParams, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+        hole = inside(params.box, maps.shape[-2:])
+        return maps.masked_fill(hole, 0), ~hole if valid is None else valid & ~hole
+
+
+class _Mixing(Augmentation[M]):
+    """What mixes each image with a partner from the batch, and its labels too."""
+
+    least_samples = 2
+
+    def __init__(self, alpha: float = 1.0) -> None:
+        super().__init__()
+        self.alpha = check_number("alpha", alpha, 0, 1e6, above=True)
+
+    def targets(self, target: Tensor, params: M, num_classes: int | None = None) -> Tensor:
+        """Class weights ``(N, K)``, mixed as the images are; see :meth:`Augmentation.targets`."""
+        self._check_params(target, params, "target")
+        own = class_weights(target, num_classes, params.weight.dtype)
+        return mix(own, params.partner, params.weight)
+
+
+class MixUp(_Mixing[MixUpParams]):
+    """Mix each image with a partner by a weight from Beta(alpha, alpha) (arXiv 1710.09412).
+
+    The maps of the originals are mixed by the same weight.
+
+    Args:
+        alpha: above 0; the larger, the nearer the weights are to one half.
+    """
+
+    params_class = MixUpParams
+
+    def _draw(self, draw: Draw) -> MixUpParams:
+        return MixUpParams(draw.partners(), draw.beta(self.alpha))
+
+    def _transform(self, images: Tensor, params: MixUpParams) -> Tensor:
+        return mix(images, params.partner, params.weight)
+
+    def _carry(self, maps: Tensor, params: MixUpParams, valid: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        both = None if valid is None else valid & valid[params.partner]
+        return mix(maps, params.partner, params.weight), both
+
+
+class CutMix(_Mixing[CutMixParams]):
+    """Replace a box of each image by the same box of a partner (arXiv 1905.04899).
+
+    The box has a share of the area drawn from Beta(alpha, alpha) before it is clipped at the frame; the
+    labels are weighted by the real area. The maps of the originals are put together in the same way.
+
+    Args:
+        alpha: above 0; the larger, the nearer the shares are to one half.
+    """
+
+    params_class = CutMixParams
+
+    def _draw(self, draw: Draw) -> CutMixParams:
+        side = (1 - draw.beta(self.alpha)).sqrt()
+        sides = torch.stack([2 * (side * (length / 2)).long() for length in draw.size], -1)
+        centre = torch.stack([draw.integers(length) for length in draw.size], -1)
+        box = clipped_box(centre, sides, draw.size)
+        taken = (box[:, 2:] - box[:, :2]).prod(-1).to(draw.dtype)
+        return CutMixParams(draw.partners(), 1 - taken / (draw.size[0] * draw.size[1]), box)
+
+    def _transform(self, images: Tensor, params: CutMixParams) -> Tensor:
+        return torch.where(inside(params.box, images.shape[-2:]), images[params.partner], images)
+
+    def _carry(
+        self, maps: Tensor, params: CutMixParams, valid: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        both = None if valid is None else self._transform(valid, params)
+        return self._transform(maps, params), both

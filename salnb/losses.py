@@ -1,0 +1,272 @@
+"""The three losses of Section 3.2 (equations 5, 6 and 7) as plain functions of tensors.
+
+Nothing here knows about models, augmentations or batches of originals and transformed images;
+:class:`salnb.Objective` prepares the arguments and adds the three up (equation 8).
+
+Every function has finite gradients wherever its arguments are finite, and consists of tensor operations only
+(no ``.item()``, no branch on values), so that ``make_fx`` and ``torch.compile`` see all of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+T = TypeVar("T")
+
+__all__ = ["DISTANCES", "NORMALIZATIONS", "class_loss", "invariance_loss", "normalize_maps", "saliency_loss"]
+
+NORMALIZATIONS = frozenset({"max", "sum", "l2", "zscore", "none"})
+"""How :func:`normalize_maps` can put each map on a scale of its own."""
+
+DISTANCES = frozenset({"mse", "l1", "cosine"})
+"""How :func:`saliency_loss` can compare two normalised maps."""
+
+_LABEL_TYPES = frozenset({torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64})
+
+# The smallest standard deviation that "zscore" divides by, as a share of the map's largest absolute value.
+# What is flatter is noise: a map constant up to rounding, divided by its deviation, has gradients of 1e8.
+_FLAT = 1e-3
+
+FEATURE_DISTANCES = frozenset({"l1", "l2"})
+"""How :func:`invariance_loss` can compare the activations of a layer."""
+
+
+def class_loss(logits: Tensor, target: Tensor) -> Tensor:
+    """Mean cross-entropy of the class strategy, equation 5.
+
+    The paper adds the losses of original and transformed image: call this once on both, one behind the other.
+
+    Args:
+        logits: Class scores, ``(N, K)``.
+        target: Labels ``(N,)`` of an integer type, or weights of the classes ``(N, K)`` for mixed images.
+
+    Returns:
+        A scalar.
+
+    Raises:
+        ValueError: If the shapes do not belong together.
+
+    Example:
+        >>> import torch
+        >>> from salnb.losses import class_loss
+        >>> class_loss(torch.zeros(4, 10), torch.tensor([0, 1, 2, 3]))
+        tensor(2.3026)
+    """
+    if logits.ndim != 2:
+        raise ValueError(f"logits must be (N, K), got {tuple(logits.shape)}")
+    logits = _at_least_float32(logits)
+    if target.shape == logits.shape:
+        return F.cross_entropy(logits, target.to(logits.dtype))
+    if target.shape == logits.shape[:1] and target.dtype in _LABEL_TYPES:
+        return F.cross_entropy(logits, target.long())
+    raise ValueError(
+        f"target must be integer labels (N,) or weights (N, K) for logits {tuple(logits.shape)}, "
+        f"got {tuple(target.shape)} of {target.dtype}"
+    )
+
+
+def invariance_loss(
+    features: Mapping[str, Tensor] | Sequence[Tensor],
+    new_features: Mapping[str, Tensor] | Sequence[Tensor],
+    *,
+    distance: str = "l2",
+    weights: Mapping[str, float] | Sequence[float] | None = None,
+) -> Tensor:
+    """Distance between the activations of original and transformed images, equation 6.
+
+    The distance of a layer is the **mean** over its elements, of absolute differences (``"l1"``) or squared
+    ones (``"l2"``). The paper leaves the scale open; a sum would let the layer with the most units outweigh
+    the others by orders of magnitude. The layers are summed, as in the paper.
+
+    Args:
+        features: Activations of the originals, one tensor ``(N, ...)`` per layer, by name or in order.
+        new_features: Those of the transformed images, under the same names or in the same order.
+        distance: ``"l1"`` or ``"l2"``.
+        weights: Factor of each layer, by name or in order; ``None`` counts every layer once.
+
+    Returns:
+        A scalar.
+
+    Raises:
+        ValueError: If there is no layer, layers or shapes do not correspond, or ``distance`` is unknown.
+
+    Example:
+        >>> import torch
+        >>> from salnb.losses import invariance_loss
+        >>> old, new = {"conv": torch.zeros(2, 3, 4, 4)}, {"conv": torch.full((2, 3, 4, 4), 2.0)}
+        >>> invariance_loss(old, new), invariance_loss(old, new, distance="l1")
+        (tensor(4.), tensor(2.))
+    """
+    _known("distance", distance, FEATURE_DISTANCES)
+    layers = _by_name("features", features)
+    new_layers = _by_name("new_features", new_features)
+    factors = dict.fromkeys(layers, 1.0) if weights is None else _by_name("weights", weights)
+    if not layers:
+        raise ValueError("features must hold at least one layer, got none")
+    for argument, given in (("new_features", new_layers), ("weights", factors)):
+        if given.keys() != layers.keys():
+            raise ValueError(f"{argument} must have the layers {list(layers)} of features, got {list(given)}")
+    compare = F.l1_loss if distance == "l1" else F.mse_loss
+    terms = []
+    for name, old in layers.items():
+        new = new_layers[name]
+        _same_shape(f"new_features[{name!r}]", new, f"features[{name!r}]", old)
+        terms.append(factors[name] * compare(_at_least_float32(new), _at_least_float32(old)))
+    return torch.stack(terms).sum()
+
+
+def normalize_maps(maps: Tensor, valid: Tensor | None = None, how: str | None = "max") -> Tensor:
+    """Put every map on a scale of its own, so that only *where* it is high matters (Section 3.2).
+
+    ``"max"`` divides by the largest absolute value, ``"sum"`` by the sum of the absolute values, ``"l2"`` by
+    the root of the sum of squares; ``"zscore"`` takes away the mean and divides by the (population) standard
+    deviation; ``"none"`` or ``None`` changes nothing. The statistics are those of the valid pixels.
+
+    A constant factor on a map changes nothing, however small or large. The gradient is finite for every map:
+    a zero map stays zero, and ``"zscore"`` divides by no less than a thousandth of the map's largest absolute
+    value, so that a constant map becomes zero.
+
+    Args:
+        maps: ``(N, C, H, W)``; the channels of a sample share one scale.
+        valid: Where to look, ``(N, 1, H, W)`` or ``(N, C, H, W)`` of ``bool``; ``None`` is everywhere.
+        how: One of :data:`NORMALIZATIONS`, or ``None``.
+
+    Returns:
+        The normalised maps, ``(N, C, H, W)``, zero where not valid; half precision comes back as ``float32``.
+
+    Raises:
+        ValueError: If ``how`` is unknown, or if a shape or type is wrong.
+
+    Example:
+        >>> import torch
+        >>> from salnb.losses import normalize_maps
+        >>> normalize_maps(torch.tensor([[[[1.0, 2.0, 4.0]]]]))
+        tensor([[[[0.2500, 0.5000, 1.0000]]]])
+    """
+    how = "none" if how is None else how
+    _known("how", how, NORMALIZATIONS)
+    _check_maps(maps, valid)
+    maps = _at_least_float32(maps)
+    valid = torch.ones_like(maps, dtype=torch.bool) if valid is None else valid.expand_as(maps)
+    # where() rather than a product: what is not valid may be infinite or not a number
+    maps = torch.where(valid, maps, 0)
+    if how == "none":
+        return maps
+    pixels = (1, 2, 3)
+    peak = maps.abs().amax(pixels, keepdim=True)
+    # a peak whose inverse overflows is no scale to divide by: take such a map as zero
+    limits = torch.finfo(maps.dtype)
+    zero = peak <= limits.tiny / limits.eps
+    # whatever the scale of the map was, from here on its largest absolute value is 1
+    maps = maps / torch.where(zero, 1, peak)
+    if how == "max":
+        return maps
+    if how == "zscore":
+        count = valid.sum(pixels, keepdim=True).clamp(min=1)
+        centred = torch.where(valid, maps - maps.sum(pixels, keepdim=True) / count, 0)
+        variance = centred.square().sum(pixels, keepdim=True) / count
+        return centred / variance.clamp(min=_FLAT**2).sqrt()
+    if how == "sum":
+        return maps / torch.where(zero, 1, maps.abs().sum(pixels, keepdim=True))
+    return maps / torch.where(zero, 1, maps.square().sum(pixels, keepdim=True)).sqrt()
+
+
+def saliency_loss(
+    maps: Tensor,
+    new_maps: Tensor,
+    valid: Tensor | None = None,
+    *,
+    normalize: str | None = "max",
+    distance: str = "mse",
+) -> Tensor:
+    """Distance between the saliency maps of original and transformed images, equation 7.
+
+    Both maps have to be in one frame already (``aug.align``). Each is normalised on its own
+    (:func:`normalize_maps`) and the two are compared where they are valid: by the mean over these pixels of
+    the squared (``"mse"``, the paper's) or absolute (``"l1"``) difference, or by one minus their cosine
+    (``"cosine"``). The result is the mean over the samples that have a valid pixel, zero if none has one.
+
+    The cosine distance is computed as half the squared distance between unit vectors. So it is exactly zero
+    for equal maps, two zero maps are no distance apart, and a zero map is 0.5 away from any other.
+
+    Args:
+        maps: Maps of the originals, ``(N, 1, H, W)`` or ``(N, C, H, W)``.
+        new_maps: Maps of the transformed images, of the same shape.
+        valid: Where to compare, ``(N, 1, H, W)`` or ``(N, C, H, W)`` of ``bool``; ``None`` is everywhere.
+        normalize: One of :data:`NORMALIZATIONS`; ``None`` is ``"none"``.
+        distance: One of :data:`DISTANCES`.
+
+    Returns:
+        A scalar.
+
+    Raises:
+        ValueError: If ``normalize`` or ``distance`` is unknown, or if a shape or type is wrong.
+
+    Example:
+        >>> import torch
+        >>> from salnb.losses import saliency_loss
+        >>> maps = torch.tensor([[[[1.0, 2.0], [0.0, 4.0]]]])
+        >>> saliency_loss(maps, 10 * maps), saliency_loss(maps, maps.flip(-1))
+        (tensor(0.), tensor(0.5312))
+    """
+    _known("normalize", "none" if normalize is None else normalize, NORMALIZATIONS)
+    _known("distance", distance, DISTANCES)
+    _same_shape("new_maps", new_maps, "maps", maps)
+    a, b = normalize_maps(maps, valid, normalize), normalize_maps(new_maps, valid, normalize)
+    pixels = (1, 2, 3)
+    if valid is None:
+        count = torch.full_like(a[:, 0, 0, 0], a[0].numel())
+    else:
+        count = valid.expand_as(a).sum(pixels).to(a.dtype)
+    if distance == "cosine" and normalize != "zscore":
+        each = (normalize_maps(a, valid, "l2") - normalize_maps(b, valid, "l2")).square().sum(pixels) / 2
+    else:
+        each = ((a - b).abs() if distance == "l1" else (a - b).square()).sum(pixels) / count.clamp(min=1)
+        if distance == "cosine":  # z-scores have the length of sqrt(count), or less where it would be noise
+            each = each / 2
+    # a sample without a valid pixel has a distance of zero already
+    return each.sum() / (count > 0).sum().clamp(min=1)
+
+
+def _check_maps(maps: Tensor, valid: Tensor | None) -> None:
+    if maps.ndim != 4 or not maps.is_floating_point():
+        raise ValueError(f"maps must be floating-point (N, C, H, W), got {tuple(maps.shape)} of {maps.dtype}")
+    if valid is None:
+        return
+    n, _, *size = maps.shape
+    if valid.dtype is not torch.bool or valid.shape not in (maps.shape, (n, 1, *size)):
+        raise ValueError(
+            f"valid must be bool of {(n, 1, *size)} or of the shape of maps {tuple(maps.shape)}, "
+            f"got {tuple(valid.shape)} of {valid.dtype}"
+        )
+
+
+def _same_shape(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    if tensor.shape != other.shape:
+        raise ValueError(
+            f"{name} must have the shape {tuple(other.shape)} of {other_name}, got {tuple(tensor.shape)}"
+        )
+
+
+def _known(argument: str, given: str, allowed: frozenset[str]) -> None:
+    if given not in allowed:
+        raise ValueError(f"{argument} must be one of {sorted(allowed)}, got {given!r}")
+
+
+def _by_name(argument: str, given: Mapping[str, T] | Sequence[T]) -> dict[str, T]:
+    """A mapping as it is, a sequence by position."""
+    if isinstance(given, Mapping):
+        return dict(given)
+    if isinstance(given, Sequence):
+        return {str(i): item for i, item in enumerate(given)}
+    raise ValueError(f"{argument} must be a dict or a sequence, got {type(given).__name__}")
+
+
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    """Half precision as single: squares and sums of it overflow soon."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor

@@ -1,0 +1,324 @@
+"""The whole objective (eq. 8): a module that owns the model and turns a batch into losses.
+
+One batch holds the originals and their augmented copies, and one forward pass serves all three terms:
+
+    class_loss       eq. 5   cross-entropy of both halves
+    invariance_loss  eq. 6   distance between the activations of the halves
+    saliency_loss    eq. 7   distance between the saliency maps of the halves, brought into one frame
+    total            eq. 8   alpha · class_loss + beta · invariance_loss + gamma · saliency_loss
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parallel import DistributedDataParallel
+
+from salnb import saliency
+from salnb._catalog import unknown
+from salnb._checks import check_images, is_traced
+from salnb._watch import RECIPES, Watch, class_scores
+from salnb.augment import Augmentation
+from salnb.double_backward import fast_double_backward
+from salnb.losses import (
+    DISTANCES,
+    FEATURE_DISTANCES,
+    NORMALIZATIONS,
+    class_loss,
+    invariance_loss,
+    saliency_loss,
+)
+
+# fp16 gradients of a score underflow below 6e-8; each map is normalised, so a factor on the score changes nothing
+FP16_SCALE = 2.0**10
+
+
+@dataclass
+class Losses:
+    """What one call of the objective found.
+
+    Attributes:
+        total: eq. 8, to call `backward()` on.
+        class_loss: eq. 5, unweighted.
+        invariance_loss: eq. 6, unweighted; zero where beta is zero.
+        saliency_loss: eq. 7, unweighted; zero in steps without it.
+        logits: (2N, K), of the originals and then of the augmented images, detached.
+    """
+
+    total: Tensor
+    class_loss: Tensor
+    invariance_loss: Tensor
+    saliency_loss: Tensor
+    logits: Tensor
+
+
+class Objective(nn.Module):
+    """Class, invariance and saliency loss of a model under an augmentation (eq. 5 to 8).
+
+    Args:
+        model: maps images (N, C, H, W) to logits (N, K). It is used as it is and not changed.
+        augmentation: one of `salnb.augment`.
+        alpha: weight of the class loss.
+        beta: weight of the invariance loss; 0 takes no activations.
+        gamma: weight of the saliency loss; 0 takes no maps, and no second backward pass.
+        layers: names of the modules whose outputs eq. 6 compares, as a sequence, or as a mapping to weights.
+        layer_distance: "l2" (mean of squares) or "l1", for eq. 6.
+        method: a key of `salnb.saliency.METHODS`.
+        method_options: keyword arguments of the method: `layer` for the methods with Grad-CAM, `n_samples` and
+            `noise_level` for SmoothGrad.
+        normalize: how each map is normalised on its own: a member of `salnb.losses.NORMALIZATIONS` or None.
+        distance: how maps are compared: a member of `salnb.losses.DISTANCES`.
+        every: the saliency term enters every k-th training step, k times as strong.
+        warmup: training steps before the saliency term first enters.
+        detach_original: hold the originals' maps fixed, so that only the augmented images' maps move.
+        num_classes: K; None reads it from the logits.
+
+    Raises:
+        TypeError, ValueError: an argument is not allowed; the message names it.
+
+    Called with `images` (N, C, H, W), `target` ((N,) integer labels or (N, K) weights) and optionally a
+    `generator` for the augmentation, it returns `Losses`. Batch norm sees originals and augmented images as
+    one batch; in train mode its running statistics are updated once per call, as by any forward pass, and
+    the maps are gradients of the batch's summed score *through* the batch statistics. Call `eval()` on the
+    model inside to take the maps of single images.
+
+    Under `torch.no_grad()` the terms are computed without a graph, for validation.
+
+    >>> from salnb import Objective
+    >>> from salnb.augment import HorizontalFlip
+    >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
+    >>> objective = Objective(model, HorizontalFlip(), gamma=0.1)
+    >>> losses = objective(torch.rand(8, 3, 16, 16), torch.arange(8) % 5)
+    >>> losses.total.backward()
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        augmentation: Augmentation,
+        *,
+        alpha: float = 1.0,
+        beta: float = 0.0,
+        gamma: float = 1.0,
+        layers: Sequence[str] | Mapping[str, float] = (),
+        layer_distance: str = "l2",
+        method: str = "vanilla_gradient",
+        method_options: Mapping[str, Any] | None = None,
+        normalize: str | None = "max",
+        distance: str = "mse",
+        every: int = 1,
+        warmup: int = 0,
+        detach_original: bool = False,
+        num_classes: int | None = None,
+    ):
+        super().__init__()
+        for name, weight in (("alpha", alpha), ("beta", beta), ("gamma", gamma)):
+            if not 0 <= weight < float("inf"):
+                raise ValueError(f"{name} must be a finite number of at least 0, got {weight}")
+        for name, value, known in (
+            ("method", method, saliency.METHODS),
+            ("normalize", "none" if normalize is None else normalize, sorted(NORMALIZATIONS)),
+            ("distance", distance, sorted(DISTANCES)),
+            ("layer_distance", layer_distance, sorted(FEATURE_DISTANCES)),
+        ):
+            if value not in known:
+                raise unknown(name, value, known)
+        if every < 1 or warmup < 0:
+            raise ValueError(f"every must be at least 1 and warmup at least 0, got {every} and {warmup}")
+        if not isinstance(augmentation, Augmentation):
+            raise TypeError(f"augmentation must be one of salnb.augment, got {type(augmentation).__name__}")
+        self.model = model
+        self.augmentation = augmentation
+        self.alpha, self.beta, self.gamma = alpha, beta, gamma
+        self.layers = dict(layers) if isinstance(layers, Mapping) else dict.fromkeys(layers, 1.0)
+        self.layer_distance = layer_distance
+        self.method, self.method_options = method, dict(method_options or {})
+        self.normalize, self.distance = normalize, distance
+        self.every, self.warmup = every, warmup
+        self.detach_original = detach_original
+        self.num_classes = num_classes
+        self.steps_done = 0
+        self._check_model()
+
+    # the number of steps decides when the saliency term enters: a resumed training needs it
+    def get_extra_state(self) -> dict[str, int]:
+        """The number of training steps done, for `state_dict`."""
+        return {"steps_done": self.steps_done}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        """Continue from the number of steps in `state_dict`."""
+        self.steps_done = state["steps_done"]
+
+    @torch.compiler.disable(recursive=True)
+    def forward(self, images: Tensor, target: Tensor, generator: torch.Generator | None = None) -> Losses:
+        """The losses of a batch; see the class."""
+        self._check_call(images, target)
+        params = self.augmentation.make_params(images, generator)
+        new_images = self.augmentation.images(images, params)
+        gamma = self.current_gamma()
+        losses = self.losses(images, new_images, target, params, gamma)
+        if self.training:
+            self.steps_done += 1
+        return losses
+
+    def current_gamma(self) -> float:
+        """The weight of the saliency term in the coming step: gamma, `every` times it, or zero."""
+        if not self.training:
+            return self.gamma
+        since = self.steps_done - self.warmup
+        return self.gamma * self.every if since >= 0 and since % self.every == 0 else 0.0
+
+    def losses(self, images: Tensor, new_images: Tensor, target: Tensor, params: Any, gamma: float) -> Losses:
+        """Eq. 5 to 8 for images and what the augmentation made of them.
+
+        Args:
+            images: (N, C, H, W), the originals.
+            new_images: (N, C, H, W), augmented.
+            target: (N,) labels or (N, K) weights of the originals.
+            params: what the augmentation drew.
+            gamma: weight of the saliency term in this step.
+        """
+        n = len(images)
+        pixels = torch.cat([images, new_images])
+        with ExitStack() as stack:
+            if gamma:
+                stack.enter_context(torch.enable_grad() if not torch.is_grad_enabled() else ExitStack())
+                pixels = pixels if pixels.requires_grad else pixels.requires_grad_()
+                stack.enter_context(_differentiable_twice())
+            watch = stack.enter_context(self._watch()) if gamma and self.method in RECIPES else None
+            features = stack.enter_context(self._features()) if self.beta else {}
+            logits = self.model(pixels)
+            k = self._num_classes(logits)
+            targets = both_targets(target, self.augmentation.targets(target, params, k), k)
+
+            classes = class_loss(logits, targets)
+            zero = classes.new_zeros(())
+            halves = [
+                {name: out[half] for name, out in features.items()} for half in (slice(n), slice(n, None))
+            ]
+            invariance = (
+                invariance_loss(*halves, distance=self.layer_distance, weights=self.layers)
+                if self.beta
+                else zero
+            )
+            salience = zero
+            if gamma:
+                maps = self._maps(watch, pixels, logits, targets)
+                maps, new_maps, valid = self.augmentation.align(
+                    maps[:n].detach() if self.detach_original else maps[:n], maps[n:], params
+                )
+                salience = saliency_loss(
+                    maps, new_maps, valid, normalize=self.normalize, distance=self.distance
+                )
+        total = self.alpha * classes + self.beta * invariance + gamma * salience
+        return Losses(total, classes, invariance, salience, logits.detach())
+
+    def _maps(self, watch: Watch | None, pixels: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
+        """The saliency maps of all 2N images, each for its own target."""
+        if watch is None:
+            return saliency.METHODS[self.method](
+                self.model, pixels.detach(), targets, create_graph=True, **self.method_options
+            )
+        half = torch.is_autocast_enabled(pixels.device.type) and (
+            torch.get_autocast_dtype(pixels.device.type) is torch.float16
+        )
+        scale = FP16_SCALE if half else 1.0
+        scores = scale * class_scores(logits, targets)
+        maps = watch.maps(pixels, scores, create_graph=True)
+        # each gradient among the factors of a map carries the scale once
+        factors = RECIPES[self.method].pixels + RECIPES[self.method].layer
+        return maps.to(torch.promote_types(maps.dtype, torch.float32)) / scale**factors if half else maps
+
+    def _watch(self) -> Watch:
+        return Watch(self.model, self.method, self.method_options.get("layer"))
+
+    @contextmanager
+    def _features(self) -> Iterator[dict[str, Tensor]]:
+        """Collects the outputs of `layers` in the forward pass that runs inside."""
+        features: dict[str, Tensor] = {}
+
+        def keep(name: str) -> Any:
+            def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+                features[name] = output
+                return output.clone()  # what follows may work in place
+
+            return hook
+
+        handles = [self.model.get_submodule(name).register_forward_hook(keep(name)) for name in self.layers]
+        try:
+            yield features
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _num_classes(self, logits: Tensor) -> int:
+        if logits.ndim != 2 or self.num_classes not in (None, logits.shape[1]):
+            raise ValueError(
+                f"model must return logits (2N, {self.num_classes or 'K'}), got {tuple(logits.shape)}"
+            )
+        return logits.shape[1]
+
+    def _check_model(self) -> None:
+        """What can be told from model and settings before any step."""
+        names = [name for name, _ in self.model.named_modules() if name]
+        for name in self.layers:
+            if name not in names:
+                raise unknown("layers", name, names)
+        if bool(self.beta) != bool(self.layers):
+            raise ValueError(
+                f"beta and layers go together, got beta={self.beta} and layers={list(self.layers)}"
+            )
+        allowed = {
+            "grad_cam": {"layer"},
+            "guided_grad_cam": {"layer"},
+            "smoothgrad": {"n_samples", "noise_level"},
+        }
+        for name in self.method_options:
+            if name not in allowed.get(self.method, ()):
+                raise unknown(f"method_options of {self.method}", name, sorted(allowed.get(self.method, ())))
+        if self.gamma and self.method in RECIPES:
+            self._watch()  # finds the layer, or says that there is none
+
+    def _check_call(self, images: Tensor, target: Tensor) -> None:
+        check_images(images)
+        if not isinstance(target, Tensor) or target.ndim not in (1, 2) or len(target) != len(images):
+            got = tuple(target.shape) if isinstance(target, Tensor) else type(target).__name__
+            raise ValueError(f"target must be a tensor ({len(images)},) or ({len(images)}, K), got {got}")
+        if target.ndim == 1 and (target.is_floating_point() or target.dtype is torch.bool):
+            raise TypeError(f"target of shape (N,) must hold integer labels, got {target.dtype}")
+        if not self.gamma or not torch.is_grad_enabled():
+            return
+        wrapper = DistributedDataParallel._active_ddp_module
+        if wrapper is not None and wrapper.static_graph:
+            raise RuntimeError(
+                "DistributedDataParallel(static_graph=True) would skip the averaging of gradients without a word, "
+                "because the saliency term differentiates inside the forward pass: leave static_graph out"
+            )
+        if self.training and any(isinstance(module, nn.SyncBatchNorm) for module in self.model.modules()):
+            raise RuntimeError(
+                "nn.SyncBatchNorm has no second derivative, which the saliency term needs: "
+                "use nn.BatchNorm2d, or gamma=0"
+            )
+
+
+def both_targets(target: Tensor, new_target: Tensor, num_classes: int) -> Tensor:
+    """The targets of originals and augmented images together: (2N,) labels, or (2N, K) weights where any are mixed."""
+    if target.ndim == 1 and not is_traced(target):
+        low, high = int(target.min()), int(target.max())
+        if low < 0 or high >= num_classes:
+            raise ValueError(f"target must lie in 0 … {num_classes - 1}, got {low if low < 0 else high}")
+    if target.ndim < new_target.ndim:
+        target = F.one_hot(target.long(), num_classes).to(new_target.dtype)
+    return torch.cat([target, new_target])
+
+
+@contextmanager
+def _differentiable_twice() -> Iterator[None]:
+    """Fast second derivatives, and none of the fused attention kernels, which have none."""
+    with sdpa_kernel(SDPBackend.MATH), fast_double_backward():
+        yield
