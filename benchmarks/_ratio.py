@@ -4,11 +4,13 @@ import statistics
 import time
 from collections.abc import Callable
 
+import torch
+
 
 def medians(
     contenders: dict[str, Callable[[], object]], *, seconds: float = 8.0, least: int = 3
 ) -> dict[str, float]:
-    """Median seconds of one call of each contender.
+    """Median seconds of one call of each contender, the device's work included.
 
     Args:
         contenders: what to call, by name. Each is called once before the clock runs.
@@ -18,15 +20,21 @@ def medians(
     for call in contenders.values():
         call()
     spent: dict[str, list[float]] = {name: [] for name in contenders}
-    start = time.perf_counter()
+    start = _clock()
     rounds = 0
-    while rounds < least or time.perf_counter() - start < seconds:
+    while rounds < least or _clock() - start < seconds:
         for name, call in contenders.items():
-            begin = time.perf_counter()
+            begin = _clock()
             call()
-            spent[name].append(time.perf_counter() - begin)
+            spent[name].append(_clock() - begin)
         rounds += 1
     return {name: statistics.median(times) for name, times in spent.items()}
+
+
+def _clock() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def print_table(title: str, header: list[str], rows: list[list[str]]) -> None:

@@ -66,17 +66,9 @@ def main() -> None:
     images = torch.rand(16, 3, 224, 224, device=device)
     target = torch.arange(16, device=device)
 
-    def finished(call):
-        def run() -> None:
-            call()
-            if device == "cuda":
-                torch.cuda.synchronize()
-
-        return run
-
     rows = []
     for name, pair in contenders(model, images, target).items():
-        seconds = medians({who: finished(call) for who, call in pair.items()}, seconds=12)
+        seconds = medians(pair, seconds=12)
         ratio = seconds["Captum"] / seconds["salnb"]
         rows.append([name, f"{seconds['Captum']:.3f}", f"{seconds['salnb']:.3f}", f"{ratio:.2f}"])
     title = f"Saliency methods, ResNet-18, 16×3×224×224, {device}, {torch.get_num_threads()} threads"

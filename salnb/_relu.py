@@ -80,9 +80,8 @@ class _Rectifier(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         if not ctx.rule.open or ctx.rule.guided:
-            grad = _where_active(
-                grad, *ctx.saved_tensors, ctx.upper
-            )  # the true derivative, and half of eq. 4
+            (out,) = ctx.saved_tensors
+            grad = _where_active(grad, out, ctx.upper)  # the true derivative, and half of eq. 4
         if ctx.rule.open:
             grad = _where_active(grad, grad.detach(), None)  # eq. 3, and the other half of eq. 4
         return grad, None, None, None

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from salnb._catalog import unknown
+from salnb._checks import unknown
 from salnb._relu import ReLURule
 
 

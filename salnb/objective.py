@@ -8,22 +8,22 @@ One batch holds the originals and their augmented copies, and one forward pass s
     total            eq. 8   alpha · class_loss + beta · invariance_loss + gamma · saliency_loss
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
 from salnb import saliency
-from salnb._catalog import unknown
-from salnb._checks import check_images, is_traced
+from salnb._checks import check_images, check_labels, check_second_derivative, unknown
 from salnb._watch import RECIPES, Watch, class_scores
 from salnb.augment import Augmentation
+from salnb.augment.mixing import class_weights
+from salnb.compiled import CompiledStep
 from salnb.double_backward import fast_double_backward
 from salnb.losses import (
     DISTANCES,
@@ -34,7 +34,7 @@ from salnb.losses import (
     saliency_loss,
 )
 
-# fp16 gradients of a score underflow below 6e-8; each map is normalised, so a factor on the score changes nothing
+# float16 gradients underflow below 6e-8; maps are divided by the factor again, which is exact
 FP16_SCALE = 2.0**10
 
 
@@ -48,6 +48,8 @@ class Losses:
         invariance_loss: eq. 6, unweighted; zero where beta is zero.
         saliency_loss: eq. 7, unweighted; zero in steps without it.
         logits: (2N, K), of the originals and then of the augmented images, detached.
+
+    After `Objective.compile()` only `total` carries a graph.
     """
 
     total: Tensor
@@ -55,6 +57,10 @@ class Losses:
     invariance_loss: Tensor
     saliency_loss: Tensor
     logits: Tensor
+
+    def detach(self) -> "Losses":
+        """The same values without a graph."""
+        return Losses(*(getattr(self, field.name).detach() for field in fields(self)))
 
 
 class Objective(nn.Module):
@@ -69,8 +75,8 @@ class Objective(nn.Module):
         layers: names of the modules whose outputs eq. 6 compares, as a sequence, or as a mapping to weights.
         layer_distance: "l2" (mean of squares) or "l1", for eq. 6.
         method: a key of `salnb.saliency.METHODS`.
-        method_options: keyword arguments of the method: `layer` for the methods with Grad-CAM, `n_samples` and
-            `noise_level` for SmoothGrad.
+        method_options: keyword arguments of the method: `layer` for the methods with Grad-CAM, `n_samples`
+            and `noise_level` for SmoothGrad.
         normalize: how each map is normalised on its own: a member of `salnb.losses.NORMALIZATIONS` or None.
         distance: how maps are compared: a member of `salnb.losses.DISTANCES`.
         every: the saliency term enters every k-th training step, k times as strong.
@@ -82,16 +88,23 @@ class Objective(nn.Module):
         TypeError, ValueError: an argument is not allowed; the message names it.
 
     Called with `images` (N, C, H, W), `target` ((N,) integer labels or (N, K) weights) and optionally a
-    `generator` for the augmentation, it returns `Losses`. Batch norm sees originals and augmented images as
-    one batch; in train mode its running statistics are updated once per call, as by any forward pass, and
-    the maps are gradients of the batch's summed score *through* the batch statistics. Call `eval()` on the
-    model inside to take the maps of single images.
+    `generator` for the augmentation, it returns `Losses`.
 
-    Under `torch.no_grad()` the terms are computed without a graph, for validation.
+    Batch norm sees originals and augmented images as one batch; in train mode its running statistics are
+    updated once per call, as by any forward pass, and the maps are gradients of the batch's summed score
+    *through* the batch statistics. Call `eval()` on the model inside to take the maps of single images.
+
+    A training step is a call in train mode; with gradient accumulation `every` and `warmup` count these
+    calls. In eval mode the saliency term is always there. Under `torch.no_grad()` or
+    `torch.inference_mode()` the terms are computed without a graph, for validation.
+
+    Wrap the objective, not the model: `DistributedDataParallel(objective)`. Autocast applies to the network;
+    augmentation, maps and losses are computed in float32 at least. With float16 use a `GradScaler` as ever.
+    `compile()` makes a step faster on GPUs.
 
     >>> from salnb import Objective
     >>> from salnb.augment import HorizontalFlip
-    >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
+    >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 14 * 14, 5))
     >>> objective = Objective(model, HorizontalFlip(), gamma=0.1)
     >>> losses = objective(torch.rand(8, 3, 16, 16), torch.arange(8) % 5)
     >>> losses.total.backward()
@@ -143,6 +156,8 @@ class Objective(nn.Module):
         self.detach_original = detach_original
         self.num_classes = num_classes
         self.steps_done = 0
+        self._compiled: CompiledStep | None = None
+        self._second_derivative_checked = False
         self._check_model()
 
     # the number of steps decides when the saliency term enters: a resumed training needs it
@@ -154,14 +169,36 @@ class Objective(nn.Module):
         """Continue from the number of steps in `state_dict`."""
         self.steps_done = state["steps_done"]
 
+    def compile(self, **options: Any) -> None:
+        """Run each later step that takes gradients as one compiled graph; see `salnb.compiled`.
+
+        Args:
+            **options: for `torch.compile`, for example `backend` or `mode`.
+
+        Values and gradients stay the same. The gradients are computed along with the losses and handed out by
+        `losses.total.backward()`, so that gradient accumulation, `GradScaler` and `DistributedDataParallel`
+        work as ever; the other fields of `Losses` carry no graph. Each new shape of a batch is compiled anew
+        when it is first met: drop the last, smaller batch of an epoch.
+
+        Nothing is gained on a CPU.
+        """
+        self._compiled = CompiledStep(**options)
+
     @torch.compiler.disable(recursive=True)
     def forward(self, images: Tensor, target: Tensor, generator: torch.Generator | None = None) -> Losses:
         """The losses of a batch; see the class."""
         self._check_call(images, target)
-        params = self.augmentation.make_params(images, generator)
-        new_images = self.augmentation.images(images, params)
-        gamma = self.current_gamma()
-        losses = self.losses(images, new_images, target, params, gamma)
+        keep_graph = torch.is_grad_enabled()
+        with torch.inference_mode(False), torch.set_grad_enabled(keep_graph):
+            images, target = (t.clone() if t.is_inference() else t for t in (images, target))
+            with _full_precision(images):
+                params = self.augmentation.make_params(images, generator)
+                new_images = self.augmentation.images(images, params)
+            batch = (images, new_images, target, params, self.current_gamma())
+            if self._compiled and keep_graph:
+                losses = Losses(*self._compiled(self, *batch))
+            else:
+                losses = self.losses(*batch)
         if self.training:
             self.steps_done += 1
         return losses
@@ -172,6 +209,14 @@ class Objective(nn.Module):
             return self.gamma
         since = self.steps_done - self.warmup
         return self.gamma * self.every if since >= 0 and since % self.every == 0 else 0.0
+
+    def settings(self) -> tuple:
+        """What the losses are computed with, apart from the strength of the terms."""
+        return (
+            *(bool(weight) for weight in (self.alpha, self.beta)),
+            *(tuple(options.items()) for options in (self.layers, self.method_options)),
+            *(self.layer_distance, self.method, self.normalize, self.distance, self.detach_original),
+        )
 
     def losses(self, images: Tensor, new_images: Tensor, target: Tensor, params: Any, gamma: float) -> Losses:
         """Eq. 5 to 8 for images and what the augmentation made of them.
@@ -184,66 +229,82 @@ class Objective(nn.Module):
             gamma: weight of the saliency term in this step.
         """
         n = len(images)
+        keep_graph = torch.is_grad_enabled()
         pixels = torch.cat([images, new_images])
+        if _is_channels_last(images):
+            pixels = pixels.contiguous(memory_format=torch.channels_last)
         with ExitStack() as stack:
+            watch = None
             if gamma:
-                stack.enter_context(torch.enable_grad() if not torch.is_grad_enabled() else ExitStack())
-                pixels = pixels if pixels.requires_grad else pixels.requires_grad_()
+                stack.enter_context(torch.enable_grad())
                 stack.enter_context(_differentiable_twice())
-            watch = stack.enter_context(self._watch()) if gamma and self.method in RECIPES else None
+                if self.method in RECIPES:
+                    watch = stack.enter_context(self._watch())
+                    pixels.requires_grad_()
             features = stack.enter_context(self._features()) if self.beta else {}
-            logits = self.model(pixels)
-            k = self._num_classes(logits)
+            # a model may work in place on its input, which a leaf of the graph does not allow
+            logits = self.model(pixels.clone() if watch else pixels)
+            k = self._num_classes(logits, 2 * n)
             targets = both_targets(target, self.augmentation.targets(target, params, k), k)
-
+            salience = logits.new_zeros((), dtype=torch.promote_types(logits.dtype, torch.float32))
+            maps = self._maps(watch, pixels, logits, targets, keep_graph) if gamma else None
+        with _full_precision(images):
             classes = class_loss(logits, targets)
-            zero = classes.new_zeros(())
-            halves = [
-                {name: out[half] for name, out in features.items()} for half in (slice(n), slice(n, None))
-            ]
-            invariance = (
-                invariance_loss(*halves, distance=self.layer_distance, weights=self.layers)
-                if self.beta
-                else zero
-            )
-            salience = zero
-            if gamma:
-                maps = self._maps(watch, pixels, logits, targets)
-                maps, new_maps, valid = self.augmentation.align(
-                    maps[:n].detach() if self.detach_original else maps[:n], maps[n:], params
-                )
+            invariance = self._invariance(features, n) if self.beta else torch.zeros_like(salience)
+            if maps is not None:
+                first = maps[:n].detach() if self.detach_original else maps[:n]
+                maps, new_maps, valid = self.augmentation.align(first, maps[n:], params)
                 salience = saliency_loss(
                     maps, new_maps, valid, normalize=self.normalize, distance=self.distance
                 )
-        total = self.alpha * classes + self.beta * invariance + gamma * salience
-        return Losses(total, classes, invariance, salience, logits.detach())
+            total = self.alpha * classes + self.beta * invariance + gamma * salience
+        losses = Losses(total, classes, invariance, salience, logits.detach())
+        return losses if keep_graph else losses.detach()
 
-    def _maps(self, watch: Watch | None, pixels: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
+    def _maps(
+        self, watch: Watch | None, pixels: Tensor, logits: Tensor, targets: Tensor, keep_graph: bool
+    ) -> Tensor:
         """The saliency maps of all 2N images, each for its own target."""
         if watch is None:
-            return saliency.METHODS[self.method](
-                self.model, pixels.detach(), targets, create_graph=True, **self.method_options
+            maps = saliency.METHODS[self.method](
+                self.model, pixels.detach(), targets, create_graph=keep_graph, **self.method_options
             )
-        half = torch.is_autocast_enabled(pixels.device.type) and (
-            torch.get_autocast_dtype(pixels.device.type) is torch.float16
-        )
-        scale = FP16_SCALE if half else 1.0
-        scores = scale * class_scores(logits, targets)
-        maps = watch.maps(pixels, scores, create_graph=True)
-        # each gradient among the factors of a map carries the scale once
-        factors = RECIPES[self.method].pixels + RECIPES[self.method].layer
-        return maps.to(torch.promote_types(maps.dtype, torch.float32)) / scale**factors if half else maps
+        else:
+            device = pixels.device.type
+            half = (
+                torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) is torch.float16
+            ) or logits.dtype is torch.float16
+            scale = FP16_SCALE if half else 1.0
+            with _full_precision(pixels):
+                maps = watch.maps(pixels, scale * class_scores(logits, targets), create_graph=keep_graph)
+            # each gradient among the factors of a map carries the scale once
+            recipe = RECIPES[self.method]
+            maps = maps.to(torch.promote_types(maps.dtype, torch.float32))
+            maps = maps / scale ** (recipe.pixels + recipe.layer) if half else maps
+        if keep_graph and not self._second_derivative_checked:
+            check_second_derivative(maps)
+            self._second_derivative_checked = True
+        return maps
 
     def _watch(self) -> Watch:
         return Watch(self.model, self.method, self.method_options.get("layer"))
+
+    def _invariance(self, features: dict[str, Tensor], n: int) -> Tensor:
+        for name in self.layers:
+            if name not in features:
+                raise ValueError(f"layers: the forward pass of the model never calls its module {name!r}")
+        halves = ({name: out[half] for name, out in features.items()} for half in (slice(n), slice(n, None)))
+        return invariance_loss(*halves, distance=self.layer_distance, weights=self.layers)
 
     @contextmanager
     def _features(self) -> Iterator[dict[str, Tensor]]:
         """Collects the outputs of `layers` in the forward pass that runs inside."""
         features: dict[str, Tensor] = {}
 
-        def keep(name: str) -> Any:
-            def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        def keep(name: str) -> Callable:
+            def hook(module: nn.Module, args: Any, output: Any) -> Tensor:
+                if not isinstance(output, Tensor):
+                    raise TypeError(f"layers: {name!r} must return a tensor, got {type(output).__name__}")
                 features[name] = output
                 return output.clone()  # what follows may work in place
 
@@ -256,12 +317,14 @@ class Objective(nn.Module):
             for handle in handles:
                 handle.remove()
 
-    def _num_classes(self, logits: Tensor) -> int:
-        if logits.ndim != 2 or self.num_classes not in (None, logits.shape[1]):
+    def _num_classes(self, logits: Any, samples: int) -> int:
+        shape = tuple(logits.shape) if isinstance(logits, Tensor) else ()
+        if len(shape) != 2 or shape[0] != samples or self.num_classes not in (None, shape[1]):
+            got = shape or type(logits).__name__
             raise ValueError(
-                f"model must return logits (2N, {self.num_classes or 'K'}), got {tuple(logits.shape)}"
+                f"model must return logits (2N, K) = ({samples}, {self.num_classes or 'K'}), got {got}"
             )
-        return logits.shape[1]
+        return shape[1]
 
     def _check_model(self) -> None:
         """What can be told from model and settings before any step."""
@@ -272,6 +335,11 @@ class Objective(nn.Module):
         if bool(self.beta) != bool(self.layers):
             raise ValueError(
                 f"beta and layers go together, got beta={self.beta} and layers={list(self.layers)}"
+            )
+        if any(isinstance(module, DistributedDataParallel) for module in self.model.modules()):
+            raise TypeError(
+                "model must not be wrapped in DistributedDataParallel: wrap the objective, "
+                "DistributedDataParallel(Objective(model, ...))"
             )
         allowed = {
             "grad_cam": {"layer"},
@@ -296,8 +364,8 @@ class Objective(nn.Module):
         wrapper = DistributedDataParallel._active_ddp_module
         if wrapper is not None and wrapper.static_graph:
             raise RuntimeError(
-                "DistributedDataParallel(static_graph=True) would skip the averaging of gradients without a word, "
-                "because the saliency term differentiates inside the forward pass: leave static_graph out"
+                "DistributedDataParallel(static_graph=True) would skip the averaging of gradients without a "
+                "word, because the saliency term differentiates inside the forward pass: leave static_graph out"
             )
         if self.training and any(isinstance(module, nn.SyncBatchNorm) for module in self.model.modules()):
             raise RuntimeError(
@@ -307,18 +375,24 @@ class Objective(nn.Module):
 
 
 def both_targets(target: Tensor, new_target: Tensor, num_classes: int) -> Tensor:
-    """The targets of originals and augmented images together: (2N,) labels, or (2N, K) weights where any are mixed."""
-    if target.ndim == 1 and not is_traced(target):
-        low, high = int(target.min()), int(target.max())
-        if low < 0 or high >= num_classes:
-            raise ValueError(f"target must lie in 0 … {num_classes - 1}, got {low if low < 0 else high}")
+    """The targets of originals and augmented images: (2N,) labels, or (2N, K) weights where any are mixed."""
+    check_labels(target, num_classes)
     if target.ndim < new_target.ndim:
-        target = F.one_hot(target.long(), num_classes).to(new_target.dtype)
+        target = class_weights(target, num_classes, new_target.dtype)
     return torch.cat([target, new_target])
 
 
 @contextmanager
 def _differentiable_twice() -> Iterator[None]:
-    """Fast second derivatives, and none of the fused attention kernels, which have none."""
-    with sdpa_kernel(SDPBackend.MATH), fast_double_backward():
+    """Fast second derivatives, and neither compiled modules nor fused attention kernels, which have none."""
+    with saliency.as_written(), sdpa_kernel(SDPBackend.MATH), fast_double_backward():
         yield
+
+
+def _full_precision(images: Tensor) -> torch.autocast:
+    """Autocast off: it is meant for networks."""
+    return torch.autocast(images.device.type, enabled=False)
+
+
+def _is_channels_last(images: Tensor) -> bool:
+    return not images.is_contiguous() and images.is_contiguous(memory_format=torch.channels_last)

@@ -217,7 +217,7 @@ def _explain(
     with (
         torch.inference_mode(False),
         torch.set_grad_enabled(not frozen_stem),
-        _as_written(),
+        as_written(),
         Watch(model, method, layer, frozen_stem=frozen_stem) as watch,
     ):
         pixels = images.clone() if images.is_inference() else images.detach()
@@ -241,7 +241,7 @@ def _run(model: nn.Module, images: Tensor) -> Tensor:
     return logits
 
 
-def _as_written() -> AbstractContextManager:
+def as_written() -> AbstractContextManager:
     """Compiled modules hide their ReLUs and refuse a second derivative: run them uncompiled."""
     # setting the stance imports the compiler, which takes seconds and is needless where nothing was compiled
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()

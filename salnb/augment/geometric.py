@@ -8,7 +8,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from salnb._checks import check_images
+from salnb._checks import check_images, is_traced
 from salnb.augment.base import (
     Augmentation,
     Draw,
@@ -20,7 +20,10 @@ from salnb.augment.base import (
     everywhere,
     in_pieces,
 )
-from salnb.augment.warp import Warp, affine_matrix, flip, invert, merge, pull, push, resample
+from salnb.augment.warp import Warp, affine_matrix, flip, invert, merge, pull, push, resample, resize_boxes
+
+# below this many pixels a loop over the samples costs more than it saves
+SMALL_IMAGE = 64 * 64
 
 
 @dataclass(frozen=True)
@@ -299,3 +302,9 @@ class ResizedCrop(Geometric[CropParams]):
         ]
         reach = (torch.stack([wide, tall], -1) - 1) / 2
         return Warp(torch.stack(rows, 1), torch.stack([middle - reach, middle + reach], -1))
+
+    def _transform(self, images: Tensor, params: CropParams) -> Tensor:
+        small = images.shape[-2] * images.shape[-1] < SMALL_IMAGE
+        if small or is_traced(images) or images.device.type != "cpu":
+            return super()._transform(images, params)
+        return resize_boxes(images, params.box)

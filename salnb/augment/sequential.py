@@ -1,8 +1,6 @@
 """Augmentations one after another, and those of the paper that are made of others."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any
 
 from torch import Tensor, nn
@@ -87,7 +85,7 @@ class Sequential(Augmentation[SequentialParams]):
 
     def _transform(self, images: Tensor, params: SequentialParams) -> Tensor:
         for geometric, steps in self._runs(params):
-            if geometric and len(steps) > 1:
+            if geometric:
                 images = move(images, steps)
             else:
                 for step, drawn in steps:
@@ -109,20 +107,22 @@ class Sequential(Augmentation[SequentialParams]):
         groups = [steps for geometric, steps in self._runs(params) if geometric]
         return pull_back(new_maps, groups) if groups else (new_maps, everywhere(new_maps))
 
-    def _flat(self, params: SequentialParams) -> Iterable[tuple[Augmentation, Params]]:
+    def _flat(self, params: SequentialParams) -> list[tuple[Augmentation, Params]]:
         """Every step with its params, nested sequences taken apart."""
+        flat: list[tuple[Augmentation, Params]] = []
         for step, drawn in zip(self.steps, params.steps, strict=True):
-            if isinstance(step, Sequential):
-                yield from step._flat(drawn)
-            else:
-                yield step, drawn
+            flat += step._flat(drawn) if isinstance(step, Sequential) else [(step, drawn)]
+        return flat
 
     def _runs(self, params: SequentialParams) -> list[tuple[bool, list[Any]]]:
         """The steps in runs, each of geometric ones only (True) or of others only."""
-        return [
-            (geometric, list(steps))
-            for geometric, steps in groupby(self._flat(params), lambda step: isinstance(step[0], Geometric))
-        ]
+        runs: list[tuple[bool, list[Any]]] = []
+        for step, drawn in self._flat(params):
+            geometric = isinstance(step, Geometric)
+            if not runs or runs[-1][0] != geometric:
+                runs.append((geometric, []))
+            runs[-1][1].append((step, drawn))
+        return runs
 
 
 class Combined(Sequential):

@@ -101,7 +101,7 @@ def resample(images: Tensor, warp: Warp) -> Tensor:
     grid = coordinates(_normalised(warp.backward, height, width), height, width)
     if warp.box is not None:
         low, high = _normalised(warp.box, height, width)[..., None, None].unbind(2)
-        grid = grid.clamp(low, high)
+        grid = grid.clamp_(low, high)  # in place: a grid is as large as two images
     sampled = F.grid_sample(images.to(grid.dtype), grid.permute(0, 2, 3, 1), align_corners=False)
     return sampled.to(images.dtype)
 
@@ -134,11 +134,11 @@ def seen(warp: Warp, size: Sequence[int], valid: Tensor | None = None) -> Tensor
         box = torch.stack(
             [torch.maximum(box[..., 0], warp.box[..., 0]), torch.minimum(box[..., 1], warp.box[..., 1])], -1
         )
-    reach = box.diff(dim=-1)[..., None] / 2 + slack(size, warp.backward.dtype)
-    # measured from the middle of the box, inside is one comparison per axis instead of two
-    from_middle = torch.cat([warp.backward[..., :2], warp.backward[..., 2:] - box.mean(-1, keepdim=True)], -1)
-    near_x, near_y = (coordinates(from_middle, height, width).abs() <= reach).unbind(1)
-    inside = (near_x & near_y)[:, None]
+    reach = box.diff(dim=-1) / 2 + slack(size, warp.backward.dtype)
+    # counted from the middle of the box in units of its reach, inside is one comparison for both axes
+    middle = torch.cat([warp.backward[..., :2], warp.backward[..., 2:] - box.mean(-1, keepdim=True)], -1)
+    x, y = coordinates(middle / reach, height, width).abs_().split(1, 1)
+    inside = torch.maximum(x, y) <= 1
     if valid is None:
         return inside
     return inside & whole(resample(valid.to(warp.backward.dtype), warp))
@@ -180,3 +180,26 @@ def pull(new_maps: Tensor, warps: Sequence[Warp]) -> tuple[Tensor, Tensor]:
 def flip(images: Tensor, flipped: Tensor, dim: int) -> Tensor:
     """Flip the chosen images ``(N, C, H, W)`` along one dimension, exactly."""
     return apply_where(flipped, lambda chosen: chosen.flip(dim), images)
+
+
+def resize_boxes(images: Tensor, box: Tensor) -> Tensor:
+    """Cut a box out of each image and enlarge it bilinearly to the image's size, one image after another.
+
+    The same as :func:`resample` of a warp with that box; faster on a CPU for large images, as it needs no
+    grid.
+
+    Args:
+        images: ``(N, C, H, W)``.
+        box: ``(N, 4)`` integers, top, left, height and width.
+    """
+    size = images.shape[-2:]
+    cuts = (
+        F.interpolate(image[None, :, top : top + height, left : left + width], size, mode="bilinear")
+        for image, (top, left, height, width) in zip(images, box.tolist(), strict=True)
+    )
+    if images.requires_grad:
+        return torch.cat(list(cuts))
+    new = torch.empty_like(images)
+    for one, cut in zip(new, cuts, strict=True):
+        one.copy_(cut[0])
+    return new
