@@ -7,7 +7,7 @@ is asked about, and returns one map per image:
 * the last feature maps weighted by their gradients: `grad_cam`, and its product with guided
   backpropagation, `guided_grad_cam`.
 
-The model is left as it was found: parameters, `.grad`s, buffers, hooks and train or eval mode. Methods
+The model is left as it was found: parameters, gradients, buffers, hooks and train or eval mode. Methods
 that change the backward pass of ReLU do so only while the map's own gradient is taken, so a loss on a
 map (`create_graph=True`) has the right gradient with respect to the parameters.
 """
@@ -191,6 +191,7 @@ def guided_grad_cam(
     return _explain("guided_grad_cam", model, images, target, layer, create_graph, reduce)
 
 
+#: The six methods by name.
 METHODS: dict[str, Callable[..., Tensor]] = {
     "vanilla_gradient": vanilla_gradient,
     "deconvnet": deconvnet,
