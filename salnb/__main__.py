@@ -92,8 +92,7 @@ COMMANDS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; gives the exit status.
 
-    An error that the user can do something about is a line on stderr and the status 2; anything else is a bug and
-    shows its traceback.
+    An error that this package explains is a line on stderr and the status 2; any other shows its traceback.
     """
     parser = argparse.ArgumentParser(prog="salnb", description=__doc__.split(";")[0].replace("``", ""))
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

@@ -51,7 +51,7 @@ def save_hashed(folder: Path, stem: str, state: Any) -> Path:
 
     with _draft(folder) as file:
         writer = _Hashing(file)
-        torch.save(state, writer)
+        torch.save(state, writer)  # type: ignore[arg-type]
         path = folder / f"{stem}.{writer.sha.hexdigest()[:_DIGITS]}.pt"
         _place(file, path)
     return path

@@ -106,12 +106,12 @@ def derived_seed(seed: int, *what: str | int) -> int:
 
 
 def _share_draws(augmentation: Augmentation, share: Share) -> None:
-    """Draw for the whole batch and keep this process's part, so that it does not matter how many there are."""
+    """Draw for the whole batch and keep this process's part: the result is that of one process."""
     draw = augmentation.make_params
 
     def make_params(images: Tensor, generator: torch.Generator | None = None) -> Any:
         whole = images[:1].expand(share.of * len(images), -1, -1, -1)  # only the shape is read
-        return draw(whole, generator)[share.index :: share.of]
+        return draw(whole, generator)[share.rank :: share.of]
 
     augmentation.make_params = make_params  # type: ignore[method-assign]
 

@@ -11,7 +11,7 @@ from typing import Any, get_type_hints
 
 from salnb import _catalog as catalog
 
-# they change where, how fast and how often a run is saved, not what comes out of it: a resumed run may alter them
+# where and how fast a run is made and how often it is saved; a resumed run may alter these
 PRACTICAL = frozenset({"out", "device", "workers", "save_minutes"})
 
 
@@ -121,12 +121,13 @@ class Config:
     def _check_network(self, network: catalog.Network) -> None:
         if self.size < network.smallest:
             raise ValueError(
-                f"size must be at least {network.smallest} for {self.model}, got {self.size}: its feature maps would vanish"
+                f"size must be at least {network.smallest} for {self.model}, got {self.size}: "
+                "its feature maps would vanish"
             )
         if self.gamma and "grad_cam" in self.method and self.size < network.smallest_for_cam:
             raise ValueError(
-                f"method {self.method} needs a layer with more than one pixel, which {self.model} lacks at size "
-                f"{self.size}: take a size of at least {network.smallest_for_cam}, or another method"
+                f"method {self.method} needs a layer with more than one pixel, which {self.model} lacks at "
+                f"size {self.size}: take a size of at least {network.smallest_for_cam}, or another method"
             )
         if self.beta and not self.compared_layers:
             raise ValueError(f"layers must be named for beta > 0 with {self.model}, got none")
@@ -142,12 +143,14 @@ class Config:
         least = catalog.AUGMENTATIONS[self.augmentation]
         if self.batch_size < least:
             raise ValueError(
-                f"batch_size must be at least {least} for {self.augmentation}, which mixes images, got {self.batch_size}"
+                f"batch_size must be at least {least} for {self.augmentation}, which mixes images, "
+                f"got {self.batch_size}"
             )
         known = [count for count in (source.training_images, self.train_images) if count is not None]
         if known and self.batch_size > min(known):
             raise ValueError(
-                f"batch_size must be at most {min(known)}, the number of training images, got {self.batch_size}"
+                f"batch_size must be at most {min(known)}, the number of training images, "
+                f"got {self.batch_size}"
             )
 
     def to_dict(self) -> dict[str, Any]:

@@ -105,7 +105,7 @@ def parameters_sha256(model: nn.Module) -> str:
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most memory that was in use so far, in bytes: of the GPU, or of this process where there is none."""
+    """The most memory in use so far, in bytes: of the GPU, or of this process where there is none."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     # counted in kibibytes, but on macOS in bytes

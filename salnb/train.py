@@ -1,21 +1,19 @@
 """One training run, from its settings to its summary; read it from `fit` on.
 
-What a run leaves in its folder: ``config.json``; ``metrics.jsonl``, a line for each epoch; ``checkpoints/``; and,
-at the end, ``summary.json``.
+What a run leaves in its folder: ``config.json``; ``metrics.jsonl``, a line for each epoch; ``checkpoints/``;
+and, at the end, ``summary.json``.
 
-Nothing is lost when it is stopped, however it is stopped. The state of a run is its position (epoch, batch), the
-model, the optimiser, its schedule, the loss scaler, and what was summed up since the epoch began. The random
-numbers have no state to save: each step draws from generators whose seeds are made of the run's seed and the step's
-number, and each epoch's order likewise. So a resumed run draws what the uninterrupted one would have drawn.
+Nothing is lost when it is stopped, however it is stopped. The state of a run is its position (epoch, batch),
+the model, the optimiser, its schedule, the loss scaler, and what was summed up since the epoch began. Random
+numbers have no state to save: each step draws from generators whose seeds are made of the run's seed and the
+step's number, and each epoch's order likewise. A resumed run draws what it would have drawn anyway.
 """
 
-import contextlib
 import json
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +26,7 @@ from salnb import _catalog as catalog
 from salnb import data, results
 from salnb._evaluate import evaluate
 from salnb._files import write_atomic
+from salnb._run import Interrupted, NonFiniteError, Run
 from salnb._setup import (
     derived_seed,
     make_fabric,
@@ -37,32 +36,15 @@ from salnb._setup import (
     noticed_signals,
     numerics,
 )
-from salnb.checkpoint import last_checkpoint, load_checkpoint, save_checkpoint
+from salnb.checkpoint import load_checkpoint
 from salnb.config import Config
 from salnb.objective import Losses, Objective
 
 __all__ = ["Config", "Interrupted", "NonFiniteError", "fit"]
 
 TERMS = ("class_loss", "invariance_loss", "saliency_loss", "total")
-_POSITION = ("step", "epoch", "batch", "seconds", "sums", "history")
 # how many steps a GPU may be ahead of the look at its losses, for which it has to be waited
 _AHEAD = 20
-
-
-class NonFiniteError(ArithmeticError):
-    """A loss, or a parameter, became infinite or not a number."""
-
-
-class Interrupted(KeyboardInterrupt):
-    """The run was asked to stop, by SIGTERM or Ctrl-C, and has been saved.
-
-    Attributes:
-        signal: the number of the signal.
-    """
-
-    def __init__(self, number: int, message: str):
-        super().__init__(message)
-        self.signal = number
 
 
 def fit(config: Config, *, resume: bool = False, log: Callable[[str], object] = print) -> dict[str, Any]:
@@ -75,8 +57,8 @@ def fit(config: Config, *, resume: bool = False, log: Callable[[str], object] = 
         log: is given a line after each epoch.
 
     Returns:
-        What ``summary.json`` holds: the test's accuracy, loss terms, share of saliency on the object, seconds,
-        peak memory, a SHA-256 of the parameters, the settings, and where and when it was run.
+        What ``summary.json`` holds: the test's accuracy, loss terms, share of saliency on the object,
+        seconds, peak memory, a SHA-256 of the parameters, the settings, and where and when it was run.
 
     Raises:
         ValueError, FileExistsError: the settings do not suit the machine, the data or the folder.
@@ -110,112 +92,6 @@ def fit(config: Config, *, resume: bool = False, log: Callable[[str], object] = 
 
 
 # --- the parts ---------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Run:
-    """A run under way.
-
-    Attributes:
-        step: number of optimiser steps done.
-        epoch: number of epochs finished.
-        batch: number of batches done in the epoch under way.
-        seconds: spent on it so far, over all its resumptions.
-        sums: over the steps of the epoch under way: of each loss term and of the accuracy, of the steps themselves,
-            of those with a saliency loss, and of the seconds they took.
-        history: the lines of ``metrics.jsonl``.
-    """
-
-    config: Config
-    fabric: Fabric
-    objective: Objective
-    forward: Callable[..., Losses]
-    optimizer: Any
-    schedule: torch.optim.lr_scheduler.LRScheduler
-    dataset: data.Dataset
-    signals: list[int]
-    log: Callable[[str], object]
-    step: int = 0
-    epoch: int = 0
-    batch: int = 0
-    seconds: float = 0.0
-    sums: dict[str, float] = field(default_factory=dict)
-    history: list[dict[str, Any]] = field(default_factory=list)
-    clock: float = field(default_factory=time.perf_counter)
-    saved: float = field(default_factory=time.perf_counter)
-
-    @property
-    def checkpoints(self) -> Path:
-        """The folder of the checkpoints."""
-        return Path(self.config.out) / "checkpoints"
-
-    @property
-    def share(self) -> data.Share:
-        """This process's part of each batch."""
-        return data.Share(self.fabric.global_rank, self.fabric.world_size)
-
-    @property
-    def epoch_batches(self) -> int:
-        """Batches in an epoch."""
-        return len(self.dataset.train) // self.config.batch_size
-
-    def lap(self) -> None:
-        """Count the time since the last lap."""
-        now = time.perf_counter()
-        passed, self.clock = now - self.clock, now
-        self.seconds += passed
-        self.sums["seconds"] = self.sums.get("seconds", 0.0) + passed
-
-    def save(self) -> None:
-        """Write a checkpoint."""
-        self.lap()
-        finite = torch.stack([parameter.isfinite().all() for parameter in self.objective.parameters()])
-        if not finite.all():
-            raise NonFiniteError(f"parameters are not finite after step {self.step}; {self.last_good()}")
-        if self.fabric.is_global_zero:
-            with self.explained():
-                save_checkpoint(self.checkpoints, self.step, self.state_dict())
-        self.saved = time.perf_counter()
-
-    def write(self, name: str, record: dict[str, Any]) -> None:
-        """Write a record into the run's folder."""
-        if self.fabric.is_global_zero:
-            with self.explained():
-                results.write_record(Path(self.config.out) / name, record)
-
-    @contextlib.contextmanager
-    def explained(self) -> Iterator[None]:
-        """What cannot be written stops the run; say what is left of it."""
-        try:
-            yield
-        except OSError as error:
-            text = (
-                f"nothing more could be written after step {self.step}: {error.strerror}; {self.last_good()}"
-            )
-            raise OSError(error.errno, text) from error
-
-    def last_good(self) -> str:
-        """Which checkpoint a run that cannot go on leaves behind."""
-        path = last_checkpoint(self.checkpoints)
-        return f"the last good checkpoint is {path}" if path else "there is no checkpoint yet"
-
-    def state_dict(self) -> dict[str, Any]:
-        """All that the rest of the run depends on."""
-        return {name: getattr(self, name) for name in _POSITION} | {
-            "objective": self.objective.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
-            "scaler": self.fabric.strategy.precision.state_dict(),
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what `state_dict` gave."""
-        for name in _POSITION:
-            setattr(self, name, state[name])
-        self.objective.load_state_dict(state["objective"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
-        self.fabric.strategy.precision.load_state_dict(state["scaler"])
 
 
 def make_run(
@@ -354,7 +230,7 @@ def means(sums: dict[str, float]) -> dict[str, float]:
 def finish_epoch(run: Run, validation: dict[str, float]) -> None:
     """Note down an epoch, and save."""
     sums, config = run.sums, run.config
-    row = {"epoch": run.epoch + 1, "step": run.step}
+    row: dict[str, Any] = {"epoch": run.epoch + 1, "step": run.step}
     row |= {"train_accuracy" if name == "accuracy" else name: mean for name, mean in means(sums).items()}
     row |= {f"validation_{name}": value for name, value in validation.items()}
     row |= {

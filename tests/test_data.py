@@ -219,7 +219,7 @@ def test_damaged_files_are_noticed(name, how, cache):
     else:
         content[len(content) // 2] ^= 1
         file.write_bytes(content[:-100] if how == "truncated" else content)
-    with pytest.raises(data.DamagedFileError, match="train-00000-of-00001.parquet"):
+    with pytest.raises(data.DamagedFileError, match=r"train-00000-of-00001\.parquet"):
         data.load(name, 32, workers=0)
 
 

@@ -1,4 +1,4 @@
-"""Images to work with: photographs that come in a registry package, digit scenes, and the paper's data sets."""
+"""Images to work with: photographs that come in a package, digit scenes, and the paper's data sets."""
 
 from typing import Any
 
@@ -15,9 +15,9 @@ from salnb.data.base import (
     batches,
     cache_folder,
 )
-from salnb.data.scenes import PHOTOGRAPHS, digit_scenes
 from salnb.data.paper import HUB, NotFetchedError, load_paper, local_files, verify
 from salnb.data.photographs import CIFAR10_CLASSES, Photos, imagenet_classes, photos
+from salnb.data.scenes import PHOTOGRAPHS, digit_scenes
 
 __all__ = [
     "CIFAR10_CLASSES",
@@ -68,7 +68,8 @@ def fetch(name: str, size: int = 32) -> dict[str, Any]:
     """Make sure that a data set is here and whole; downloads show their progress.
 
     Args:
-        name, size: as in `load`.
+        name: as in `load`.
+        size: as in `load`.
 
     Returns:
         What there is: the number of images of each split, the number of classes, the folder.

@@ -33,10 +33,13 @@ class Examples(NamedTuple):
 
 
 class Share(NamedTuple):
-    """Every `of`-th image of each batch, from the `index`-th on: what one of several processes works on."""
+    """What one of several processes works on: every `of`-th image of each batch, from the `rank`-th on."""
 
-    index: int = 0
+    rank: int = 0
     of: int = 1
+
+
+WHOLE = Share()
 
 
 class Split(Protocol):
@@ -45,8 +48,11 @@ class Split(Protocol):
     def __len__(self) -> int:
         """The number of images."""
 
+    def first(self, count: int) -> "Split":
+        """The first so many of the images."""
+
     def epoch(
-        self, batch_size: int, *, seed: int | None = None, start: int = 0, share: Share = Share()
+        self, batch_size: int, *, seed: int | None = None, start: int = 0, share: Share = WHOLE
     ) -> Iterator[Examples]:
         """One pass over the images, uint8, in batches.
 
@@ -107,7 +113,7 @@ class Arrays:
         return Arrays(self.images.to(device), self.labels.to(device), masks)
 
     def epoch(
-        self, batch_size: int, *, seed: int | None = None, start: int = 0, share: Share = Share()
+        self, batch_size: int, *, seed: int | None = None, start: int = 0, share: Share = WHOLE
     ) -> Iterator[Examples]:
         """One pass over the images; see `Split`."""
         for index in _orders(len(self), batch_size, seed, start, share, self.labels.device):
@@ -143,7 +149,7 @@ class DiskImages:
         return DiskImages(self.rows.select(range(min(count, len(self)))), self.size, self.workers)
 
     def epoch(
-        self, batch_size: int, *, seed: int | None = None, start: int = 0, share: Share = Share()
+        self, batch_size: int, *, seed: int | None = None, start: int = 0, share: Share = WHOLE
     ) -> Iterator[Examples]:
         """One pass over the images; see `Split`."""
         orders = _orders(len(self), batch_size, seed, start, share, torch.device("cpu"))
@@ -183,7 +189,7 @@ class StreamedImages:
         return StreamedImages(self.rows.take(count), self.size, count, self.buffer)
 
     def epoch(
-        self, batch_size: int, *, seed: int | None = None, start: int = 0, share: Share = Share()
+        self, batch_size: int, *, seed: int | None = None, start: int = 0, share: Share = WHOLE
     ) -> Iterator[Examples]:
         """One pass over the images; see `Split`."""
         rows = self.rows if seed is None else self.rows.shuffle(seed=seed, buffer_size=self.buffer)
@@ -191,10 +197,10 @@ class StreamedImages:
         for row in rows.skip(start * batch_size):
             batch.append(row)  # still encoded: only this process's share is decoded
             if len(batch) == batch_size:
-                yield from self._decoded(batch[share.index :: share.of])
+                yield from self._decoded(batch[share.rank :: share.of])
                 batch = []
         if seed is None:
-            yield from self._decoded(batch[share.index :: share.of])
+            yield from self._decoded(batch[share.rank :: share.of])
 
     def _decoded(self, rows: list[Any]) -> Iterator[Examples]:
         if rows:
@@ -212,7 +218,7 @@ def _orders(
         order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
         order = order[: count // batch_size * batch_size]
     for batch in order.to(device).split(batch_size)[start:]:
-        if len(mine := batch[share.index :: share.of]):
+        if len(mine := batch[share.rank :: share.of]):
             yield mine
 
 

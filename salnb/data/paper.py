@@ -1,7 +1,7 @@
 """The paper's data sets, through Hugging Face `datasets`: CIFAR-10, CIFAR-100, SVHN, ImageNet.
 
-The small ones are decoded once and kept in memory as uint8; ImageNet is read from disk as needed, or streamed.
-Each may also come from Parquet files that somebody put into a folder, for machines without network.
+The small ones are decoded once and kept in memory as uint8; ImageNet is read from disk as needed, or
+streamed. Each may also come from Parquet files put into a folder by hand, for machines without network.
 """
 
 import hashlib
@@ -37,7 +37,7 @@ HUB = {
     "imagenet": Hub("ILSVRC/imagenet-1k", "default", test="validation", in_memory=False),
 }
 
-# No set has validation images of its own: a tenth of the training images is put aside, but no more than these.
+# no set has validation images of its own: a tenth of the training images is put aside, no more than these
 _PUT_ASIDE = 10_000
 # larger folders are hashed by `salnb data`, not before every run
 _QUICKLY_HASHED = 2**31
@@ -52,7 +52,7 @@ class Rows(NamedTuple):
     """A part of a data set as Hugging Face holds it, its columns named "image" (encoded) and "label"."""
 
     rows: Any
-    count: int
+    number: int
     classes: list[str]
 
 
@@ -97,16 +97,16 @@ def load_paper(name: str, size: int = 224, *, workers: int = 4, streamed: bool =
         verify(name)
     parts = _open(name, streamed=streamed)
     train, test = parts["train"], parts[hub.test]
-    aside = _put_aside(train.count)  # ImageNet's rows lie in a random order already
+    aside = _put_aside(train.number)  # ImageNet's rows lie in a random order already
     if streamed:
         return Dataset(
-            StreamedImages(train.rows.skip(aside), size, train.count - aside),
+            StreamedImages(train.rows.skip(aside), size, train.number - aside),
             StreamedImages(train.rows.take(aside), size, aside),
-            StreamedImages(test.rows, size, test.count),
+            StreamedImages(test.rows, size, test.number),
             train.classes,
         )
     return Dataset(
-        DiskImages(train.rows.select(range(aside, train.count)), size, workers),
+        DiskImages(train.rows.select(range(aside, train.number)), size, workers),
         DiskImages(train.rows.select(range(aside)), size, workers),
         DiskImages(test.rows, size, workers),
         train.classes,
@@ -251,6 +251,6 @@ def _instructions(name: str) -> str:
     licence = " (accept its terms there first, and log in with `hf auth login`)" if name == "imagenet" else ""
     return (
         f"On a machine with network, download train-*.parquet and {hub.test}-*.parquet of the "
-        f"configuration {hub.config!r} from https://huggingface.co/datasets/{hub.repository}{licence}, and put "
-        f"them into {files_folder(name)} here (SALNB_CACHE sets another place)."
+        f"configuration {hub.config!r} from https://huggingface.co/datasets/{hub.repository}{licence}, "
+        f"and put them into {files_folder(name)} here (SALNB_CACHE sets another place)."
     )

