@@ -43,7 +43,7 @@ _STAGES = tuple(f"network.layer{i}" for i in range(1, 5))
 _BLOCKS = tuple(f"network.features.denseblock{i}" for i in range(1, 5))
 _VGG = Network(32, 32, ("network.features",))
 _RESNET = Network(32, 33, _STAGES)
-_DENSENET = Network(32, 64, _BLOCKS)
+_DENSENET = Network(32, 61, _BLOCKS)
 _SMALL = Network(8, 9, ("network.stage1", "network.stage2", "network.stage3"))
 _TIMM = Network(1, 1, ())
 

@@ -51,7 +51,10 @@ def save_hashed(folder: Path, stem: str, state: Any) -> Path:
 
     with _draft(folder) as file:
         writer = _Hashing(file)
-        torch.save(state, writer)  # type: ignore[arg-type]
+        try:
+            torch.save(state, writer)  # type: ignore[arg-type]
+        except RuntimeError as error:
+            raise writer.error or error from None
         path = folder / f"{stem}.{writer.sha.hexdigest()[:_DIGITS]}.pt"
         _place(file, path)
     return path
@@ -84,10 +87,15 @@ class _Hashing:
     def __init__(self, file: IO[bytes]):
         self.file = file
         self.sha = hashlib.sha256()
+        self.error: OSError | None = None
 
     def write(self, content: bytes) -> int:
         self.sha.update(content)
-        return self.file.write(content)
+        try:
+            return self.file.write(content)
+        except OSError as error:
+            self.error = error  # torch.save answers with an error of its own, about positions in the file
+            raise
 
     def flush(self) -> None:
         self.file.flush()

@@ -11,7 +11,7 @@ KEPT = 2
 
 
 def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:
-    """Save the state of a run, and then remove all but the last two checkpoints.
+    """Save the state of a run, and then remove all but this checkpoint and the one before it.
 
     Args:
         folder: where the run's checkpoints are; made if need be.
@@ -26,7 +26,9 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = save_hashed(folder, f"step-{step:09d}", state)
-    for old in _newest_first(folder)[KEPT:]:
+    # one of the same step, saved before its epoch was evaluated, says less
+    others = [old for old in _newest_first(folder) if old.stem.split(".")[0] != path.stem.split(".")[0]]
+    for old in {*_newest_first(folder)} - {path, *others[: KEPT - 1]}:
         old.unlink()
     return path
 

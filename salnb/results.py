@@ -61,8 +61,13 @@ def provenance(device: str = "cpu") -> dict[str, Any]:
         The time (UTC), the versions of Python and of the packages that matter, the commit of the
         source tree where there is one (with "+changes" where it was altered), the device's name.
     """
-    versions = {"python": platform.python_version(), "salnb": salnb.__version__}
-    for package in ("torch", "torchvision", "lightning-fabric", "timm"):
+    # torch's own words tell which CUDA it was built for, too
+    versions = {
+        "python": platform.python_version(),
+        "salnb": salnb.__version__,
+        "torch": str(torch.__version__),
+    }
+    for package in ("torchvision", "lightning-fabric", "timm"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
     name = (

@@ -165,7 +165,8 @@ def train_epoch(run: Run) -> None:
                 bar.set_postfix(means(run.sums), refresh=False)
                 if stop:
                     interrupt(run)
-                if time.perf_counter() - run.saved >= 60 * config.save_minutes:
+                due = time.perf_counter() - run.saved >= 60 * config.save_minutes
+                if due and run.batch < run.epoch_batches:  # at the end of an epoch it is saved anyhow
                     run.save()
     if pending:
         collect(run, pending)

@@ -10,6 +10,7 @@ import torch
 from salnb import data
 from salnb.data import base, paper, scenes
 from salnb.data.photographs import package_folder
+from tests.paper_files import SCHEMAS, put_files
 
 hf = pytest.importorskip("datasets")
 
@@ -143,34 +144,6 @@ def test_scenes_are_kept_and_a_damaged_file_is_made_again(cache, monkeypatch):
 
 
 # --- the paper's sets --------------------------------------------------------------------------------------
-
-SCHEMAS = {
-    # name: photographs of foolbox, column of the image, column of the label, number of classes
-    "cifar10": ("cifar10", "img", "label", 10),
-    "cifar100": ("cifar100", "img", "fine_label", 100),
-    "svhn": ("cifar10", "image", "label", 10),
-    "imagenet": ("imagenet", "image", "label", 1000),
-}
-
-
-def put_files(name):
-    """Parquet files with the schema of the Hub's, made of real photographs; the labels in the files' order."""
-    source, image, label, classes = SCHEMAS[name]
-    files = sorted((package_folder("foolbox") / "data").glob(f"{source}_*"))
-    labels = [int(file.stem.rsplit("_", 1)[1]) for file in files]
-    columns = {image: [{"bytes": f.read_bytes(), "path": None} for f in files], label: labels}
-    features = {image: hf.Image(), label: hf.ClassLabel(names=[f"class {i}" for i in range(classes)])}
-    if name == "cifar100":
-        columns["coarse_label"] = [0] * len(files)
-        features["coarse_label"] = hf.ClassLabel(names=["all"])
-    rows = hf.Dataset.from_dict(columns, features=hf.Features(features))
-    folder = paper.files_folder(name)
-    folder.mkdir(parents=True)
-    hf.disable_progress_bars()
-    rows.to_parquet(folder / "train-00000-of-00001.parquet")
-    rows.select(range(5)).to_parquet(folder / f"{paper.HUB[name].test}-00000-of-00001.parquet")
-    return labels
-
 
 @pytest.mark.parametrize("name", SCHEMAS)
 def test_paper_sets_from_files(name, cache):
