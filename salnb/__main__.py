@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, get_type_hints
@@ -61,7 +62,8 @@ def _train(args: argparse.Namespace) -> int:
     except Interrupted as stopped:
         print(stopped, file=sys.stderr)
         return 128 + stopped.signal
-    print(f"test accuracy {summary['test_accuracy']:.4f}, summary in {config.out}/summary.json")
+    if os.environ.get("RANK", "0") == "0":  # one of the processes that torchrun started speaks for all
+        print(f"test accuracy {summary['test_accuracy']:.4f}, summary in {config.out}/summary.json")
     return 0
 
 

@@ -42,7 +42,8 @@ def evaluate(
     model.eval()
     # the mean of the classes' accuracies would be called macro
     accuracy = MulticlassAccuracy(num_classes, average="micro", validate_args=False).to(fabric.device)
-    loss, on_object = MeanMetric().to(fabric.device), MeanMetric().to(fabric.device)
+    # a loss that is not a number is not to be left out of the mean
+    loss, on_object = (MeanMetric(nan_strategy="disable").to(fabric.device) for _ in range(2))
     masked = False
     share = data.Share(fabric.global_rank, fabric.world_size)
     for images, labels, masks in data.batches(split, size, fabric.device, batch_size=batch_size, share=share):

@@ -90,13 +90,18 @@ class Run:
     def save(self) -> None:
         """Write a checkpoint."""
         self.lap()
-        finite = torch.stack([parameter.isfinite().all() for parameter in self.objective.parameters()])
-        if not finite.all():
-            raise NonFiniteError(f"parameters are not finite after step {self.step}; {self.last_good()}")
+        self.check_finite()
         if self.fabric.is_global_zero:
             with self.explained():
                 save_checkpoint(self.checkpoints, self.step, self.state_dict())
         self.saved = time.perf_counter()
+
+    def check_finite(self) -> None:
+        """Raise if a parameter or a running statistic is not finite, as no good checkpoint can be made then."""
+        tensors = [*self.objective.parameters(), *self.objective.buffers()]
+        finite = torch.stack([tensor.isfinite().all() for tensor in tensors])
+        if not finite.all():
+            raise NonFiniteError(f"parameters are not finite after step {self.step}; {self.last_good()}")
 
     def write(self, name: str, record: dict[str, Any]) -> None:
         """Write a record into the run's folder."""

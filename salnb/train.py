@@ -171,6 +171,7 @@ def train_epoch(run: Run) -> None:
     if pending:
         collect(run, pending)
     run.lap()
+    run.check_finite()
 
 
 def step_generator(run: Run) -> torch.Generator:

@@ -145,6 +145,7 @@ def test_scenes_are_kept_and_a_damaged_file_is_made_again(cache, monkeypatch):
 
 # --- the paper's sets --------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("name", SCHEMAS)
 def test_paper_sets_from_files(name, cache):
     labels = put_files(name)

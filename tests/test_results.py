@@ -100,7 +100,9 @@ def test_a_disk_that_is_full_is_called_so(tmp_path):
         "try: save_hashed(Path(sys.argv[1]), 'state', {'a': torch.zeros(100_000)})\n"
         "except OSError as error: print(error.strerror)"
     )
-    answer = subprocess.run([sys.executable, "-c", program, tmp_path], capture_output=True, text=True, check=True)
+    answer = subprocess.run(
+        [sys.executable, "-c", program, tmp_path], capture_output=True, text=True, check=True
+    )
     assert answer.stdout == "File too large\n"
     assert names(tmp_path) == []
 
@@ -146,7 +148,9 @@ def test_parameters_have_one_hash_as_long_as_nothing_changes():
 
 def test_peak_memory_grows_with_what_is_used():
     before = results.peak_memory(torch.device("cpu"))
-    assert before == resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    assert before == resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
     block = torch.ones(before // 4 + 40_000_000)  # more than was ever in use
     assert results.peak_memory(torch.device("cpu")) > before
     del block

@@ -292,14 +292,27 @@ def test_a_signal_while_evaluating_saves_first(tmp_path, whole, monkeypatch):
 
 
 def test_the_command_saves_and_answers_with_the_signal(tmp_path, cache):
-    command = [sys.executable, "-m", "salnb", "train", "--data", "cifar10", "--batch-size", "4", "--device", "cpu"]
+    command = [
+        sys.executable,
+        "-m",
+        "salnb",
+        "train",
+        "--data",
+        "cifar10",
+        "--batch-size",
+        "4",
+        "--device",
+        "cpu",
+    ]
     command += ["--epochs", "100000", "--out", str(tmp_path / "run")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout.readline().startswith("epoch 1/100000: class_loss ")
     process.terminate()
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM
-    assert re.search(r"stopped by SIGTERM after step \d+, saved in .*checkpoints: go on with --resume", stderr)
+    assert re.search(
+        r"stopped by SIGTERM after step \d+, saved in .*checkpoints: go on with --resume", stderr
+    )
     assert "Traceback" not in stderr
     step = int(re.search(r"step (\d+)", stderr)[1])
     assert load_checkpoint(tmp_path / "run" / "checkpoints")["step"] == step
@@ -333,7 +346,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(stopped, whole
     newest.write_bytes({"flipped": content, "cut": content[: len(content) // 2], "empty": b""}[how])
     with pytest.warns(UserWarning, match=rf"{newest.name} is truncated or altered.*before it is used"):
         state = load_checkpoint(out / "checkpoints")
-    assert f"step-{state['step']:09d}" == older.name.split(".")[0] == "step-000000005"
+    assert f"step-{state['step']:09d}" == older.name.split(".")[0] == "step-000000006"
     assert newest.with_suffix(".damaged").exists()
     fit(config, resume=True, log=silent)
     check_same(out, whole)
@@ -393,7 +406,9 @@ def test_parameters_that_are_not_finite_are_not_saved(tmp_path, monkeypatch):
     with pytest.raises(NonFiniteError, match=r"parameters are not finite after step 4; .*step-000000003"):
         fit(settings(tmp_path / "run"), log=silent)
     state = load_checkpoint(tmp_path / "run" / "checkpoints")
-    assert all(tensor.isfinite().all() for name, tensor in state["objective"].items() if torch.is_tensor(tensor))
+    assert all(
+        tensor.isfinite().all() for name, tensor in state["objective"].items() if torch.is_tensor(tensor)
+    )
 
 
 def fill_the_disk(pipe):
@@ -422,7 +437,9 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, cache, whole):
 
 
 def test_a_batch_larger_than_the_files_hold(tmp_path):
-    with pytest.raises(ValueError, match="batch_size must be at most 18, the number of training images, got 19"):
+    with pytest.raises(
+        ValueError, match="batch_size must be at most 18, the number of training images, got 19"
+    ):
         fit(settings(tmp_path / "run", batch_size=19), log=silent)
     assert not (tmp_path / "run").exists()
 
@@ -446,11 +463,13 @@ def test_two_processes_train_as_one(tmp_path, cache):
     """torchrun as it is: the same loss curve as one process with the same batch, for a network without batch norm."""
     options = {"model": "small_groupnorm", "epochs": 2, "beta": 0.5}
     fit(settings(tmp_path / "one", **options), log=silent)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     command += ["-m", "salnb", "train", "--out", str(tmp_path / "two")]
     for name, value in (runs.DEFAULTS | options).items():
         command += ["--" + name.replace("_", "-"), str(value)]
-    answer = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    answer = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
     assert answer.returncode == 0, answer.stderr
     assert answer.stdout.count("epoch 1/2") == 1
     for one, two in zip(*(without_times(rows(tmp_path / name)) for name in ("one", "two")), strict=True):
@@ -465,7 +484,7 @@ def test_two_processes_train_as_one(tmp_path, cache):
 
 @pytest.mark.slow
 def test_two_processes_stop_and_go_on(tmp_path, cache):
-    base = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "-m"]
+    base = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m"]
     base += ["salnb", "train", "--data", "cifar10", "--batch-size", "4", "--device", "cpu", "--epochs", "60"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     whole = subprocess.run([*base, "--out", str(tmp_path / "whole")], env=environment, capture_output=True)
@@ -477,7 +496,10 @@ def test_two_processes_stop_and_go_on(tmp_path, cache):
     process.communicate(timeout=90)
     assert load_checkpoint(out / "checkpoints")["epoch"] < 60
     subprocess.run([*base, "--out", str(out), "--resume"], env=environment, check=True, capture_output=True)
-    hashes = {results.read_record(tmp_path / name / "summary.json")["parameters_sha256"] for name in ("whole", "run")}
+    hashes = {
+        results.read_record(tmp_path / name / "summary.json")["parameters_sha256"]
+        for name in ("whole", "run")
+    }
     assert len(hashes) == 1
 
 

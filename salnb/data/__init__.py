@@ -5,6 +5,7 @@ from typing import Any
 from salnb._catalog import DATA, unknown
 from salnb._files import DamagedFileError
 from salnb.data.base import (
+    WHOLE,
     Arrays,
     Dataset,
     DiskImages,
@@ -22,6 +23,7 @@ from salnb.data.scenes import PHOTOGRAPHS, digit_scenes
 __all__ = [
     "CIFAR10_CLASSES",
     "PHOTOGRAPHS",
+    "WHOLE",
     "Arrays",
     "DamagedFileError",
     "Dataset",
