@@ -22,7 +22,7 @@ def random_images(count: int, size: int) -> data.Arrays:
 
 
 def loop_and_bare_steps(gamma: float, steps: int = 10) -> dict[str, float]:
-    """Seconds of an epoch in the loop, and of as many steps on batches that are floats on the device already."""
+    """Seconds of an epoch in the loop, and of as many steps on batches that are on the device already."""
     split = random_images(steps * BATCH, 32)
     dataset = data.Dataset(split, split, split, [])
     with tempfile.TemporaryDirectory() as folder:

@@ -97,7 +97,7 @@ class Run:
         self.saved = time.perf_counter()
 
     def check_finite(self) -> None:
-        """Raise if a parameter or a running statistic is not finite, as no good checkpoint can be made then."""
+        """Raise if a parameter or a running statistic is not finite: no good checkpoint can be made then."""
         tensors = [*self.objective.parameters(), *self.objective.buffers()]
         finite = torch.stack([tensor.isfinite().all() for tensor in tensors])
         if not finite.all():

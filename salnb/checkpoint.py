@@ -4,7 +4,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from salnb._files import DamagedFileError, load_hashed, remove_drafts, save_hashed
+from salnb._files import DamagedFileError, load_hashed, save_hashed
 
 # the one before the last is there in case that the last is damaged
 KEPT = 2
@@ -39,7 +39,6 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
     Warns:
         UserWarning: a checkpoint is damaged; it gets the ending ``.damaged``, and the one before it is used.
     """
-    remove_drafts(folder)
     for path in _newest_first(folder):
         try:
             return load_hashed(path)

@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from salnb import _catalog as catalog
 from salnb import data, results
 from salnb._evaluate import evaluate
-from salnb._files import write_atomic
+from salnb._files import remove_drafts, write_atomic
 from salnb._run import Interrupted, NonFiniteError, Run
 from salnb._setup import (
     derived_seed,
@@ -78,8 +78,13 @@ def fit(config: Config, *, resume: bool = False, log: Callable[[str], object] = 
         with fabric.rank_zero_first():  # the first prepares the files that all read
             dataset = data.load(config.data, config.size, workers=config.workers)
         run = make_run(config, fabric, objective, dataset, signals, log)
-        if state := load_checkpoint(run.checkpoints):
+        with fabric.rank_zero_first():  # the first sets damaged checkpoints aside
+            state = load_checkpoint(run.checkpoints)
+        if state:
             run.load_state_dict(state)
+        if fabric.is_global_zero:
+            remove_drafts(folder)
+            remove_drafts(run.checkpoints)
 
         run.write("config.json", config.to_dict())
         while run.epoch < config.epochs:
@@ -179,10 +184,13 @@ def step_generator(run: Run) -> torch.Generator:
 
     Processes draw alike where each takes its part of what is drawn for the whole batch, and apart otherwise.
     """
-    seed, rank = run.config.seed, run.fabric.global_rank
-    torch.manual_seed(derived_seed(seed, "model", run.step, rank))
+    seed, rank, device = run.config.seed, run.fabric.global_rank, run.fabric.device
+    # torch.manual_seed would note down where it was called from, for each kind of device that is not there
+    torch.default_generator.manual_seed(own := derived_seed(seed, "model", run.step, rank))
+    if device.type != "cpu":
+        getattr(torch, device.type).manual_seed(own)
     apart = rank if run.objective.augmentation.least_samples > 1 else 0
-    generator = torch.Generator(run.fabric.device)
+    generator = torch.Generator(device)
     return generator.manual_seed(derived_seed(seed, "augmentation", run.step, apart))
 
 

@@ -1,5 +1,6 @@
 """Runs of a few steps on twenty real images, in this process or in one that can be killed."""
 
+import json
 import multiprocessing
 import os
 import signal
@@ -17,6 +18,16 @@ DEFAULTS = {"data": "cifar10", "batch_size": 4, "epochs": 3, "device": "cpu", "s
 
 def settings(out, **changes):
     return Config(out=str(out), **DEFAULTS | changes)
+
+
+def rows(out):
+    """The lines of a run's metrics."""
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_times(rows):
+    """The same, as they should be however often the run was stopped."""
+    return [{k: v for k, v in row.items() if k not in ("seconds", "images_per_second")} for row in rows]
 
 
 def silent(line):

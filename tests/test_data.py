@@ -24,7 +24,7 @@ def made(tmp_path_factory):
 
 
 @pytest.fixture
-def cache(tmp_path, monkeypatch):
+def cache(tmp_path, monkeypatch):  # an empty one
     monkeypatch.setenv("SALNB_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 

@@ -88,7 +88,7 @@ def test_any_change_of_a_saved_state_is_noticed(tmp_path, how, where):
     if how == "flip":
         content[place] ^= 4
     path.write_bytes(content if how == "flip" else content[:place])
-    with pytest.raises(_files.DamagedFileError, match="state.* is truncated or altered"):
+    with pytest.raises(_files.DamagedFileError, match=r"state.* is truncated or altered"):
         _files.load_hashed(path)
 
 
