@@ -16,6 +16,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
+import torch
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize, PowerNorm
@@ -129,6 +130,8 @@ def show_maps(
     power: float = 0.5,
     signed: bool = False,
     size: float = 1.4,
+    valid: Mapping[str, Tensor] | None = None,
+    rescale: bool = True,
 ) -> Figure:
     """Photographs beside their maps: a grid of photographs × methods with one colour bar.
 
@@ -137,26 +140,30 @@ def show_maps(
     Args:
         images: (N, 3, H, W) or (N, 1, H, W), values in [0, 1].
         maps: for each method's name, its maps (N, 1, h, w). They may be of another size than the images.
+            Further photographs, of the images' size (N, 3, H, W), are drawn as such.
         titles: N texts, the names of the photographs.
         across: "methods" gives each photograph a row and each method a column; "photos" the other way round.
         power: the colour follows the value to this power; 0.5, a square root, shows the faint parts of maps
             whose maximum is a single pixel, 1 is linear. Signed maps are always linear.
         signed: maps have values of both signs, and the colours are white at 0.
         size: width of a panel in inches.
+        valid: for some of the names, booleans (N, 1, h, w): where one is false, the panel is hatched in
+            grey, and the maximum does not count it.
+        rescale: False draws maps as they are, so that a difference of maps keeps its size.
 
     Returns:
         A figure with N × (1 + number of methods) axes, and one for the colour bar.
 
     Raises:
-        TypeError, ValueError: `images`, `maps` or `titles` are not as described or do not fit each other,
-            a map has negative values without `signed`, `across` is unknown, `power` is not positive.
+        TypeError, ValueError: `images`, `maps`, `valid` or `titles` are not as described or do not fit each
+            other, a map has negative values without `signed`, `across` is unknown, `power` is not positive.
 
     >>> import torch
     >>> photos = torch.rand(2, 3, 8, 8)
     >>> len(show_maps(photos, {"brightness": photos.mean(1, keepdim=True)}).axes)
     5
     """
-    return _show_maps(images, maps, titles, across, power, signed, size, opacity=None)
+    return _show_maps(images, maps, titles, across, power, signed, size, None, valid or {}, rescale)
 
 
 def overlay(
@@ -188,7 +195,7 @@ def overlay(
     """
     if not 0 <= opacity <= 1:
         raise ValueError(f"opacity must lie in [0, 1], got {opacity}")
-    return _show_maps(images, maps, titles, across, power, False, size, opacity)
+    return _show_maps(images, maps, titles, across, power, False, size, opacity, {}, True)
 
 
 def show_numbers(
@@ -247,10 +254,12 @@ def _show_maps(
     signed: bool,
     size: float,
     opacity: float | None,
+    valid: Mapping[str, Tensor],
+    rescale: bool,
 ) -> Figure:
     _check_pictures(images)
     titles = _check_titles(titles, len(images))
-    _check_maps(maps, len(images), signed)
+    _check_maps(maps, len(images), signed, valid)
     if across not in ("methods", "photos"):
         raise ValueError(f"across must be 'methods' or 'photos', got {across!r}")
     if not power > 0:
@@ -260,16 +269,21 @@ def _show_maps(
     fig, axes = _panels(*(shape[::-1] if photos_across else shape), size, images.shape[-2] / images.shape[-1])
     grid = axes.T if photos_across else axes  # photographs × methods
     colours = _colours(power, signed)
+    frame, extent = images.shape[-2:], (0, images.shape[-1], images.shape[-2], 0)
     for i, image in enumerate(images):
         _draw_image(grid[i, 0], image)
         _label(grid[i, 0], titles[i], above=photos_across)
     for j, (name, values) in enumerate(maps.items(), start=1):
         _label(grid[0, j], name, above=not photos_across)
-        for i, value in enumerate(_to_numpy(divide_by_maximum(values.detach()))):
-            extent = (0, images.shape[-1], images.shape[-2], 0)
-            if opacity is not None:
-                _draw_image(grid[i, j], images[i].mean(0, keepdim=True))
-            grid[i, j].imshow(value[0], cmap=colours.cmap, norm=colours.norm, alpha=opacity, extent=extent)
+        shown = valid.get(name, torch.ones_like(values[:, :1], dtype=torch.bool))
+        values, is_map = values.detach().where(shown, 0), values.shape[1] == 1
+        values = divide_by_maximum(values) if is_map and rescale else values
+        for ax, image, value, real in zip(grid[:, j], images, values, shown, strict=True):
+            if not is_map or opacity is not None:
+                _draw_image(ax, image.mean(0, keepdim=True) if is_map else value)
+            if is_map:
+                ax.imshow(_to_numpy(value[0]), colours.cmap, colours.norm, alpha=opacity, extent=extent)
+            _hatch(ax, ~real[0], frame)
     _colour_bar(fig, axes, colours, power=1.0 if signed else power, opacity=opacity)
     return fig
 
@@ -295,6 +309,13 @@ def _draw_image(ax: Axes, image: Tensor) -> None:
     ax.imshow(picture.repeat(3, axis=2) if picture.shape[2] == 1 else picture, extent=extent)
 
 
+def _hatch(ax: Axes, cells: Tensor, frame: Sequence[int]) -> None:
+    if cells.any():
+        mask = _to_numpy(cells).repeat(4, axis=0).repeat(4, axis=1)  # draws the edges of pixels as steps
+        extent = (0, frame[1], 0, frame[0])
+        ax.contourf(mask, [0.5, 1.5], colors="#b4b4b4", hatches=["////"], extent=extent)
+
+
 def _draw_numbers(ax: Axes, matrix: Tensor, limit: float, struck: Tensor | None) -> None:
     sns.heatmap(
         _to_numpy(matrix.detach()),
@@ -318,10 +339,7 @@ def _draw_numbers(ax: Axes, matrix: Tensor, limit: float, struck: Tensor | None)
 
 
 def _label(ax: Axes, text: str, *, above: bool) -> None:
-    if above:
-        ax.set_title(text, fontsize="small")
-    else:
-        ax.set_ylabel(text, fontsize="small")
+    (ax.set_title if above else ax.set_ylabel)(text, fontsize="small")
 
 
 def _colours(power: float, signed: bool) -> ScalarMappable:
@@ -365,7 +383,7 @@ def _check_titles(titles: Sequence[str] | None, n: int) -> Sequence[str]:
     return titles
 
 
-def _check_maps(maps: Mapping[str, Tensor], n: int, signed: bool) -> None:
+def _check_maps(maps: Mapping[str, Tensor], n: int, signed: bool, valid: Mapping[str, Tensor]) -> None:
     if not isinstance(maps, Mapping):
         raise TypeError(f"maps must be a dict from names to tensors (N, 1, H, W), got {type(maps).__name__}")
     if not maps:
@@ -373,7 +391,10 @@ def _check_maps(maps: Mapping[str, Tensor], n: int, signed: bool) -> None:
     for name, values in maps.items():
         check_images(values, name=f"maps[{name!r}]")
         check_finite(values, name=f"maps[{name!r}]")
-        if values.shape[:2] != (n, 1):
+        if values.shape[:2] not in ((n, 1), (n, 3)):
             raise ValueError(f"maps[{name!r}] must have shape ({n}, 1, H, W), got {tuple(values.shape)}")
         if not signed and (values < 0).any():
             raise ValueError(f"maps[{name!r}] has negative values: pass signed=True, or take absolute values")
+    for name, mask in valid.items():
+        if name not in maps or mask.dtype is not torch.bool or mask.shape != maps[name][:, :1].shape:
+            raise ValueError(f"valid[{name!r}] must be booleans of the size of the maps of that name")

@@ -152,6 +152,7 @@ def test_batch_norm_with_a_weight_of_zero():
 
 
 FUNCTIONS = {
+    "linear": (F.linear, (5, 3), (4, 3)),
     "convolution": (lambda x, w: F.conv2d(x, w, padding=1), (2, 3, 4, 4), (4, 3, 3, 3)),
     "batch norm": (lambda x, w: F.batch_norm(x, None, None, w, None, True), (3, 3, 2, 2), (3,)),
     "batch norm of vectors": (lambda x, w: F.batch_norm(x, None, None, w, None, True), (5, 3), (3,)),
@@ -173,11 +174,13 @@ def test_finite_differences(function, shape, weight, needs):
 
 
 @pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2), (1, 2)], ids=str)
-@pytest.mark.parametrize("name", ["convolution", "batch norm"])
+@pytest.mark.parametrize("name", ["convolution", "linear", "batch norm"])
 def test_second_derivatives_of_some_first_derivatives(name, wanted):
     """Each first derivative on its own, differentiated by everything: no term hides behind another."""
     if name == "convolution":
         function, inputs = F.conv2d, (random(2, 3, 5, 5), random(4, 3, 3, 3), random(4))
+    elif name == "linear":
+        function, inputs = F.linear, (random(6, 3), random(4, 3), random(4))
     else:
         function = lambda x, w, b: F.batch_norm(x, None, None, w, b, True)  # noqa: E731
         inputs = random(4, 3, 5, 5), random(3), random(3)
@@ -458,6 +461,7 @@ def test_no_gradients_are_computed_for_frozen_parameters():
 
 
 THIRD = {
+    "linear": lambda x, w: F.linear(x.flatten(1), w.flatten(1).repeat(1, 16)) ** 4,
     "convolution": lambda x, w: F.conv2d(x, w) ** 4,
     "batch norm": lambda x, w: F.batch_norm(F.conv2d(x, w), None, None, training=True) ** 4,
     "batch norm, evaluation": lambda x, w: F.batch_norm(x * w.mean(), x.new_zeros(3), x.new_ones(3)) ** 4,
@@ -484,15 +488,17 @@ def test_third_derivatives_are_refused(function):
         (F.conv1d, (random(2, 3, 5), random(4, 3, 3))),
         (F.conv3d, (random(2, 3, 3, 3, 3), random(4, 3, 1, 1, 1))),
         (F.conv2d, (random(3, 5, 5), random(4, 3, 3, 3))),
+        (F.linear, (random(2, 5, 3), random(4, 3))),
         (F.conv_transpose2d, (random(2, 3, 4, 4), random(3, 4, 3, 3))),
         (F.instance_norm, (random(2, 3, 4, 4),)),
         (lambda x: F.batch_norm(x, None, None, training=True), (random(4, 3, 5),)),
         (lambda x: F.max_pool2d(x, 2), (random(3, 4, 4),)),
         (lambda x: F.max_pool2d(x, 2, return_indices=True)[0], (random(2, 3, 4, 4),)),
         (lambda x, y: torch.cat([x, y]), (random(2, 3), random(2, 3, dtype=torch.float32))),
+        (lambda x: torch.cat([x, x.new_zeros(0)], axis=1), (random(2, 3),)),
     ],
-    ids=["conv1d", "conv3d", "unbatched", "transposed", "instance norm", "3-d batch norm",
-         "unbatched pooling", "pooling with indices", "mixed types"],
+    ids=["conv1d", "conv3d", "unbatched", "sequences", "transposed", "instance norm", "3-d batch norm",
+         "unbatched pooling", "pooling with indices", "mixed types", "empty"],
 )  # fmt: skip
 def test_everything_else_is_left_alone(function, inputs):
     with fast_double_backward():

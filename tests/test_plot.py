@@ -93,6 +93,28 @@ def test_signed_maps_are_white_at_zero(photos):
     assert "square-root" not in fig.axes[-1].get_ylabel()
 
 
+def test_what_is_not_valid_is_hatched_and_sets_no_scale(photos):
+    values = torch.full((3, 1, 12, 16), 0.5)
+    values[..., 0, 0] = 8
+    valid = values < 1
+    fig = plot.show_maps(photos, {"new photo": photos, "map": values}, valid={"map": valid})
+    photo, plain, marked = fig.axes[:3]
+    assert drawn(plain).shape == (12, 16, 3)
+    assert not photo.collections
+    assert not plain.collections
+    assert marked.collections[0].hatches == ["////"]
+    (corner,) = (path.get_extents() for path in marked.collections[0].get_paths())
+    np.testing.assert_allclose([corner.xmax, corner.ymax], [1, 1], atol=0.2)
+    assert drawn(marked)[0, 0] == 0
+    assert drawn(marked)[5, 5] == 1
+
+
+def test_a_difference_of_maps_can_keep_its_size(photos):
+    fig = plot.show_maps(photos, {"difference": torch.full((3, 1, 12, 16), 0.25)}, rescale=False)
+    assert drawn(fig.axes[1]).max() == 0.25
+    assert fig.axes[1].images[-1].get_clim() == (0, 1)
+
+
 def test_overlay_lies_over_the_grey_photograph(photos, maps):
     ax = plot.overlay(photos, maps, opacity=0.3).axes[1]
     below, above = ax.images
@@ -126,6 +148,11 @@ REFUSED = {
     "too-few": (lambda: plot.show_maps(P, {"m": M["m"][:1]}), ValueError, r"shape \(2, 1, H, W\), got \(1, "),
     "negative": (lambda: plot.show_maps(P, {"m": -M["m"]}), ValueError, "negative .* signed=True"),
     "nan": (lambda: plot.show_maps(P, {"m": M["m"] * torch.nan}), ValueError, "must be finite"),
+    "valid": (
+        lambda: plot.show_maps(P, M, valid={"m": M["m"]}),
+        ValueError,
+        r"valid\['m'\] must be booleans",
+    ),
     "across": (lambda: plot.show_maps(P, M, across="rows"), ValueError, "across must be .* got 'rows'"),
     "power": (lambda: plot.show_maps(P, M, power=0), ValueError, "power must be positive, got 0"),
     "opacity": (lambda: plot.overlay(P, M, opacity=2), ValueError, r"opacity must lie in \[0, 1\], got 2"),

@@ -39,6 +39,7 @@ def execute(notebook: Path, to: Path, parameters: Path | None = None) -> None:
             cwd=str(notebook.parent),
             progress_bar=False,
             request_save_on_cell_execute=False,
+            coalesce_streams=True,  # how a slow cell's lines were sent depends on the run
         )
         clean = raw.with_suffix(".clean")
         nbformat.write(without_run_data(nbformat.read(raw, as_version=4)), clean)
