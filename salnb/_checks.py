@@ -96,10 +96,12 @@ def check_target(target: Tensor | int | None, n: int, num_classes: int) -> None:
 
 
 def check_labels(target: Tensor, num_classes: int) -> None:
-    """Raise a ValueError if `target` holds labels (N,) outside 0 … `num_classes` - 1.
+    """Raise a ValueError if `target` has labels (N,) outside 0 … `num_classes` - 1, or not K weights (N, K).
 
     Only looks at values on a CPU: a GPU would have to be waited for, and raises an error of its own.
     """
+    if target.ndim == 2 and target.shape[1] != num_classes:
+        raise ValueError(f"target weights must be ({len(target)}, {num_classes}), got {tuple(target.shape)}")
     if target.ndim != 1 or target.device.type != "cpu" or is_traced(target):
         return
     low, high = int(target.min()), int(target.max())

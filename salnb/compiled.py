@@ -25,9 +25,10 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils import _pytree as pytree
 
 from salnb._checks import check_labels
+from salnb._precision import autocast_dtype, full_precision
 
 if TYPE_CHECKING:
-    from salnb.objective import Losses, Objective
+    from salnb.objective import Objective
 
 
 class CompiledStep:
@@ -44,7 +45,6 @@ class CompiledStep:
     def __init__(self, **options: Any):
         self.options = options
         self._graphs: dict[Hashable, _Graph] = {}
-        self._scale: LossScale | None = None
 
     def __reduce__(self) -> tuple:
         """A copy compiles for itself."""
@@ -69,31 +69,24 @@ class CompiledStep:
         parameters = [p for p in objective.parameters() if p.requires_grad]
         state = dict(objective.named_parameters()) | dict(objective.named_buffers())
         tensors = [*batch, *(tensor.detach() for tensor in state.values())]
-        half = _autocast(images) is torch.float16
-        if half and self._scale is None:
-            self._scale = LossScale(images.device)
         # written by the device itself, which a copy from the host would have to wait for
-        number = partial(torch.full, (), device=images.device)
-        dtype = torch.promote_types(images.dtype, torch.float32)
-        weights = [number(weight, dtype=dtype) for weight in (objective.alpha, objective.beta, gamma)]
-        scale = self._scale.value if half and self._scale else number(1.0, dtype=dtype)
+        number = partial(
+            torch.full, (), dtype=torch.promote_types(images.dtype, torch.float32), device=images.device
+        )
+        weights = [number(weight) for weight in (objective.alpha, objective.beta, gamma)]
 
         kind = _kind(objective, batch, spec, gamma)
         if kind not in self._graphs:
-            step = _Step(objective, spec, gamma, [*state], len(batch), half)
-            self._graphs[kind] = _compile(step, [*weights, scale, *tensors], self.options)
+            step = _Step(objective, spec, gamma, len(batch))
+            self._graphs[kind] = _compile(step, [*weights, *tensors], self.options)
         graph = self._graphs[kind]
         check_labels(target, graph.num_classes)
 
-        # all casts are in the graph
-        with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
-            values, gradients, buffers, finite = pytree.tree_unflatten(
-                graph.run(*weights, scale, *tensors), graph.outputs
-            )
+        with torch.no_grad(), full_precision(images):  # all casts are in the graph
+            results = graph.run(*weights, *tensors)
+            values, gradients, buffers = pytree.tree_unflatten(results, graph.outputs)
             for name, value in buffers.items():
                 state[name].copy_(value)
-            if self._scale and half:
-                self._scale.update(finite)
         total = _HandOut.apply(values[0], gradients, *parameters)
         return total, *values[1:]
 
@@ -109,55 +102,49 @@ class _Graph(NamedTuple):
 class _Step(nn.Module):
     """One step as a function of tensors, to be traced."""
 
-    def __init__(
-        self,
-        objective: Objective,
-        spec: pytree.TreeSpec,
-        gamma: float,
-        names: list[str],
-        batch_length: int,
-        scaled: bool,
-    ):
+    def __init__(self, objective: Objective, spec: pytree.TreeSpec, gamma: float, batch_length: int):
         super().__init__()
         self.objective = objective
-        self.spec, self.gamma, self.names = spec, gamma, names
-        self.batch_length, self.scaled = batch_length, scaled
+        self.spec, self.gamma, self.batch_length = spec, gamma, batch_length
 
-    def forward(self, *batch: Tensor) -> Losses:
-        """The losses of a batch, with whatever parameters and buffers the module has just then."""
+    def forward(self, weights: tuple[Tensor, ...], batch: tuple[Tensor, ...]) -> tuple[list, list]:
+        """The fields of `Losses` and the gradients, with the parameters and buffers of the moment."""
         images, new_images, target, *drawn = batch
         params = pytree.tree_unflatten(drawn, self.spec)
-        return self.objective.losses(images, new_images, target, params, self.gamma)
-
-    def differentiate(self, *tensors: Tensor) -> list[Tensor | None]:
-        """Values, gradients, updated buffers and whether the gradients are finite, in a flat list."""
-        *weights, scale = tensors[:4]
-        batch, values = tensors[4 : 4 + self.batch_length], tensors[4 + self.batch_length :]
-        parameters = dict(self.objective.named_parameters())
-        state = {}
-        for name, value in zip(self.names, values, strict=True):
-            if name in parameters:
-                state[f"objective.{name}"] = value.detach().requires_grad_(parameters[name].requires_grad)
-            else:
-                state[f"objective.{name}"] = value.clone()
-        trained = [tensor for tensor in state.values() if tensor.requires_grad]
-        losses = torch.func.functional_call(self, state, batch)
-
+        losses = self.objective.losses(images, new_images, target, params, self.gamma)
         terms = (losses.class_loss, losses.invariance_loss, losses.saliency_loss)
-        total = sum(weight * term for weight, term in zip(weights, terms, strict=True))
-        gradients: list[Tensor | None] = [*torch.autograd.grad(total * scale, trained, allow_unused=True)]
-        finite = None
-        if self.scaled:
+        total = torch.stack([w * term for w, term in zip(weights, terms, strict=True)]).sum()
+        trained = [p for p in self.objective.parameters() if p.requires_grad]
+        # a GradScaler only sees what leaves the graph
+        half = torch.float16 in (autocast_dtype(images), *(p.dtype for p in trained))
+        scale = self.objective.gradient_scale.value if half else 1.0
+        with full_precision(images):  # as the user's backward() would be
+            gradients = list(torch.autograd.grad(total * scale, trained, allow_unused=True))
+        if half:
             gradients = [None if g is None else g / scale for g in gradients]
-            finite = torch.stack([g.isfinite().all() for g in gradients if g is not None]).all()
-        training = any(module.training for module in self.objective.modules())
-        buffers = {
-            name: state[f"objective.{name}"] for name in self.names if training and name not in parameters
+            finite = [g.isfinite().all() for g in gradients if g is not None]
+            self.objective.gradient_scale.update(torch.stack(finite).all())
+        return [result.detach() for result in (total, *terms, losses.logits)], gradients
+
+    def with_state(self, *tensors: Tensor) -> list[Tensor | None]:
+        """Values, gradients and new buffers in a flat list, from weights, batch, parameters and buffers."""
+        weights, batch, rest = (
+            tensors[:3],
+            tensors[3 : 3 + self.batch_length],
+            tensors[3 + self.batch_length :],
+        )
+        parameters, buffers = dict(self.named_parameters()), [name for name, _ in self.named_buffers()]
+        state = {
+            name: tensor.detach().requires_grad_(parameters[name].requires_grad)
+            if name in parameters
+            else tensor.clone()
+            for name, tensor in zip([*parameters, *buffers], rest, strict=True)
         }
-        results = [result.detach() for result in (total, *terms, losses.logits)]
+        values, gradients = torch.func.functional_call(self, state, (weights, batch))
+        updated = {name.removeprefix("objective."): state[name] for name in buffers}
         # what the caller of make_fx gets to see is a flat list only
-        self.num_classes = losses.logits.shape[1]
-        flat, self.outputs = pytree.tree_flatten((results, gradients, buffers, finite))
+        self.num_classes = values[-1].shape[1]
+        flat, self.outputs = pytree.tree_flatten((values, gradients, updated))
         return flat
 
 
@@ -166,7 +153,7 @@ def _compile(step: _Step, tensors: list[Tensor], options: dict[str, Any]) -> _Gr
     try:
         # one thread: the modes that trace and that swap functions belong to it
         with torch.enable_grad(), torch.autograd.set_multithreading_enabled(False):
-            graph = make_fx(step.differentiate, tracing_mode="fake", _allow_non_fake_inputs=True)(*tensors)
+            graph = make_fx(step.with_state, tracing_mode="fake", _allow_non_fake_inputs=True)(*tensors)
     except (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode) as error:
         raise RuntimeError(
             "compile() needs a model whose operations do not depend on the values of its tensors "
@@ -186,13 +173,8 @@ def _kind(objective: Objective, batch: list[Tensor], spec: pytree.TreeSpec, gamm
         objective.settings(),
         tuple((p.dtype, p.device, p.requires_grad) for p in objective.parameters()),
         tuple(module.training for module in objective.modules()),
-        _autocast(images),
+        autocast_dtype(images),
     )
-
-
-def _autocast(images: Tensor) -> torch.dtype | None:
-    device = images.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
 class _HandOut(torch.autograd.Function):
@@ -207,21 +189,3 @@ class _HandOut(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return None, None, *(None if g is None else g * grad for g in ctx.saved_tensors)
-
-
-class LossScale:
-    """Keeps float16 gradients inside a graph from underflowing, like `GradScaler`, which only sees its ends.
-
-    The loss is multiplied by `value` before it is differentiated, and the gradients are divided by it. It is
-    halved when a gradient overflows and doubled after 2000 steps without; nothing waits for the device.
-    """
-
-    def __init__(self, device: torch.device):
-        self.value = torch.full((), 2.0**14, device=device)
-        self._steps = torch.zeros((), device=device)
-
-    def update(self, finite: Tensor) -> None:
-        """Take note whether the gradients of a step were finite."""
-        self._steps = torch.where(finite, self._steps + 1, 0)
-        grown = torch.where(self._steps % 2000 == 0, 2 * self.value, self.value)
-        self.value = torch.where(finite, grown, self.value / 2).clamp(1, 2.0**24)

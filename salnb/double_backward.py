@@ -196,10 +196,19 @@ def _cat(tensors: Sequence[Tensor], dim: int = 0, **options: Any) -> Tensor:
     return Cat.apply(dim, *tensors)
 
 
+def _hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
+    """:func:`torch.nn.functional.hardsigmoid`, of which PyTorch has no second derivative."""
+    if not _plain(input):
+        return NotImplemented
+    result = F.relu6(input + 3) / 6
+    return input.copy_(result) if inplace else result
+
+
 _REPLACEMENTS: dict[Callable, Callable] = {
     F.conv2d: _conv2d,
     F.linear: _linear,
     F.batch_norm: _batch_norm,
+    F.hardsigmoid: _hardsigmoid,
     torch.batch_norm: _torch_batch_norm,
     **dict.fromkeys((F.relu, torch.relu, Tensor.relu), _relu),
     **dict.fromkeys((torch.relu_, Tensor.relu_), functools.partial(_relu, inplace=True)),

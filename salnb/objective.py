@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from salnb import saliency
 from salnb._checks import check_images, check_labels, check_second_derivative, unknown
+from salnb._precision import LossScale, autocast_dtype, full_precision
 from salnb._watch import RECIPES, Watch, class_scores
 from salnb.augment import Augmentation
 from salnb.augment.mixing import class_weights
@@ -33,9 +34,6 @@ from salnb.losses import (
     invariance_loss,
     saliency_loss,
 )
-
-# float16 gradients underflow below 6e-8; maps are divided by the factor again, which is exact
-FP16_SCALE = 2.0**10
 
 
 @dataclass
@@ -130,6 +128,8 @@ class Objective(nn.Module):
         num_classes: int | None = None,
     ):
         super().__init__()
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
         for name, weight in (("alpha", alpha), ("beta", beta), ("gamma", gamma)):
             if not 0 <= weight < float("inf"):
                 raise ValueError(f"{name} must be a finite number of at least 0, got {weight}")
@@ -156,6 +156,8 @@ class Objective(nn.Module):
         self.detach_original = detach_original
         self.num_classes = num_classes
         self.steps_done = 0
+        # for float16: of the score whose gradient makes the maps, and of the total in a compiled step
+        self.score_scale, self.gradient_scale = LossScale(12, top=12), LossScale(14, top=24)
         self._compiled: CompiledStep | None = None
         self._second_derivative_checked = False
         self._check_model()
@@ -191,7 +193,7 @@ class Objective(nn.Module):
         keep_graph = torch.is_grad_enabled()
         with torch.inference_mode(False), torch.set_grad_enabled(keep_graph):
             images, target = (t.clone() if t.is_inference() else t for t in (images, target))
-            with _full_precision(images):
+            with full_precision(images):
                 params = self.augmentation.make_params(images, generator)
                 new_images = self.augmentation.images(images, params)
             batch = (images, new_images, target, params, self.current_gamma())
@@ -248,7 +250,7 @@ class Objective(nn.Module):
             targets = both_targets(target, self.augmentation.targets(target, params, k), k)
             salience = logits.new_zeros((), dtype=torch.promote_types(logits.dtype, torch.float32))
             maps = self._maps(watch, pixels, logits, targets, keep_graph) if gamma else None
-        with _full_precision(images):
+        with full_precision(images):
             classes = class_loss(logits, targets)
             invariance = self._invariance(features, n) if self.beta else torch.zeros_like(salience)
             if maps is not None:
@@ -270,17 +272,16 @@ class Objective(nn.Module):
                 self.model, pixels.detach(), targets, create_graph=keep_graph, **self.method_options
             )
         else:
-            device = pixels.device.type
-            half = (
-                torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) is torch.float16
-            ) or logits.dtype is torch.float16
-            scale = FP16_SCALE if half else 1.0
-            with _full_precision(pixels):
+            half = torch.float16 in (autocast_dtype(pixels), logits.dtype)
+            scale = self.score_scale.value if half else 1.0
+            with full_precision(pixels):
                 maps = watch.maps(pixels, scale * class_scores(logits, targets), create_graph=keep_graph)
-            # each gradient among the factors of a map carries the scale once
-            recipe = RECIPES[self.method]
             maps = maps.to(torch.promote_types(maps.dtype, torch.float32))
-            maps = maps / scale ** (recipe.pixels + recipe.layer) if half else maps
+            if half:
+                self.score_scale.update(maps.isfinite().all())
+                # each gradient among the factors of a map carries the scale once
+                recipe = RECIPES[self.method]
+                maps = maps / scale ** (recipe.pixels + recipe.layer)
         if keep_graph and not self._second_derivative_checked:
             check_second_derivative(maps)
             self._second_derivative_checked = True
@@ -365,7 +366,7 @@ class Objective(nn.Module):
         if wrapper is not None and wrapper.static_graph:
             raise RuntimeError(
                 "DistributedDataParallel(static_graph=True) would skip the averaging of gradients without a "
-                "word, because the saliency term differentiates inside the forward pass: leave static_graph out"
+                "word, as the saliency term differentiates inside the forward pass: leave static_graph out"
             )
         if self.training and any(isinstance(module, nn.SyncBatchNorm) for module in self.model.modules()):
             raise RuntimeError(
@@ -375,7 +376,7 @@ class Objective(nn.Module):
 
 
 def both_targets(target: Tensor, new_target: Tensor, num_classes: int) -> Tensor:
-    """The targets of originals and augmented images: (2N,) labels, or (2N, K) weights where any are mixed."""
+    """The targets of originals and augmented images: (2N,) labels, or (2N, K) weights if any are mixed."""
     check_labels(target, num_classes)
     if target.ndim < new_target.ndim:
         target = class_weights(target, num_classes, new_target.dtype)
@@ -387,11 +388,6 @@ def _differentiable_twice() -> Iterator[None]:
     """Fast second derivatives, and neither compiled modules nor fused attention kernels, which have none."""
     with saliency.as_written(), sdpa_kernel(SDPBackend.MATH), fast_double_backward():
         yield
-
-
-def _full_precision(images: Tensor) -> torch.autocast:
-    """Autocast off: it is meant for networks."""
-    return torch.autocast(images.device.type, enabled=False)
 
 
 def _is_channels_last(images: Tensor) -> bool:
