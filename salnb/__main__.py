@@ -1,0 +1,123 @@
+"""The command line: ``python -m salnb COMMAND``, also installed as ``salnb``; each command has ``--help``."""
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, get_type_hints
+
+from salnb import _catalog as catalog
+from salnb.config import Config
+
+
+class Command(NamedTuple):
+    """One subcommand.
+
+    Attributes:
+        help: a line on what it does.
+        arguments: adds its options to a parser.
+        run: does it; gives the exit status.
+    """
+
+    help: str
+    arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+
+
+def _train_arguments(parser: argparse.ArgumentParser) -> None:
+    types = get_type_hints(Config)
+    for field in dataclasses.fields(Config):
+        option, text = "--" + field.name.replace("_", "-"), field.metadata["help"]
+        if types[field.name] is bool:
+            parser.add_argument(option, action="store_true", help=text)
+            continue
+        required = field.default is dataclasses.MISSING
+        shown = "" if required or field.default in (None, ()) else f" (default: {field.default})"
+        settings: dict[str, Any] = {"help": text + shown, "required": required}
+        if not required:
+            settings["default"] = field.default
+        if field.name == "layers":
+            settings |= {"nargs": "+", "metavar": "NAME"}
+        else:
+            settings["type"] = {float: float, str: str}.get(types[field.name], int)
+            settings["metavar"] = {float: "X", str: "NAME"}.get(types[field.name], "N")
+        parser.add_argument(option, **settings)
+    parser.add_argument(
+        "--resume", action="store_true", help="continue the run in the folder, if there is one"
+    )
+
+
+def _train(args: argparse.Namespace) -> int:
+    options = vars(args).copy()
+    resume = options.pop("resume")
+    config = Config(**options)
+    config.check_run(resume=resume)
+    # from here on torch is loaded, which takes seconds: all that can be told without it has been
+    from salnb.train import Interrupted, fit
+
+    try:
+        summary = fit(config, resume=resume)
+    except Interrupted as stopped:
+        print(stopped, file=sys.stderr)
+        return 128 + stopped.signal
+    if os.environ.get("RANK", "0") == "0":  # one of the processes that torchrun started speaks for all
+        print(f"test accuracy {summary['test_accuracy']:.4f}, summary in {config.out}/summary.json")
+    return 0
+
+
+def _data_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", metavar="NAME", help="data set: " + ", ".join(catalog.DATA))
+    parser.add_argument("--size", type=int, default=None, help="of digit-scenes: 32 (default), 64, 96 or 224")
+
+
+def _data(args: argparse.Namespace) -> int:
+    if args.name not in catalog.DATA:
+        raise catalog.unknown("data", args.name, catalog.DATA)
+    sizes = catalog.DATA[args.name].sizes
+    size = args.size or 32
+    if sizes is not None and size not in sizes:
+        raise ValueError(f"size of {args.name} must be one of {', '.join(map(str, sizes))}, got {size}")
+    from salnb import data
+
+    print(json.dumps(data.fetch(args.name, size), indent=2))
+    return 0
+
+
+COMMANDS = {
+    "train": Command("train a network with the paper's losses", _train_arguments, _train),
+    "data": Command("fetch a data set ahead of time and check it", _data_arguments, _data),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; gives the exit status.
+
+    An error that this package explains is a line on stderr and the status 2; any other shows its traceback.
+    """
+    parser = argparse.ArgumentParser(prog="salnb", description=__doc__.split(";")[0].replace("``", ""))
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, command in COMMANDS.items():
+        command.arguments(subparsers.add_parser(name, help=command.help, description=command.help))
+    args = parser.parse_args(arguments)
+    command = COMMANDS[vars(args).pop("command")]
+    try:
+        return command.run(args)
+    except (ValueError, ArithmeticError, OSError, RuntimeError, ModuleNotFoundError) as error:
+        if not _is_answer(error):
+            raise
+        print(f"salnb: error: {error}", file=sys.stderr)
+        return 2
+
+
+def _is_answer(error: BaseException) -> bool:
+    """Whether an error was raised by this package, which explains itself, and not by what it uses."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and str(trace.tb_frame.f_globals.get("__name__", "")).startswith("salnb")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,143 @@
+"""The names that a run may use, with their limits; free of torch, so that a mistake is answered at once.
+
+The modules that own the things behind the names are loaded only when a run is sound; tests compare the two.
+"""
+
+import difflib
+import importlib.util
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Network(NamedTuple):
+    """What a network asks of its images.
+
+    Attributes:
+        smallest: least height and width.
+        smallest_for_cam: least height and width at which the last convolution keeps more than one pixel.
+        layers: names of the layers that eq. 6 compares unless others are asked for.
+    """
+
+    smallest: int
+    smallest_for_cam: int
+    layers: tuple[str, ...]
+
+
+class Source(NamedTuple):
+    """What is known of a data set before it is loaded.
+
+    Attributes:
+        num_classes: K.
+        sizes: heights and widths that it is made in; None: any, the images are rescaled.
+        training_images: how many there are for training; None where that depends on the files.
+    """
+
+    num_classes: int
+    sizes: tuple[int, ...] | None
+    training_images: int | None
+
+
+_STAGES = tuple(f"network.layer{i}" for i in range(1, 5))
+_BLOCKS = tuple(f"network.features.denseblock{i}" for i in range(1, 5))
+_VGG = Network(32, 32, ("network.features",))
+_RESNET = Network(32, 33, _STAGES)
+_DENSENET = Network(32, 61, _BLOCKS)
+_SMALL = Network(8, 9, ("network.stage1", "network.stage2", "network.stage3"))
+_TIMM = Network(1, 1, ())
+
+NETWORKS = {
+    "small": _SMALL,
+    "small_groupnorm": _SMALL,
+    "resnet18": _RESNET,
+    "resnet50": _RESNET,
+    "vgg16": _VGG,
+    "vgg16_bn": _VGG,
+    "vgg19": _VGG,
+    "vgg19_bn": _VGG,
+    "densenet121": _DENSENET,
+    "densenet169": _DENSENET,
+}
+
+_SCENE_SIZES = (32, 64, 96, 224)
+DATA = {
+    "digit-scenes": Source(10, _SCENE_SIZES, 6000),
+    "digit-scenes-shifted": Source(10, _SCENE_SIZES, 6000),
+    "cifar10": Source(10, None, None),
+    "cifar100": Source(100, None, None),
+    "svhn": Source(10, None, None),
+    "imagenet": Source(1000, None, None),
+    "imagenet-streamed": Source(1000, None, None),
+}
+
+# augmentations, with the least number of images that each takes
+AUGMENTATIONS = {
+    "identity": 1,
+    "horizontal_flip": 1,
+    "vertical_flip": 1,
+    "rescale": 1,
+    "rotation": 1,
+    "affine": 1,
+    "contrast": 1,
+    "combined": 1,
+    "color_jitter": 1,
+    "resized_crop": 1,
+    "simclr": 1,
+    "cutout": 1,
+    "mixup": 2,
+    "cutmix": 2,
+    "augmix": 1,
+}
+
+METHODS = (
+    "vanilla_gradient",
+    "deconvnet",
+    "guided_backprop",
+    "smoothgrad",
+    "grad_cam",
+    "guided_grad_cam",
+)
+NORMALIZATIONS = ("l2", "max", "none", "sum", "zscore")
+DISTANCES = ("cosine", "l1", "mse")
+OPTIMIZERS = ("sgd", "adamw")
+SCHEDULES = ("constant", "cosine", "onecycle")
+PRECISIONS = {"32": "32-true", "tf32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
+
+
+def unknown(what: str, given: object, known: Iterable[str]) -> ValueError:
+    """The error for a name that is not among the `known` ones, with the nearest of them suggested."""
+    names = list(known)
+    near = difflib.get_close_matches(str(given), names, n=1)
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    listed = ", ".join(names) if len(names) <= 100 else f"{len(names)} names"
+    return ValueError(f"{what} {given!r} is unknown{hint}; known: {listed}")
+
+
+def network(name: str) -> Network:
+    """What is known of a network: one of `NETWORKS`, or "timm:" and a name of the package timm.
+
+    Raises:
+        ValueError: there is no such network.
+        ModuleNotFoundError: timm is asked for and is not installed.
+    """
+    if not name.startswith("timm:"):
+        if name not in NETWORKS:
+            raise unknown("model", name, [*NETWORKS, "timm:NAME"])
+        return NETWORKS[name]
+    spec = importlib.util.find_spec("timm")
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError("model 'timm:…' needs the package timm: pip install timm")
+    # loading timm takes seconds; the names stand in its files, each below the mark of a registered model
+    files = sorted((Path(spec.origin).parent / "models").glob("*.py"))
+    found = {
+        f"timm:{entry}"
+        for file in files
+        for entry in re.findall(
+            r"^@register_model\s+def (\w+)", file.read_text(encoding="utf-8"), re.MULTILINE
+        )
+    }
+    # an ending after a dot names a set of weights
+    if name.split(".")[0] not in found:
+        raise unknown("model", name, sorted(found))
+    return _TIMM

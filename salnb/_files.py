@@ -1,0 +1,125 @@
+"""Files that are there whole or not at all, and that tell whether they were altered since."""
+
+import contextlib
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+# what a killed process may leave behind begins with this
+DRAFT = ".draft-"
+# of the 64 digits of a SHA-256, in a file's name; enough against accidents, short enough to be read
+_DIGITS = 16
+
+
+class DamagedFileError(RuntimeError):
+    """A file is not what was written: it is truncated or altered."""
+
+
+def write_atomic(path: str | Path, content: bytes) -> None:
+    """Write a file so that, whatever happens meanwhile, its old or its new content is there, never a part.
+
+    Args:
+        path: the file; its folder must exist.
+        content: all of it.
+
+    Raises:
+        OSError: the content could not be written (a full disk, say); what was there before still is.
+    """
+    path = Path(path)
+    with _draft(path.parent) as file:
+        file.write(content)
+        _place(file, path)
+
+
+def save_hashed(folder: Path, stem: str, state: Any) -> Path:
+    """Save what `torch.save` can, atomically, under a name that holds the content's SHA-256.
+
+    Such a file needs no second one to be checked against, which might be newer or older than it.
+
+    Args:
+        folder: where to; it must exist.
+        stem: the name's beginning.
+        state: tensors, numbers, strings, and lists and dictionaries of them.
+
+    Returns:
+        The file, ``stem.<sixteen digits>.pt``.
+    """
+    import torch
+
+    with _draft(folder) as file:
+        writer = _Hashing(file)
+        try:
+            torch.save(state, writer)  # type: ignore[arg-type]
+        except RuntimeError as error:
+            raise writer.error or error from None
+        path = folder / f"{stem}.{writer.sha.hexdigest()[:_DIGITS]}.pt"
+        _place(file, path)
+    return path
+
+
+def load_hashed(path: Path, *, map_location: Any = "cpu") -> Any:
+    """Load what `save_hashed` saved, tensors and plain values only.
+
+    Raises:
+        DamagedFileError: the content does not belong to the name.
+    """
+    import torch
+
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()[:_DIGITS]
+    if digest != path.name.split(".")[-2]:
+        raise DamagedFileError(f"{path} is truncated or altered: its SHA-256 begins with {digest}")
+    return torch.load(path, map_location=map_location, weights_only=True)
+
+
+def remove_drafts(folder: Path) -> None:
+    """Remove what a killed process left behind; nobody else may be writing there."""
+    for path in folder.glob(f"{DRAFT}*"):
+        path.unlink(missing_ok=True)
+
+
+class _Hashing:
+    """A file to write to, that hashes what passes."""
+
+    def __init__(self, file: IO[bytes]):
+        self.file = file
+        self.sha = hashlib.sha256()
+        self.error: OSError | None = None
+
+    def write(self, content: bytes) -> int:
+        self.sha.update(content)
+        try:
+            return self.file.write(content)
+        except OSError as error:
+            self.error = error  # torch.save answers with an error of its own, about positions in the file
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+@contextlib.contextmanager
+def _draft(folder: Path) -> Iterator[IO[bytes]]:
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=DRAFT, delete=False) as file:
+        try:
+            yield file
+        finally:
+            with contextlib.suppress(FileNotFoundError):  # it has its name by now
+                os.unlink(file.name)
+
+
+def _place(file: IO[bytes], path: Path) -> None:
+    """Give a draft its name, after its content has reached the disk."""
+    file.flush()
+    os.fchmod(file.fileno(), 0o644)  # drafts are private
+    os.fsync(file.fileno())
+    os.replace(file.name, path)
+    # the name is an entry of the folder, which reaches the disk on its own
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

