@@ -44,6 +44,8 @@ class Config:
     method: str = setting("vanilla_gradient", "saliency method: " + ", ".join(catalog.METHODS))
     normalize: str = setting("max", "normalisation of each map: " + ", ".join(catalog.NORMALIZATIONS))
     distance: str = setting("mse", "distance between maps: " + ", ".join(catalog.DISTANCES))
+    pool: int = setting(1, "side of the blocks of pixels whose means are compared")
+    samples: int = setting(25, "noisy copies of each image that smoothgrad takes the mean of")
     every: int = setting(1, "steps from one saliency loss to the next")
     warmup: int = setting(0, "steps before the first saliency loss")
     detach_original: bool = setting(False, "hold the originals' maps fixed")
@@ -76,10 +78,12 @@ class Config:
             ("schedule", catalog.SCHEDULES),
         ):
             self._name(name, dict.fromkeys(known))
-        for name in ("size", "train_images", "every", "epochs", "batch_size"):
+        for name in ("size", "train_images", "pool", "samples", "every", "epochs", "batch_size"):
             self._at_least(name, 1)
         for name in ("alpha", "beta", "gamma", "warmup", "weight_decay", "seed", "workers", "save_minutes"):
             self._at_least(name, 0)
+        if self.pool > self.size:
+            raise ValueError(f"pool must be at most {self.size}, the size of the images, got {self.pool}")
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
         if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device):
@@ -157,6 +161,15 @@ class Config:
         """The settings as JSON can hold them."""
         return dataclasses.asdict(self) | {"layers": list(self.layers)}
 
+    def differences(self, theirs: dict[str, Any]) -> str:
+        """What sets a run of `theirs`, from `to_dict`, apart from this one; "" where it would do the same."""
+        ours = self.to_dict()
+        return ", ".join(
+            f"{name} {theirs.get(name)!r} (now {ours.get(name)!r})"
+            for name in sorted(theirs.keys() | ours.keys())
+            if name not in PRACTICAL and theirs.get(name) != ours.get(name)
+        )
+
     @property
     def compared_layers(self) -> tuple[str, ...]:
         """The layers of the invariance loss; none where it has no weight."""
@@ -189,14 +202,8 @@ class Config:
             theirs = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         except FileNotFoundError:
             return
-        ours = self.to_dict()
-        different = [
-            f"{name} {theirs.get(name)!r} (now {ours.get(name)!r})"
-            for name in sorted(theirs.keys() | ours.keys())
-            if name not in PRACTICAL and theirs.get(name) != ours.get(name)
-        ]
-        if different:
-            raise FileExistsError(f"out {folder} holds a run of other settings: {', '.join(different)}")
+        if different := self.differences(theirs):
+            raise FileExistsError(f"out {folder} holds a run of other settings: {different}")
         if not resume:
             raise FileExistsError(
                 f"out {folder} holds this run already: resume it (--resume) or name another folder"

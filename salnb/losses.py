@@ -18,7 +18,15 @@ from torch import Tensor
 
 T = TypeVar("T")
 
-__all__ = ["DISTANCES", "NORMALIZATIONS", "class_loss", "invariance_loss", "normalize_maps", "saliency_loss"]
+__all__ = [
+    "DISTANCES",
+    "NORMALIZATIONS",
+    "class_loss",
+    "invariance_loss",
+    "normalize_maps",
+    "pool_maps",
+    "saliency_loss",
+]
 
 NORMALIZATIONS = frozenset({"max", "sum", "l2", "zscore", "none"})
 """How :func:`normalize_maps` can put each map on a scale of its own."""
@@ -176,6 +184,40 @@ def normalize_maps(maps: Tensor, valid: Tensor | None = None, how: str | None = 
     return maps / torch.where(zero, 1, maps.square().sum(pixels, keepdim=True)).sqrt()
 
 
+def pool_maps(maps: Tensor, valid: Tensor | None, size: int) -> tuple[Tensor, Tensor]:
+    """The mean of each block of pixels, so that a coarser question is asked: which part, not which pixel.
+
+    Args:
+        maps: ``(N, C, H, W)``.
+        valid: Where to look, ``(N, 1, H, W)`` or ``(N, C, H, W)`` of ``bool``; ``None`` is everywhere.
+        size: Side of a block in pixels; blocks at the right and lower rim may be smaller.
+
+    Returns:
+        The mean of each block's valid pixels, ``(N, C, h, w)``, zero where it has none, and which blocks have
+        one, of the shape of ``valid`` but for height and width, which are divided by ``size`` and rounded up.
+
+    Raises:
+        ValueError: If a shape or type is wrong, or if ``size`` is not between 1 and the shorter side.
+
+    Example:
+        >>> import torch
+        >>> from salnb.losses import pool_maps
+        >>> pool_maps(torch.tensor([[[[1.0, 3.0, 7.0], [1.0, 3.0, 5.0]]]]), None, 2)[0]
+        tensor([[[[2., 6.]]]])
+    """
+    _check_maps(maps, valid)
+    if not 1 <= size <= min(maps.shape[-2:]):
+        shorter = min(maps.shape[-2:])
+        raise ValueError(f"pool must be between 1 and the shorter side of the maps, {shorter}, got {size}")
+    maps = _at_least_float32(maps)
+    valid = torch.ones_like(maps[:, :1], dtype=torch.bool) if valid is None else valid
+    # smaller blocks at the rim are averaged over what they have, in both, so that the quotient is right
+    share = F.avg_pool2d(valid.to(maps.dtype), size, ceil_mode=True)
+    mean = F.avg_pool2d(torch.where(valid, maps, 0), size, ceil_mode=True)
+    found = share > 0
+    return mean / torch.where(found, share, 1), found
+
+
 def saliency_loss(
     maps: Tensor,
     new_maps: Tensor,
@@ -183,11 +225,12 @@ def saliency_loss(
     *,
     normalize: str | None = "max",
     distance: str = "mse",
+    pool: int = 1,
 ) -> Tensor:
     """Distance between the saliency maps of original and transformed images, equation 7.
 
-    Both maps have to be in one frame already (``aug.align``). Each is normalised on its own
-    (:func:`normalize_maps`) and the two are compared where they are valid: by the mean over these pixels of
+    Both maps have to be in one frame already (``aug.align``). Each is pooled where that is asked for
+    (:func:`pool_maps`), normalised on its own (:func:`normalize_maps`), and the two are compared where they are valid: by the mean over these pixels of
     the squared (``"mse"``, the paper's) or absolute (``"l1"``) difference, or by one minus their cosine
     (``"cosine"``). The result is the mean over the samples that have a valid pixel, zero if none has one.
 
@@ -200,12 +243,13 @@ def saliency_loss(
         valid: Where to compare, ``(N, 1, H, W)`` or ``(N, C, H, W)`` of ``bool``; ``None`` is everywhere.
         normalize: One of :data:`NORMALIZATIONS`; ``None`` is ``"none"``.
         distance: One of :data:`DISTANCES`.
+        pool: Side of the blocks whose means are compared, in pixels; 1 compares pixels, as the paper does.
 
     Returns:
         A scalar.
 
     Raises:
-        ValueError: If ``normalize`` or ``distance`` is unknown, or if a shape or type is wrong.
+        ValueError: If ``normalize`` or ``distance`` is unknown, or if ``pool``, a shape or a type is wrong.
 
     Example:
         >>> import torch
@@ -217,6 +261,9 @@ def saliency_loss(
     _known("normalize", "none" if normalize is None else normalize, NORMALIZATIONS)
     _known("distance", distance, DISTANCES)
     _same_shape("new_maps", new_maps, "maps", maps)
+    if pool != 1:
+        new_maps, _ = pool_maps(new_maps, valid, pool)
+        maps, valid = pool_maps(maps, valid, pool)
     a, b = normalize_maps(maps, valid, normalize), normalize_maps(new_maps, valid, normalize)
     pixels = (1, 2, 3)
     if valid is None:

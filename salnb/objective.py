@@ -19,11 +19,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
 from salnb import saliency
-from salnb._checks import check_images, check_labels, check_second_derivative, unknown
+from salnb._checks import check_images, check_second_derivative, unknown
 from salnb._precision import LossScale, autocast_dtype, full_precision
 from salnb._watch import RECIPES, Watch, class_scores
 from salnb.augment import Augmentation
-from salnb.augment.mixing import class_weights
+from salnb.augment.mixing import both_targets
 from salnb.compiled import CompiledStep
 from salnb.double_backward import fast_double_backward
 from salnb.losses import (
@@ -77,6 +77,7 @@ class Objective(nn.Module):
             and `noise_level` for SmoothGrad.
         normalize: how each map is normalised on its own: a member of `salnb.losses.NORMALIZATIONS` or None.
         distance: how maps are compared: a member of `salnb.losses.DISTANCES`.
+        pool: side of the blocks of pixels whose means are compared; 1 compares pixels.
         every: the saliency term enters every k-th training step, k times as strong.
         warmup: training steps before the saliency term first enters.
         detach_original: hold the originals' maps fixed, so that only the augmented images' maps move.
@@ -125,6 +126,7 @@ class Objective(nn.Module):
         method_options: Mapping[str, Any] | None = None,
         normalize: str | None = "max",
         distance: str = "mse",
+        pool: int = 1,
         every: int = 1,
         warmup: int = 0,
         detach_original: bool = False,
@@ -144,8 +146,9 @@ class Objective(nn.Module):
         ):
             if value not in known:
                 raise unknown(name, value, known)
-        if every < 1 or warmup < 0:
-            raise ValueError(f"every must be at least 1 and warmup at least 0, got {every} and {warmup}")
+        for name, count, least in (("pool", pool, 1), ("every", every, 1), ("warmup", warmup, 0)):
+            if count < least:
+                raise ValueError(f"{name} must be at least {least}, got {count}")
         if not isinstance(augmentation, Augmentation):
             raise TypeError(f"augmentation must be one of salnb.augment, got {type(augmentation).__name__}")
         self.model = model
@@ -154,7 +157,7 @@ class Objective(nn.Module):
         self.layers = dict(layers) if isinstance(layers, Mapping) else dict.fromkeys(layers, 1.0)
         self.layer_distance = layer_distance
         self.method, self.method_options = method, dict(method_options or {})
-        self.normalize, self.distance = normalize, distance
+        self.normalize, self.distance, self.pool = normalize, distance, pool
         self.every, self.warmup = every, warmup
         self.detach_original = detach_original
         self.num_classes = num_classes
@@ -220,7 +223,8 @@ class Objective(nn.Module):
         return (
             *(bool(weight) for weight in (self.alpha, self.beta)),
             *(tuple(options.items()) for options in (self.layers, self.method_options)),
-            *(self.layer_distance, self.method, self.normalize, self.distance, self.detach_original),
+            *(self.layer_distance, self.method, self.normalize, self.distance, self.pool),
+            self.detach_original,
         )
 
     def losses(self, images: Tensor, new_images: Tensor, target: Tensor, params: Any, gamma: float) -> Losses:
@@ -259,9 +263,8 @@ class Objective(nn.Module):
             if maps is not None:
                 first = maps[:n].detach() if self.detach_original else maps[:n]
                 maps, new_maps, valid = self.augmentation.align(first, maps[n:], params)
-                salience = saliency_loss(
-                    maps, new_maps, valid, normalize=self.normalize, distance=self.distance
-                )
+                how = {"normalize": self.normalize, "distance": self.distance, "pool": self.pool}
+                salience = saliency_loss(maps, new_maps, valid, **how)
             total = self.alpha * classes + self.beta * invariance + gamma * salience
         losses = Losses(total, classes, invariance, salience, logits.detach())
         return losses if keep_graph else losses.detach()
@@ -376,14 +379,6 @@ class Objective(nn.Module):
                 "nn.SyncBatchNorm has no second derivative, which the saliency term needs: "
                 "use nn.BatchNorm2d, or gamma=0"
             )
-
-
-def both_targets(target: Tensor, new_target: Tensor, num_classes: int) -> Tensor:
-    """The targets of originals and augmented images: (2N,) labels, or (2N, K) weights if any are mixed."""
-    check_labels(target, num_classes)
-    if target.ndim < new_target.ndim:
-        target = class_weights(target, num_classes, new_target.dtype)
-    return torch.cat([target, new_target])
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from salnb._checks import is_traced
+from salnb._checks import check_labels, is_traced
 from salnb.augment.base import Augmentation, Draw, Params, check_number
 
 
@@ -102,6 +102,14 @@ def class_weights(target: Tensor, num_classes: int | None, dtype: torch.dtype) -
         if low < 0 or high >= num_classes:
             raise ValueError(f"target must hold labels from 0 to {num_classes - 1}, got {low} to {high}")
     return (target[:, None] == torch.arange(num_classes, device=target.device)).to(dtype)
+
+
+def both_targets(target: Tensor, new_target: Tensor, num_classes: int) -> Tensor:
+    """The targets of originals and augmented images: (2N,) labels, or (2N, K) weights if any are mixed."""
+    check_labels(target, num_classes)
+    if target.ndim < new_target.ndim:
+        target = class_weights(target, num_classes, new_target.dtype)
+    return torch.cat([target, new_target])
 
 
 class CutOut(Augmentation[CutOutParams]):

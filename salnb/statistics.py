@@ -1,0 +1,115 @@
+"""What a study says: paired differences with their intervals, and a sign test over all of them."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["Comparison", "compare", "mean", "sign_test"]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Trainings with something, against trainings of the same seeds without.
+
+    Attributes:
+        where: the factors that both have in common.
+        what: which trainings are compared with the reference.
+        n: number of seeds of which both are there.
+        reference: mean of the reference.
+        value: mean of what is compared with it.
+        difference: mean of the differences of pairs.
+        low: lower end of the interval that holds the mean difference with 95 % confidence; -inf for one pair.
+        high: upper end.
+    """
+
+    where: dict[str, Any]
+    what: str
+    n: int
+    reference: float
+    value: float
+    difference: float
+    low: float
+    high: float
+
+    @property
+    def verdict(self) -> str:
+        """ "better" or "worse" where the interval leaves out zero, else "cannot tell"."""
+        return "better" if self.low > 0 else "worse" if self.high < 0 else "cannot tell"
+
+
+def compare(
+    records: Iterable[Mapping[str, Any]],
+    factor: str = "strategy",
+    reference: str = "reference",
+    *,
+    metric: str = "test_accuracy",
+) -> list[Comparison]:
+    """Compare each value of a factor with the reference, seed by seed.
+
+    Trainings of one seed share the weights they start from, the split and the order of the batches; what all
+    of that does to the accuracy cancels in the difference. The interval is that of a paired t-test.
+
+    Args:
+        records: of a study, see `salnb.study.read`; failed trainings are left out.
+        factor: what is compared.
+        reference: the value that the others are compared with.
+        metric: a number in the results.
+
+    Returns:
+        A comparison for each other value of the factor and each combination of the other factors, in the order
+        of the records; none where no seed has both.
+
+    Raises:
+        KeyError: a record lacks the factor or the metric.
+    """
+    values: dict[tuple, dict[str, dict[int, float]]] = {}
+    for record in records:
+        if record["status"] != "done":
+            continue
+        factors = dict(record["factors"])
+        seed, what = factors.pop("seed"), factors.pop(factor)
+        place = values.setdefault(tuple(factors.items()), {})
+        place.setdefault(what, {})[seed] = record["result"][metric]
+    found = []
+    for where, place in values.items():
+        base = place.get(reference, {})
+        for what, of_seed in place.items():
+            seeds = sorted(of_seed.keys() & base.keys())
+            if what == reference or not seeds:
+                continue
+            pairs = [(of_seed[seed], base[seed]) for seed in seeds]
+            low, high = _interval([a - b for a, b in pairs])
+            ours, theirs = (mean([pair[i] for pair in pairs]) for i in (0, 1))
+            found.append(Comparison(dict(where), what, len(seeds), theirs, ours, ours - theirs, low, high))
+    return found
+
+
+def sign_test(comparisons: Sequence[Comparison]) -> tuple[int, int, float]:
+    """How often the difference is positive, and how surprising that would be if it were a coin's toss.
+
+    Args:
+        comparisons: those that count as tosses; differences of zero are left out.
+
+    Returns:
+        The number of positive differences, of all that are not zero, and the two-sided p-value.
+    """
+    from scipy.stats import binomtest
+
+    signs = [c.difference > 0 for c in comparisons if c.difference]
+    return sum(signs), len(signs), float(binomtest(sum(signs), len(signs)).pvalue) if signs else 1.0
+
+
+def mean(values: Sequence[float]) -> float:
+    """The arithmetic mean."""
+    return sum(values) / len(values)
+
+
+def _interval(differences: Sequence[float]) -> tuple[float, float]:
+    if len(differences) < 2:
+        return float("-inf"), float("inf")
+    if len(set(differences)) == 1:
+        return differences[0], differences[0]
+    from scipy.stats import ttest_1samp
+
+    low, high = ttest_1samp(differences, 0).confidence_interval(0.95)
+    return float(low), float(high)
