@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, get_type_hints
 
 from salnb import _catalog as catalog
+from salnb import grids
 from salnb.config import Config
 
 
@@ -85,8 +86,53 @@ def _data(args: argparse.Namespace) -> int:
     return 0
 
 
+def _study_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", metavar="NAME", help="study: " + ", ".join(grids.STUDIES))
+    parser.add_argument("--scale", default="smoke", help="smoke, laptop, gpu, colab, paper, or a YAML file")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder of the records and the runs")
+    parser.add_argument("--on", default="here", help="here: one training after the other; ray: on a cluster")
+    parser.add_argument(
+        "--address", default="local", help="of the Ray cluster: local, auto or ray://HOST:PORT"
+    )
+    parser.add_argument(
+        "--share", type=float, default=1.0, help="of a GPU or core that a training gets on Ray"
+    )
+    parser.add_argument("--device", help="of the trainings, instead of the scale's")
+
+
+def _study(args: argparse.Namespace) -> int:
+    if args.on not in ("here", "ray"):
+        raise catalog.unknown("on", args.on, ("here", "ray"))
+    if not args.share > 0:
+        raise ValueError(f"share must be positive, got {args.share}")
+    scale = grids.load_scale(args.scale)
+    if args.device:
+        scale = dataclasses.replace(scale, training={**scale.training, "device": args.device})
+    # all settings, before torch is loaded
+    grids.trainings(args.name, scale, *grids.UNCHOSEN)
+    from salnb import statistics, study
+
+    execute = study.here
+    if args.on == "ray":
+        from salnb.on_ray import OnRay
+
+        execute = OnRay(address=args.address, share=args.share)
+    try:
+        records = study.run(args.name, scale, args.out, execute=execute)
+    except KeyboardInterrupt as stopped:  # `Interrupted` is one
+        print(f"{stopped or 'stopped'}; to go on, start the study again", file=sys.stderr)
+        return 130
+    factor, reference, metric = grids.REFERENCES[args.name]
+    print(statistics.markdown(statistics.compare(records, factor, reference, metric=metric)))
+    failed = [record for record in records if record["status"] == "failed"]
+    for record in failed:
+        print(f"failed: {record['name']}: {record['error']}", file=sys.stderr)
+    return 1 if failed else 0
+
+
 COMMANDS = {
     "train": Command("train a network with the paper's losses", _train_arguments, _train),
+    "study": Command("run a grid of trainings: Tables 1 to 3, and open questions", _study_arguments, _study),
     "data": Command("fetch a data set ahead of time and check it", _data_arguments, _data),
 }
 
@@ -116,7 +162,8 @@ def _is_answer(error: BaseException) -> bool:
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
-    return trace is not None and str(trace.tb_frame.f_globals.get("__name__", "")).startswith("salnb")
+    # this module has another name when it is run
+    return trace is not None and str(trace.tb_frame.f_globals["__name__"]).startswith(("salnb", __name__))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ large a grid is, from a smoke test to the paper's own. Free of torch, so that a 
 import dataclasses
 import hashlib
 import json
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -184,6 +185,8 @@ class Training(NamedTuple):
 # from the settings of a training with a weight, to the weight that makes another one's term as strong
 Match = Callable[[Mapping[str, Any], Mapping[str, Any]], float]
 Gammas = Mapping[str, float]
+# in place of both, where only the other settings matter
+UNCHOSEN: tuple[Gammas, Match] = (defaultdict(lambda: 1.0), lambda settings, changed: 1.0)
 
 
 def trainings(study: str, scale: Scale, gammas: Gammas, match: Match) -> list[Training]:
@@ -275,7 +278,7 @@ def _open_factors(data: str, images: str, variant: str) -> dict[str, Any]:
 def _training_sets(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """All images, a quarter and a tenth of them, with as many steps."""
     count, epochs = _training_images(settings), settings.get("epochs", 30)
-    sizes = {"all images": {}}
+    sizes: dict[str, dict[str, Any]] = {"all images": {}}
     for part in (4, 10):
         if count // part >= settings.get("batch_size", 64):
             sizes[f"1 in {part}"] = {"train_images": count // part, "epochs": epochs * part}
@@ -306,6 +309,15 @@ def _training_images(settings: Mapping[str, Any]) -> int:
         raise ValueError(f"train_images must be given in the study of open questions for {settings['data']}")
     return found
 
+
+# for each study: the factor whose values are compared, with which of them, and by what
+REFERENCES = {
+    "gamma": ("gamma", "0", "validation_accuracy"),
+    "table1": ("strategy", "reference", "test_accuracy"),
+    "table2": ("strategy", "reference", "test_accuracy"),
+    "table3": ("strategy", "none", "test_accuracy"),
+    "open": ("variant", "reference", "test_accuracy"),
+}
 
 STUDIES: dict[str, Callable[[Scale, Gammas, Match], Cells]] = {
     "gamma": _gamma,

@@ -230,9 +230,10 @@ def saliency_loss(
     """Distance between the saliency maps of original and transformed images, equation 7.
 
     Both maps have to be in one frame already (``aug.align``). Each is pooled where that is asked for
-    (:func:`pool_maps`), normalised on its own (:func:`normalize_maps`), and the two are compared where they are valid: by the mean over these pixels of
-    the squared (``"mse"``, the paper's) or absolute (``"l1"``) difference, or by one minus their cosine
-    (``"cosine"``). The result is the mean over the samples that have a valid pixel, zero if none has one.
+    (:func:`pool_maps`), normalised on its own (:func:`normalize_maps`), and the two are compared where they
+    are valid: by the mean over these pixels of the squared (``"mse"``, the paper's) or absolute (``"l1"``)
+    difference, or by one minus their cosine (``"cosine"``). The result is the mean over the samples that have
+    a valid pixel, zero if none has one.
 
     The cosine distance is computed as half the squared distance between unit vectors. So it is exactly zero
     for equal maps, two zero maps are no distance apart, and a zero map is 0.5 away from any other.

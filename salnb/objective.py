@@ -263,8 +263,14 @@ class Objective(nn.Module):
             if maps is not None:
                 first = maps[:n].detach() if self.detach_original else maps[:n]
                 maps, new_maps, valid = self.augmentation.align(first, maps[n:], params)
-                how = {"normalize": self.normalize, "distance": self.distance, "pool": self.pool}
-                salience = saliency_loss(maps, new_maps, valid, **how)
+                salience = saliency_loss(
+                    maps,
+                    new_maps,
+                    valid,
+                    normalize=self.normalize,
+                    distance=self.distance,
+                    pool=self.pool,
+                )
             total = self.alpha * classes + self.beta * invariance + gamma * salience
         losses = Losses(total, classes, invariance, salience, logits.detach())
         return losses if keep_graph else losses.detach()

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Comparison", "compare", "mean", "sign_test"]
+__all__ = ["Comparison", "compare", "markdown", "mean", "sign_test"]
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        """ "better" or "worse" where the interval leaves out zero, else "cannot tell"."""
+        """One of "better" and "worse" where the interval leaves out zero, else "cannot tell"."""
         return "better" if self.low > 0 else "worse" if self.high < 0 else "cannot tell"
 
 
@@ -56,8 +56,8 @@ def compare(
         metric: a number in the results.
 
     Returns:
-        A comparison for each other value of the factor and each combination of the other factors, in the order
-        of the records; none where no seed has both.
+        A comparison for each other value of the factor and each combination of the other factors, in the
+        order of the records; none where no seed has both.
 
     Raises:
         KeyError: a record lacks the factor or the metric.
@@ -97,6 +97,28 @@ def sign_test(comparisons: Sequence[Comparison]) -> tuple[int, int, float]:
 
     signs = [c.difference > 0 for c in comparisons if c.difference]
     return sum(signs), len(signs), float(binomtest(sum(signs), len(signs)).pvalue) if signs else 1.0
+
+
+def markdown(comparisons: Sequence[Comparison]) -> str:
+    """A table of comparisons, in Markdown: accuracies and their differences in percent."""
+    if not comparisons:
+        return "nothing can be compared: no seed has both"
+    places = list(comparisons[0].where)
+    header = [*places, "compared", "seeds", "reference", "value", "difference", "95 % interval", "verdict"]
+    rows = [
+        [
+            *map(str, c.where.values()),
+            c.what,
+            str(c.n),
+            f"{c.reference:.1%}",
+            f"{c.value:.1%}",
+            f"{c.difference:+.1%}",
+            f"{c.low:+.1%} to {c.high:+.1%}" if c.n > 1 else "unknown",
+            c.verdict,
+        ]
+        for c in comparisons
+    ]
+    return "\n".join("| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows))
 
 
 def mean(values: Sequence[float]) -> float:

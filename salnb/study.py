@@ -23,7 +23,7 @@ from tqdm import tqdm
 from salnb import data, results
 from salnb._setup import derived_seed, make_objective
 from salnb.config import Config
-from salnb.grids import STUDIES, Scale, Training, load_scale, trainings
+from salnb.grids import STUDIES, UNCHOSEN, Scale, Training, load_scale, trainings
 from salnb.statistics import mean
 from salnb.train import fit
 
@@ -83,9 +83,7 @@ def run(
         Interrupted: a signal stopped the training under way, which has been saved.
     """
     folder, execute = Path(folder), execute or here
-    dry = trainings(study, scale, dict.fromkeys(scale.of(study).data, 1.0), lambda settings, changed: 1.0)
-    for training in dry:  # all mistakes, before anything is run
-        training.config(folder)
+    trainings(study, scale, *UNCHOSEN)  # all mistakes, before anything is run
     with _alone(folder):
         gammas = dict.fromkeys(scale.of(study).data, float(scale.of(study).gammas[0]))
         if study not in ("gamma", "table3") and len(scale.of(study).gammas) > 1:
@@ -205,8 +203,8 @@ def match_weight(settings: Mapping[str, Any], changed: Mapping[str, Any]) -> flo
     """The weight with which a changed saliency loss pulls as strongly at the start of a training.
 
     Normalisations, distances and methods each have a unit of their own, so that a weight means nothing across
-    them. What is held equal is the length of the term's gradient with respect to the parameters, its mean over
-    a few batches of an untrained network.
+    them. What is held equal is the length of the term's gradient with respect to the parameters, averaged
+    over a few batches of an untrained network.
 
     Args:
         settings: of a training, its `gamma` included.
@@ -271,7 +269,8 @@ class Progress:
 
     def __init__(self, study: str, total: int, done: int, display: TextIO):
         self.study, self.total, self.done, self.failed = study, total, done, 0
-        self.display, self.running, self.seconds = display, {}, {}
+        self.display = display
+        self.running: dict[str, float] = {}
         self.begun, self.before = time.monotonic(), done
         self.bar = tqdm(total=total, initial=done, desc=study, file=display, disable=None, leave=False)
 
