@@ -51,6 +51,12 @@ def read_record(path: str | Path) -> dict[str, Any]:
     return record
 
 
+def published() -> Path:
+    """The folder of the records that the book shows: ``results/`` of the source tree, or its installed copy."""
+    installed = Path(__file__).parent / "records"
+    return installed if installed.exists() else Path(__file__).parent.parent / "results"
+
+
 def provenance(device: str = "cpu") -> dict[str, Any]:
     """Where, when and with what something is measured.
 
