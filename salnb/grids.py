@@ -52,7 +52,7 @@ class Scale:
         gammas: weights of the saliency loss to choose from; the choice is made on the validation split.
         gamma_seeds: seeds of that choice; none of them may be among `seeds`.
         training: settings of `salnb.train.Config` that all trainings share.
-        methods: the saliency methods that the study of open questions compares.
+        variants: the names of the changes that the study of open questions tries; none named: all of them.
         studies: for some of the studies, other values of the above.
 
     Raises:
@@ -66,14 +66,18 @@ class Scale:
     gammas: tuple[float, ...] = (1.0,)
     gamma_seeds: tuple[int, ...] = (1000,)
     training: Mapping[str, Any] = field(default_factory=dict)
-    methods: tuple[str, ...] = catalog.METHODS
+    variants: tuple[str, ...] = ()
     studies: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Check what the settings of a single training do not tell."""
-        for name in ("data", "networks", "seeds", "gammas", "gamma_seeds", "methods"):
+        for name in ("data", "networks", "seeds", "gammas", "gamma_seeds", "variants"):
             values = getattr(self, name)
-            if isinstance(values, str) or not isinstance(values, Sequence) or not values:
+            if (
+                isinstance(values, str)
+                or not isinstance(values, Sequence)
+                or not (values or name == "variants")
+            ):
                 raise TypeError(f"{name} of scale {self.name!r} must be a list, not empty, got {values!r}")
             object.__setattr__(self, name, tuple(values))
         if both := set(self.seeds) & set(self.gamma_seeds):
@@ -263,8 +267,11 @@ def _open(scale: Scale, gammas: Gammas, match: Match) -> Cells:
         for images, fewer in _training_sets(whole).items():
             yield _open_factors(data, images, "reference"), {**shared, **fewer, "gamma": 0.0}
             yield _open_factors(data, images, "default"), {**shared, **fewer, "gamma": gammas[data]}
-        images = next(iter(_training_sets(whole)))
-        for variant, changes in _variants(whole, scale.methods).items():
+        images, variants = next(iter(_training_sets(whole))), _variants(whole)
+        for variant in scale.variants or variants:
+            if variant not in variants:
+                raise catalog.unknown(f"variants of scale {scale.name!r}: variant", variant, variants)
+            changes = variants[variant]
             settings = {**shared, "gamma": gammas[data], **changes}
             if _UNITS & changes.keys():
                 settings["gamma"] = match(whole, {**whole, **changes})
@@ -285,7 +292,7 @@ def _training_sets(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return sizes
 
 
-def _variants(settings: Mapping[str, Any], methods: Sequence[str]) -> dict[str, dict[str, Any]]:
+def _variants(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     steps = settings.get("epochs", 30) * (_training_images(settings) // settings.get("batch_size", 64))
     gamma = settings["gamma"]
     variants: dict[str, dict[str, Any]] = {
@@ -297,7 +304,7 @@ def _variants(settings: Mapping[str, Any], methods: Sequence[str]) -> dict[str, 
     variants |= {f"warmup {share:.0%}": {"warmup": round(share * steps)} for share in (0.25, 0.5)}
     variants |= {f"every={k}": {"every": k} for k in (2, 4)}
     variants["originals fixed"] = {"detach_original": True}
-    for method in methods:
+    for method in catalog.METHODS:
         if method != "vanilla_gradient":
             variants[method] = {"method": method} | ({"samples": 4} if method == "smoothgrad" else {})
     return variants
