@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from salnb._catalog import DATA, unknown
-from salnb.data.base import Arrays, Dataset, cached
-from salnb.data.photographs import package_folder, read_image
+from salnb.data.base import Arrays, Dataset, cached, read_image
+from salnb.data.photographs import package_folder
 
 # to be raised with every change of what is drawn
 _VERSION = 1
