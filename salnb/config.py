@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -172,6 +173,7 @@ class Config:
             ValueError: the processes that torchrun started cannot share a batch.
             FileExistsError: a run is in `out` and is not to be continued, or it is one of other settings.
             NotADirectoryError: `out` is a file.
+            OSError: `out` cannot be made, or cannot be written to.
         """
         processes = int(os.environ.get("WORLD_SIZE", 1))
         least = processes * catalog.AUGMENTATIONS[self.augmentation]
@@ -180,7 +182,18 @@ class Config:
                 f"batch_size must be a multiple of the {processes} processes and at least {least} with "
                 f"{self.augmentation}, got {self.batch_size}"
             )
-        self._check_folder(Path(self.out), resume)
+        folder = Path(self.out)
+        self._check_folder(folder, resume)
+        if not (folder / "summary.json").exists():
+            self._check_writable(folder)
+
+    def _check_writable(self, folder: Path) -> None:
+        there = next(path for path in (folder, *folder.parents) if path.exists())
+        try:
+            with tempfile.TemporaryFile(dir=there):
+                pass
+        except OSError as error:
+            raise OSError(error.errno, f"out {folder} cannot be written to: {error.strerror}") from error
 
     def _check_folder(self, folder: Path, resume: bool) -> None:
         if folder.exists() and not folder.is_dir():
@@ -189,6 +202,12 @@ class Config:
             theirs = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         except FileNotFoundError:
             return
+        except ValueError:
+            theirs = None
+        if not isinstance(theirs, dict):
+            raise FileExistsError(
+                f"out {folder} holds a config.json that is not of a run: name another folder"
+            )
         ours = self.to_dict()
         different = [
             f"{name} {theirs.get(name)!r} (now {ours.get(name)!r})"
