@@ -79,10 +79,17 @@ def load_hashed(path: Path, *, map_location: Any = "cpu") -> Any:
     return torch.load(path, map_location=map_location, weights_only=True)
 
 
-def remove_drafts(folder: Path) -> None:
-    """Remove what a killed process left behind; nobody else may be writing there."""
+def remove_drafts(folder: Path, *, older: float = 0.0) -> None:
+    """Remove what a killed process left behind.
+
+    Args:
+        folder: where it was writing.
+        older: seconds since it wrote last; 0 where nobody else may be writing now.
+    """
     for path in folder.glob(f"{DRAFT}*"):
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - path.stat().st_mtime >= older:
+                path.unlink()
 
 
 @contextlib.contextmanager

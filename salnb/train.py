@@ -148,6 +148,7 @@ def train_epoch(run: Run) -> None:
         what=f"epoch {run.epoch + 1}/{config.epochs}",
         initial=run.batch,
         total=run.epoch_batches,
+        bar_format="{desc}:{percentage:3.0f}%|{bar:8}| {remaining}{postfix}",  # leaves room for the losses
         disable=None if fabric.is_global_zero else True,
     ) as bar:
         for images, labels, _ in data.batches(
@@ -173,7 +174,7 @@ def train_epoch(run: Run) -> None:
             run.batch += 1
             bar.update()
             if looked:
-                bar.set_postfix(means(run.sums), refresh=False)
+                bar.set_postfix_str(shown(run), refresh=False)
                 if stop:
                     interrupt(run)
                 due = time.perf_counter() - run.saved >= 60 * config.save_minutes
@@ -241,6 +242,14 @@ def means(sums: dict[str, float]) -> dict[str, float]:
     """What an epoch's sums come to for a step; of the saliency loss, for a step that had one."""
     steps = {"saliency_loss": max(sums["salient_steps"], 1.0)}
     return {name: sums[name] / steps.get(name, sums["steps"]) for name in (*TERMS, "accuracy")}
+
+
+def shown(run: Run) -> str:
+    """What the bar shows; the most of it fits into 80 columns."""
+    now, config = means(run.sums), run.config
+    weights = {"class": config.alpha, "invariance": config.beta, "saliency": config.gamma}
+    losses = [f"{name} {now[f'{name}_loss']:.3f}" for name, weight in weights.items() if weight]
+    return ", ".join([f"accuracy {now['accuracy']:.3f}", *losses, f"total {now['total']:.3f}"])
 
 
 def finish_epoch(run: Run, validation: dict[str, float]) -> None:

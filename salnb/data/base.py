@@ -12,10 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from salnb._files import DamagedFileError, load_hashed, save_hashed
+from salnb._files import DamagedFileError, load_hashed, remove_drafts, save_hashed
 
 # what is smaller is kept on the accelerator
 _FITS_THE_DEVICE = 2**30
+# seconds after which a file that is still not whole has been left behind: nothing takes so long to write
+_ABANDONED = 24 * 3600.0
 
 
 class Examples(NamedTuple):
@@ -305,7 +307,8 @@ def cached(name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
             return load_hashed(path)
         except DamagedFileError as error:
             warnings.warn(f"{error}; it is made again", stacklevel=2)
-            path.unlink()
+            path.unlink(missing_ok=True)  # another process may have come before
+    remove_drafts(folder, older=_ABANDONED)
     state = make()
     save_hashed(folder, name, state)
     return state
