@@ -200,7 +200,7 @@ class Config:
             raise NotADirectoryError(f"out must be a folder, got the file {folder}")
         try:
             theirs = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return
         except ValueError:
             theirs = None
