@@ -49,7 +49,12 @@ TERMS = ("class_loss", "invariance_loss", "saliency_loss", "total")
 _AHEAD = 20
 
 
-def fit(config: Config, *, resume: bool = False, log: Callable[[str], object] = print) -> dict[str, Any]:
+def say(line: str) -> None:
+    """Print a line at once, to a file as well."""
+    print(line, flush=True)
+
+
+def fit(config: Config, *, resume: bool = False, log: Callable[[str], object] = say) -> dict[str, Any]:
     """Train a network as the settings say.
 
     Args:
@@ -78,6 +83,7 @@ def fit(config: Config, *, resume: bool = False, log: Callable[[str], object] = 
     with numerics(config), contextlib.ExitStack() as stack:
         if fabric.is_global_zero:
             stack.enter_context(locked(folder))
+            config.check_run(resume=resume)  # another process may have been at work until now
         torch.manual_seed(derived_seed(config.seed, "weights"))
         objective = make_objective(config, data.Share(fabric.global_rank, fabric.world_size))
         with fabric.rank_zero_first():  # the first prepares the files that all read
