@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, get_type_hints
@@ -77,7 +78,9 @@ def _data(args: argparse.Namespace) -> int:
     if args.name not in catalog.DATA:
         raise catalog.unknown("data", args.name, catalog.DATA)
     sizes = catalog.DATA[args.name].sizes
-    size = args.size or 32
+    size = 32 if args.size is None else args.size
+    if sizes is None and args.size is not None:
+        raise ValueError(f"size is for digit-scenes, got {size} with {args.name}")
     if sizes is not None and size not in sizes:
         raise ValueError(f"size of {args.name} must be one of {', '.join(map(str, sizes))}, got {size}")
     from salnb import data
@@ -150,6 +153,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = COMMANDS[vars(args).pop("command")]
     try:
         return command.run(args)
+    except KeyboardInterrupt:
+        print("salnb: stopped by Ctrl-C", file=sys.stderr)
+        return 128 + signal.SIGINT
     except (ValueError, ArithmeticError, OSError, RuntimeError, ModuleNotFoundError) as error:
         if not _is_answer(error):
             raise
@@ -162,8 +168,9 @@ def _is_answer(error: BaseException) -> bool:
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
-    # this module has another name when it is run
-    return trace is not None and str(trace.tb_frame.f_globals["__name__"]).startswith(("salnb", __name__))
+    # the package: this module's name is __main__ where it is the one that was started
+    package = None if trace is None else trace.tb_frame.f_globals.get("__package__")
+    return str(package).split(".")[0] == "salnb"
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
 """Files that are there whole or not at all, and that tell whether they were altered since."""
 
 import contextlib
+import fcntl
 import hashlib
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -12,6 +14,8 @@ from typing import IO, Any
 DRAFT = ".draft-"
 # of the 64 digits of a SHA-256, in a file's name; enough against accidents, short enough to be read
 _DIGITS = 16
+# seconds to wait for a lock: the processes that a killed one had started notice its end after some
+_PATIENCE = 10.0
 
 
 class DamagedFileError(RuntimeError):
@@ -75,10 +79,47 @@ def load_hashed(path: Path, *, map_location: Any = "cpu") -> Any:
     return torch.load(path, map_location=map_location, weights_only=True)
 
 
-def remove_drafts(folder: Path) -> None:
-    """Remove what a killed process left behind; nobody else may be writing there."""
+def remove_drafts(folder: Path, *, older: float = 0.0) -> None:
+    """Remove what a killed process left behind.
+
+    Args:
+        folder: where it was writing.
+        older: seconds since it wrote last; 0 where nobody else may be writing now.
+    """
     for path in folder.glob(f"{DRAFT}*"):
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - path.stat().st_mtime >= older:
+                path.unlink()
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes from working in a folder, until the end of this block or of this process.
+
+    The folder is made if need be, and if nothing has come into it by the end, removed.
+
+    Raises:
+        FileExistsError: one is at work there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        end = time.monotonic() + _PATIENCE
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > end:
+                    raise FileExistsError(f"out {folder}: another process is at work there") from None
+                time.sleep(0.1)
+            except OSError:  # a file system without locks
+                break
+        yield
+    finally:
+        os.close(descriptor)
+        with contextlib.suppress(OSError):  # something is in it
+            folder.rmdir()
 
 
 class _Hashing:

@@ -5,6 +5,8 @@ import hashlib
 import os
 import signal
 import threading
+import time
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,6 +21,9 @@ from salnb.config import Config
 from salnb.data import Share
 from salnb.objective import Objective
 
+# seconds within which two signals are one request to stop
+_ONE_REQUEST = 3.0
+
 
 def make_fabric(config: Config) -> Fabric:
     """Device, precision and processes; under torchrun, the processes that it started.
@@ -27,8 +32,9 @@ def make_fabric(config: Config) -> Fabric:
         ValueError: the machine lacks the device, or it lacks the precision.
     """
     device = torch.device(config.device if config.device != "auto" else _best_device())
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {config.device} is not on this machine: take cpu, or auto")
+    known = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
+    if (device.index or 0) >= known[device.type]:
+        raise ValueError(f"device {config.device} is not on this machine: take {_best_device()}, or auto")
     if device.type == "cpu" and config.precision in ("tf32", "fp16"):
         raise ValueError(f"precision {config.precision} is for GPUs: on this machine take 32 or bf16")
     processes = int(os.environ.get("WORLD_SIZE", 1))
@@ -49,22 +55,14 @@ def make_objective(config: Config, share: Share) -> Objective:
     """The network and its losses, drawn from torch's global generator.
 
     Raises:
-        ValueError: the network has no layer of a name, or cannot take images of the size.
+        ValueError: the network has no layer of a name, or cannot take images of the size or the method.
     """
     model = models.build(config.model, catalog.DATA[config.data].num_classes)
-    if config.model.startswith("timm:"):  # of the others the least sizes are known
-        try:
-            with torch.no_grad():
-                model.eval()(torch.zeros(2, 3, config.size, config.size))
-        except Exception as error:
-            raise ValueError(
-                f"model {config.model} cannot take images of size {config.size}: {error}"
-            ) from error
     augmentation = AUGMENTATIONS[config.augmentation]()
     if share.of > 1 and augmentation.least_samples == 1:
         _share_draws(augmentation, share)
-    return Objective(
-        model.train(),
+    objective = Objective(
+        model,
         augmentation,
         alpha=config.alpha,
         beta=config.beta,
@@ -79,6 +77,29 @@ def make_objective(config: Config, share: Share) -> Objective:
         warmup=config.warmup,
         detach_original=config.detach_original,
     )
+    if config.layers or config.model.startswith("timm:"):  # else it is known what goes together
+        _rehearse(objective, config)
+    return objective
+
+
+def _rehearse(objective: Objective, config: Config) -> None:
+    """Take the losses of two black images, which changes nothing, before there is anything to lose."""
+    blank, labels = torch.zeros(2, 3, config.size, config.size), torch.zeros(2, dtype=torch.int64)
+    try:
+        with torch.no_grad():
+            objective.eval().model(blank)
+    except Exception as error:
+        raise ValueError(f"model {config.model} cannot take images of size {config.size}: {error}") from error
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the first step says it again
+        try:
+            objective(blank, labels, torch.Generator())
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"model {config.model} cannot be trained with method {config.method} at size {config.size}"
+                f"{f' and layers {list(config.layers)}' if config.layers else ''}: {error}"
+            ) from error
+    objective.train()
 
 
 def make_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
@@ -140,16 +161,26 @@ def numerics(config: Config) -> Iterator[None]:
 
 @contextlib.contextmanager
 def noticed_signals() -> Iterator[list[int]]:
-    """A list that SIGTERM and Ctrl-C are noted in; a second one acts at once, as without this."""
+    """A list that SIGTERM and Ctrl-C are noted in; a second one acts at once, as without this.
+
+    One that follows the first within seconds is the same: a scheduler and torchrun may both pass it on, and a
+    terminal sends it to torchrun and to its processes alike.
+    """
     seen: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield seen  # only the main thread may be told of signals
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    first = 0.0
 
     def notice(number: int, frame: object) -> None:
-        seen.append(number)
-        signal.signal(number, before[signal.Signals(number)])
+        nonlocal first
+        if seen and time.monotonic() - first > _ONE_REQUEST:
+            signal.signal(number, before[signal.Signals(number)])
+            signal.raise_signal(number)
+        elif not seen:
+            first = time.monotonic()
+            seen.append(number)
 
     for number in before:
         signal.signal(number, notice)

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -185,6 +186,7 @@ class Config:
             ValueError: the processes that torchrun started cannot share a batch.
             FileExistsError: a run is in `out` and is not to be continued, or it is one of other settings.
             NotADirectoryError: `out` is a file.
+            OSError: `out` cannot be made, or cannot be written to.
         """
         processes = int(os.environ.get("WORLD_SIZE", 1))
         least = processes * catalog.AUGMENTATIONS[self.augmentation]
@@ -193,15 +195,32 @@ class Config:
                 f"batch_size must be a multiple of the {processes} processes and at least {least} with "
                 f"{self.augmentation}, got {self.batch_size}"
             )
-        self._check_folder(Path(self.out), resume)
+        folder = Path(self.out)
+        self._check_folder(folder, resume)
+        if not (folder / "summary.json").exists():
+            self._check_writable(folder)
+
+    def _check_writable(self, folder: Path) -> None:
+        there = next(path for path in (folder, *folder.parents) if path.exists())
+        try:
+            with tempfile.TemporaryFile(dir=there):
+                pass
+        except OSError as error:
+            raise OSError(error.errno, f"out {folder} cannot be written to: {error.strerror}") from error
 
     def _check_folder(self, folder: Path, resume: bool) -> None:
         if folder.exists() and not folder.is_dir():
             raise NotADirectoryError(f"out must be a folder, got the file {folder}")
         try:
             theirs = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return
+        except ValueError:
+            theirs = None
+        if not isinstance(theirs, dict):
+            raise FileExistsError(
+                f"out {folder} holds a config.json that is not of a run: name another folder"
+            )
         if different := self.differences(theirs):
             raise FileExistsError(f"out {folder} holds a run of other settings: {different}")
         if not resume:

@@ -9,6 +9,8 @@ numbers have no state to save: each step draws from generators whose seeds are m
 step's number, and each epoch's order likewise. A resumed run draws what it would have drawn anyway.
 """
 
+import contextlib
+import itertools
 import json
 import math
 import signal
@@ -20,12 +22,12 @@ from typing import Any
 import torch
 from lightning_fabric import Fabric
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from salnb import _catalog as catalog
 from salnb import data, results
 from salnb._evaluate import evaluate
-from salnb._files import remove_drafts, write_atomic
+from salnb._files import locked, remove_drafts, write_atomic
+from salnb._progress import progress
 from salnb._run import Interrupted, NonFiniteError, Run
 from salnb._setup import (
     derived_seed,
@@ -47,7 +49,12 @@ TERMS = ("class_loss", "invariance_loss", "saliency_loss", "total")
 _AHEAD = 20
 
 
-def fit(config: Config, *, resume: bool = False, log: Callable[[str], object] = print) -> dict[str, Any]:
+def say(line: str) -> None:
+    """Print a line at once, to a file as well."""
+    print(line, flush=True)
+
+
+def fit(config: Config, *, resume: bool = False, log: Callable[[str], object] = say) -> dict[str, Any]:
     """Train a network as the settings say.
 
     Args:
@@ -61,7 +68,8 @@ def fit(config: Config, *, resume: bool = False, log: Callable[[str], object] = 
         seconds, peak memory, a SHA-256 of the parameters, the settings, and where and when it was run.
 
     Raises:
-        ValueError, FileExistsError: the settings do not suit the machine, the data or the folder.
+        ValueError, FileExistsError: the settings do not suit the machine, the data or the folder, or
+            another process is at work in it.
         NonFiniteError: a loss is no longer finite; the message names step, term and last good checkpoint.
         Interrupted: a signal stopped the run, which has been saved.
         OSError: something could not be written; the last good checkpoint still is there.
@@ -72,11 +80,16 @@ def fit(config: Config, *, resume: bool = False, log: Callable[[str], object] = 
         return results.read_record(folder / "summary.json")
 
     fabric = make_fabric(config)
-    with numerics(config), noticed_signals() as signals:
+    with numerics(config), contextlib.ExitStack() as stack:
+        if fabric.is_global_zero:
+            stack.enter_context(locked(folder))
+            config.check_run(resume=resume)  # another process may have been at work until now
         torch.manual_seed(derived_seed(config.seed, "weights"))
         objective = make_objective(config, data.Share(fabric.global_rank, fabric.world_size))
         with fabric.rank_zero_first():  # the first prepares the files that all read
             dataset = data.load(config.data, config.size, workers=config.workers)
+        # before this there is nothing to be saved: a signal acts at once
+        signals = stack.enter_context(noticed_signals())
         run = make_run(config, fabric, objective, dataset, signals, log)
         with fabric.rank_zero_first():  # the first sets damaged checkpoints aside
             state = load_checkpoint(run.checkpoints)
@@ -137,12 +150,12 @@ def train_epoch(run: Run) -> None:
     run.objective.train()
     pending: list[tuple[int, bool, Tensor]] = []
     look_every = 1 if fabric.device.type == "cpu" else _AHEAD
-    with tqdm(
-        desc=f"epoch {run.epoch + 1}/{config.epochs}",
+    with progress(
+        what=f"epoch {run.epoch + 1}/{config.epochs}",
         initial=run.batch,
         total=run.epoch_batches,
-        leave=False,
-        disable=None if fabric.is_global_zero else True,  # None: where there is no terminal
+        bar_format="{desc}:{percentage:3.0f}%|{bar:8}| {remaining}{postfix}",  # leaves room for the losses
+        disable=None if fabric.is_global_zero else True,
     ) as bar:
         for images, labels, _ in data.batches(
             run.dataset.train,
@@ -167,7 +180,7 @@ def train_epoch(run: Run) -> None:
             run.batch += 1
             bar.update()
             if looked:
-                bar.set_postfix(means(run.sums), refresh=False)
+                bar.set_postfix_str(shown(run), refresh=False)
                 if stop:
                     interrupt(run)
                 due = time.perf_counter() - run.saved >= 60 * config.save_minutes
@@ -237,6 +250,14 @@ def means(sums: dict[str, float]) -> dict[str, float]:
     return {name: sums[name] / steps.get(name, sums["steps"]) for name in (*TERMS, "accuracy")}
 
 
+def shown(run: Run) -> str:
+    """What the bar shows; the most of it fits into 80 columns."""
+    now, config = means(run.sums), run.config
+    weights = {"class": config.alpha, "invariance": config.beta, "saliency": config.gamma}
+    losses = [f"{name} {now[f'{name}_loss']:.3f}" for name, weight in weights.items() if weight]
+    return ", ".join([f"accuracy {now['accuracy']:.3f}", *losses, f"total {now['total']:.3f}"])
+
+
 def finish_epoch(run: Run, validation: dict[str, float]) -> None:
     """Note down an epoch, and save."""
     sums, config = run.sums, run.config
@@ -266,9 +287,18 @@ def finish_epoch(run: Run, validation: dict[str, float]) -> None:
 
 def look_at(run: Run, split: data.Split) -> dict[str, float]:
     """Accuracy, loss and share of saliency on the object; see `evaluate`."""
+    numbers = itertools.count()
 
     def between() -> None:
-        if run.signals and run.share.of == 1:
+        number = next(numbers)
+        asked = bool(run.signals)
+        if run.share.of > 1:
+            # all processes have these batches, and so come here; the last may be too small for some
+            if number % _AHEAD or number >= len(split) // run.config.batch_size:
+                return
+            flag = torch.tensor(float(asked), device=run.fabric.device)
+            asked = float(run.fabric.all_reduce(flag, reduce_op="sum")) > 0  # type: ignore[arg-type]
+        if asked:
             interrupt(run)
 
     return evaluate(
@@ -289,6 +319,7 @@ def interrupt(run: Run) -> None:
         Interrupted: always.
     """
     run.save()
+    run.fabric.barrier()  # a process that ended would have torchrun end the one that saves
     number = run.signals[0] if run.signals else signal.SIGTERM  # another process was asked
     raise Interrupted(
         number,

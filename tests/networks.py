@@ -24,6 +24,30 @@ class FunctionalReLUs(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
+class Residual(nn.Module):
+    """A bit of everything: strides, groups, a residual sum, concatenation, ReLU in place, pooling."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, stride=2, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(8)
+        self.deep = nn.Sequential(
+            nn.Conv2d(8, 8, 3, padding="same", groups=2),
+            nn.BatchNorm2d(8),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(8, 8, 1),
+        )
+        self.pool = nn.MaxPool2d(3, 2, 1)
+        self.last = nn.BatchNorm2d(16, affine=False)
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x):
+        x = self.pool(F.relu(self.norm(self.stem(x))))
+        x = torch.cat([x, torch.relu(x + self.deep(x))], 1)
+        x = F.avg_pool2d(F.silu(self.last(x)), 2)
+        return self.head(x.mean((2, 3)))
+
+
 def conv_bn(activation=nn.ReLU, num_classes=4):
     """Two convolutions, each with batch norm and an activation: the smallest network with every difficulty."""
     return nn.Sequential(

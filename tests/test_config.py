@@ -149,6 +149,20 @@ def test_a_file_is_no_folder(tmp_path):
         Config(out=str(tmp_path / "run")).check_run(resume=True)
 
 
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NotADirectoryError, match=r"out .*file/run cannot be written to: Not a directory"):
+        Config(out=str(tmp_path / "file" / "run")).check_run(resume=False)
+
+
+@pytest.mark.parametrize("content", ["", "[1]"])
+def test_a_configuration_of_something_else_is_left_alone(tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(FileExistsError, match=r"holds a config\.json that is not of a run"):
+        Config(out=str(tmp_path)).check_run(resume=True)
+    assert (tmp_path / "config.json").read_text() == content
+
+
 @pytest.mark.parametrize(
     ("changes", "least"), [({"batch_size": 9}, 2), ({"batch_size": 2, "augmentation": "mixup"}, 4)]
 )
@@ -190,6 +204,8 @@ def test_every_setting_is_an_option(capsys):
         (["train", "--out", "HELD"], "holds a run of other settings"),
         (["data", "imagnet"], "did you mean 'imagenet'"),
         (["data", "digit-scenes", "--size", "5"], "size of digit-scenes must be one of"),
+        (["data", "digit-scenes", "--size", "0"], "size of digit-scenes must be one of .*, got 0"),
+        (["data", "svhn", "--size", "32"], "size is for digit-scenes, got 32 with svhn"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -210,6 +226,15 @@ def test_mistakes_are_answered_in_a_line_without_loading_torch(tmp_path, held, a
     assert not (tmp_path / "out").exists()
 
 
+def test_the_module_answers_as_the_command_does():
+    """Started as ``python -m salnb`` its name is another, and its errors are answers all the same."""
+    answer = subprocess.run(
+        [sys.executable, "-m", "salnb", "data", "imagnet"], capture_output=True, text=True
+    )
+    assert answer.returncode == 2
+    assert answer.stderr.startswith("salnb: error: data 'imagnet' is unknown (did you mean 'imagenet'?)")
+
+
 def test_what_is_not_explained_shows_its_traceback(tmp_path, monkeypatch):
     """An error of a library is a bug here, not an answer."""
 
@@ -219,6 +244,15 @@ def test_what_is_not_explained_shows_its_traceback(tmp_path, monkeypatch):
     monkeypatch.setitem(COMMANDS, "data", COMMANDS["data"]._replace(run=broken))
     with pytest.raises(json.JSONDecodeError):
         main(["data", "svhn"])
+
+
+def test_ctrl_c_is_answered_in_a_line(monkeypatch, capsys):
+    def interrupted(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(COMMANDS, "data", COMMANDS["data"]._replace(run=interrupted))
+    assert main(["data", "svhn"]) == 130
+    assert capsys.readouterr().err == "salnb: stopped by Ctrl-C\n"
 
 
 def test_unknown_commands_and_options():

@@ -1,13 +1,17 @@
 """Data: the digit scenes, the paper's sets from files of their schema, and the errors where these are missing."""
 
 import json
+import os
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
+from PIL import Image
 
 from salnb import data
+from salnb._files import DRAFT
 from salnb.data import base, paper, scenes
 from salnb.data.photographs import package_folder
 from tests.paper_files import SCHEMAS, put_files
@@ -141,6 +145,36 @@ def test_scenes_are_kept_and_a_damaged_file_is_made_again(cache, monkeypatch):
     file.write_bytes(file.read_bytes()[:100])
     with pytest.warns(UserWarning, match="truncated or altered"):
         base.cached("thing", make)
+
+
+def test_what_a_killed_process_left_long_ago_is_removed(cache):
+    cache.mkdir()
+    for name, age in (("old", 100_000), ("new", 100)):
+        draft = cache / f"{DRAFT}{name}"
+        draft.write_bytes(b"some")
+        os.utime(draft, (time.time() - age,) * 2)
+    base.cached("thing", lambda: {})
+    assert [path.name for path in cache.glob(f"{DRAFT}*")] == [f"{DRAFT}new"]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA"])
+def test_files_of_every_kind_are_read_in_three_colours(tmp_path, mode):
+    colours = Image.new("RGB", (3, 2), (200, 100, 50)).convert(mode)
+    colours.save(tmp_path / "image.png")
+    pixels = base.read_image(tmp_path / "image.png")
+    assert pixels.shape == (3, 2, 3)
+    assert pixels.dtype == torch.uint8
+    assert tuple(pixels[:, 1, 2].tolist()) == colours.convert("RGB").getpixel((2, 1))
+
+
+def test_a_large_jpeg_is_decoded_no_smaller_than_needed(tmp_path):
+    Image.new("RGB", (400, 240)).save(tmp_path / "image.jpg")
+    shapes = {
+        least: tuple(base.read_image(tmp_path / "image.jpg", least=least).shape) for least in (30, 100, 200)
+    }
+    assert shapes == {30: (3, 30, 50), 100: (3, 120, 200), 200: (3, 240, 400)}
+    assert base.read_image(tmp_path / "image.jpg").shape == (3, 240, 400)
 
 
 # --- the paper's sets --------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from salnb import results
+from salnb._setup import noticed_signals
 from salnb.checkpoint import last_checkpoint, load_checkpoint
 from salnb.train import Interrupted, NonFiniteError, fit
 from tests import runs
@@ -119,6 +120,37 @@ def test_a_signal_while_evaluating_saves_first(tmp_path, whole, monkeypatch):
         fit(config, log=silent)
     fit(config, resume=True, log=silent)
     assert without_times(rows(tmp_path / "run")) == without_times(rows(whole[0]))
+
+
+def test_before_there_is_anything_to_save_a_signal_acts_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr("salnb.data.load", lambda *args, **options: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        fit(settings(tmp_path / "run"), log=silent)
+    assert not isinstance(stopped.value, Interrupted)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_signal_that_comes_twice_at_once_is_one_request(monkeypatch):
+    """torchrun passes on what a terminal or a scheduler sends to all processes anyhow."""
+    with noticed_signals() as seen:
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
+            signal.raise_signal(number)
+        assert seen == [signal.SIGTERM]
+        monkeypatch.setattr("salnb._setup._ONE_REQUEST", -1.0)
+        with pytest.raises(KeyboardInterrupt):  # whoever asks again later does not want to wait
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_two_processes_cannot_work_in_one_folder(tmp_path, cache, whole, monkeypatch):
+    config = settings(tmp_path / "run")
+    process, pipe = runs.start(config, cache=cache, inject=runs.stop_while_writing_a_checkpoint)
+    runs.wait_for(pipe, "here")
+    monkeypatch.setattr("salnb._files._PATIENCE", 0.0)
+    with pytest.raises(FileExistsError, match="another process is at work"):
+        fit(config, resume=True, log=silent)
+    runs.kill(process)
+    fit(config, resume=True, log=silent)
+    check_same(tmp_path / "run", whole)
 
 
 def test_the_command_saves_and_answers_with_the_signal(tmp_path, cache):
@@ -276,11 +308,24 @@ def test_a_batch_larger_than_the_files_hold(tmp_path):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the device")
 def test_a_device_that_is_not_there(tmp_path):
-    with pytest.raises(ValueError, match="device cuda:1 is not on this machine"):
-        fit(settings(tmp_path / "run", device="cuda:1"), log=silent)
+    for device in ("cuda:1", "mps"):
+        if device == "mps" and torch.backends.mps.is_available():
+            continue
+        with pytest.raises(ValueError, match=f"device {device} is not on this machine"):
+            fit(settings(tmp_path / "run", device=device), log=silent)
 
 
 def test_a_network_of_timm_that_cannot_take_the_size(tmp_path):
     pytest.importorskip("timm")
     with pytest.raises(ValueError, match=r"model timm:vit_tiny_patch16_224 cannot take images of size 32"):
         fit(settings(tmp_path / "run", model="timm:vit_tiny_patch16_224"), log=silent)
+
+
+def test_a_network_of_timm_that_the_method_does_not_suit(tmp_path, monkeypatch):
+    pytest.importorskip("timm")
+    monkeypatch.setattr("salnb.data.load", None)  # it is told before that
+    with pytest.raises(
+        ValueError, match="method grad_cam at size 32: layer must have an output of more than"
+    ):
+        fit(settings(tmp_path / "run", model="timm:resnet18", method="grad_cam"), log=silent)
+    assert not (tmp_path / "run").exists()

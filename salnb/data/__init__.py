@@ -79,8 +79,9 @@ def fetch(name: str, size: int = 32) -> dict[str, Any]:
     Raises:
         ValueError, NotFetchedError, DamagedFileError: see `load`.
     """
-    if name in HUB and local_files(name):
-        verify(name)  # `load` does not, where that would take minutes
+    plain = name.removesuffix("-streamed")
+    if plain in HUB and local_files(plain):
+        verify(plain)  # `load` does not, where that would take minutes
     dataset = load(name, size)
     return {
         "name": name,

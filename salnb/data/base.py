@@ -5,17 +5,19 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import IO, Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from salnb._files import DamagedFileError, load_hashed, save_hashed
+from salnb._files import DamagedFileError, load_hashed, remove_drafts, save_hashed
 
 # what is smaller is kept on the accelerator
 _FITS_THE_DEVICE = 2**30
+# seconds after which a file that is still not whole has been left behind: nothing takes so long to write
+_ABANDONED = 24 * 3600.0
 
 
 class Examples(NamedTuple):
@@ -222,6 +224,30 @@ def _orders(
             yield mine
 
 
+def read_image(file: Path | IO[bytes], *, least: int | None = None) -> Tensor:
+    """The image in a file: (3, H, W), uint8.
+
+    Args:
+        file: its path, or the opened file.
+        least: a JPEG may be decoded at a half, a quarter or an eighth of its size, for less work, as long as
+            no side gets shorter than this; None: at its size.
+    """
+    from PIL import Image
+    from torchvision.transforms.v2.functional import pil_to_tensor
+
+    with Image.open(file) as image:
+        if least is not None:
+            image.draft("RGB", (least, least))
+        return pil_to_tensor(image.convert("RGB"))
+
+
+def centre(image: Tensor, short: int, size: int) -> Tensor:
+    """The middle (3, size, size) of an image whose short side is first resized, with antialiasing."""
+    from torchvision.transforms.v2 import functional as tv
+
+    return tv.center_crop(tv.resize(image, [short], antialias=True), [size, size])
+
+
 def decode(row: dict[str, Any], size: int | None = None) -> tuple[Tensor, int]:
     """An encoded image as (3, H, W), uint8, with its label.
 
@@ -230,16 +256,11 @@ def decode(row: dict[str, Any], size: int | None = None) -> tuple[Tensor, int]:
         size: the short side is resized with antialiasing to 8/7 of it, and the centre is cut out; None
             leaves the image as it is.
     """
-    from PIL import Image
-    from torchvision.transforms.v2 import functional as tv
-
-    image = Image.open(io.BytesIO(row["image"]["bytes"]))
-    if size is not None:
-        image.draft("RGB", (size * 8 // 7,) * 2)  # a JPEG can be decoded at a half or a quarter for less
-    pixels = tv.pil_to_tensor(image.convert("RGB"))
-    if size is not None:
-        pixels = tv.center_crop(tv.resize(pixels, [size * 8 // 7], antialias=True), [size, size])
-    return pixels, row["label"]
+    file = io.BytesIO(row["image"]["bytes"])
+    if size is None:
+        return read_image(file), row["label"]
+    short = size * 8 // 7
+    return centre(read_image(file, least=short), short, size), row["label"]
 
 
 def batches(split: Split, size: int, device: torch.device, **epoch: Any) -> Iterator[Examples]:
@@ -286,7 +307,8 @@ def cached(name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
             return load_hashed(path)
         except DamagedFileError as error:
             warnings.warn(f"{error}; it is made again", stacklevel=2)
-            path.unlink()
+            path.unlink(missing_ok=True)  # another process may have come before
+    remove_drafts(folder, older=_ABANDONED)
     state = make()
     save_hashed(folder, name, state)
     return state

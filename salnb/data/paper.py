@@ -15,7 +15,16 @@ from torch import Tensor
 
 from salnb._catalog import unknown
 from salnb._files import DamagedFileError, write_atomic
-from salnb.data.base import Arrays, Dataset, DiskImages, StreamedImages, cache_folder, cached, decode
+from salnb._progress import progress
+from salnb.data.base import (
+    Arrays,
+    Dataset,
+    DiskImages,
+    StreamedImages,
+    cache_folder,
+    cached,
+    decode,
+)
 
 
 class Hub(NamedTuple):
@@ -137,7 +146,8 @@ def verify(name: str) -> str:
     """
     folder = files_folder(name)
     sums = folder / _SUMS
-    found = "".join(f"{_sha256(file)}  {file.relative_to(folder)}\n" for file in local_files(name))
+    files = progress(local_files(name), f"checking {name}", unit="file")
+    found = "".join(f"{_sha256(file)}  {file.relative_to(folder)}\n" for file in files)
     if not sums.exists() and found:
         write_atomic(sums, found.encode())
     written = sums.read_text() if sums.exists() else ""
@@ -217,7 +227,7 @@ def _decoded(parts: dict[str, Rows]) -> dict[str, Any]:
 
 
 def _stacked(rows: Any) -> tuple[Tensor, Tensor]:
-    images, labels = zip(*(decode(row) for row in rows), strict=True)
+    images, labels = zip(*(decode(row) for row in progress(rows, "decoding", unit="image")), strict=True)
     return torch.stack(images), torch.tensor(labels)
 
 

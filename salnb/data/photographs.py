@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from salnb._catalog import unknown
+from salnb.data.base import centre, read_image
 
 
 class Photos(NamedTuple):
@@ -43,8 +44,6 @@ def photos(name: str = "imagenet", *, size: int | None = None) -> Photos:
         ValueError: `name` is unknown or `size` is not positive.
         ModuleNotFoundError: the extra `chapters`, which brings the photographs, is not installed.
     """
-    from torchvision.transforms.v2 import functional as tv
-
     if name not in _SIZES:
         raise unknown("name", name, _SIZES)
     size = _SIZES[name] if size is None else size
@@ -52,10 +51,7 @@ def photos(name: str = "imagenet", *, size: int | None = None) -> Photos:
         raise ValueError(f"size must be at least 1 pixel, got {size}")
     files = sorted((package_folder("foolbox") / "data").glob(f"{name}_*"))
     enlarged = size * 8 // 7 if name == "imagenet" else size
-    images = [
-        tv.center_crop(tv.resize(read_image(path), [enlarged], antialias=True), [size, size])
-        for path in files
-    ]
+    images = [centre(read_image(path), enlarged, size) for path in files]
     labels = [int(path.stem.rsplit("_", 1)[1]) for path in files]
     words = {
         "imagenet": imagenet_classes(),
@@ -71,13 +67,6 @@ def imagenet_classes() -> list[str]:
     from torchvision.models import ResNet18_Weights
 
     return list(ResNet18_Weights.DEFAULT.meta["categories"])
-
-
-def read_image(path: Path) -> Tensor:
-    """The image in a file: (3, H, W), uint8."""
-    from torchvision.io import ImageReadMode, decode_image
-
-    return decode_image(str(path), mode=ImageReadMode.RGB)
 
 
 def package_folder(name: str, *, extra: str = "chapters") -> Path:

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from salnb._catalog import DATA, unknown
-from salnb.data.base import Arrays, Dataset, cached
-from salnb.data.photographs import package_folder, read_image
+from salnb._progress import progress
+from salnb.data.base import Arrays, Dataset, cached, read_image
+from salnb.data.photographs import package_folder
 
 # to be raised with every change of what is drawn
 _VERSION = 1
@@ -150,7 +151,8 @@ def compose(
     colours = torch.rand(len(digits), 3, generator=generator)
     masks = torch.empty(len(digits), 1, size, size, dtype=torch.bool)
     # pieces: some thousand scenes of 224×224 at once would take gigabytes as floats
-    for piece in torch.arange(len(digits)).split(max(1, 2**21 // size**2)):
+    pieces = torch.arange(len(digits)).split(max(1, 2**21 // size**2))
+    for piece in progress(pieces, f"drawing {len(digits)} scenes", unit="piece"):
         ink = _placed(digits[piece], heights[piece], places[piece], size)
         scene = backgrounds[piece].float().div_(255)
         colour = _told_apart(colours[piece], (scene * ink).sum((2, 3)) / ink.sum((2, 3)))
