@@ -4,7 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from salnb import augment, data, losses, models, results, saliency, statistics, study, train
+    from salnb import augment, data, losses, models, results, saliency, statistics, study, train, trust
     from salnb.objective import Losses, Objective
 
 __version__ = "0.1.0"
@@ -22,6 +22,7 @@ __all__ = [
     "statistics",
     "study",
     "train",
+    "trust",
 ]
 
 

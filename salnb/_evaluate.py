@@ -9,7 +9,7 @@ from torch import nn
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
-from salnb import data, saliency
+from salnb import data, saliency, trust
 
 
 def evaluate(
@@ -53,9 +53,8 @@ def evaluate(
                 logits = model(images).float()
             if masks is not None:
                 masked = True
-                maps = saliency.vanilla_gradient(model, images, labels).float()
-                whole = maps.sum((1, 2, 3)).clamp(min=torch.finfo(maps.dtype).tiny)
-                on_object.update((maps * masks).sum((1, 2, 3)) / whole)
+                maps = saliency.vanilla_gradient(model, images, labels)
+                on_object.update(trust.share_on_object(maps, masks))
         accuracy.update(logits, labels)
         loss.update(F.cross_entropy(logits, labels, reduction="none"))
     found = {"accuracy": accuracy.compute().item(), "loss": loss.compute().item()}

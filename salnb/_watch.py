@@ -29,6 +29,23 @@ RECIPES = {
 }
 
 
+def logits_of(model: nn.Module, images: Tensor) -> Tensor:
+    """The model's logits, leaving its buffers (running statistics) untouched in train mode.
+
+    Raises:
+        ValueError: it does not return (N, K) logits.
+    """
+    if isinstance(model, nn.Module) and any(module.training for module in model.modules()):
+        copies = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        logits = torch.func.functional_call(model, copies, (images,))
+    else:
+        logits = model(images)
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[0] != images.shape[0]:
+        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(f"model must return logits of shape (N, K) with N = {images.shape[0]}, got {got}")
+    return logits
+
+
 def class_scores(logits: Tensor, target: Tensor | int | None) -> Tensor:
     """The score of each sample's target: one logit, or a weighted sum of them for mixed labels.
 

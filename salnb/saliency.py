@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from salnb._checks import check_finite, check_images, check_target
-from salnb._watch import RECIPES, Watch, class_scores, reduce_channels
+from salnb._watch import RECIPES, Watch, class_scores, logits_of, reduce_channels
 
 
 def vanilla_gradient(
@@ -134,7 +134,7 @@ def smoothgrad(
     _check_arguments(images, reduce)
     if target is None:
         with torch.no_grad():
-            target = _run(model, images).argmax(1)
+            target = logits_of(model, images).argmax(1)
     spread = images.detach().flatten(1)
     sigma = noise_level * (spread.amax(1) - spread.amin(1)).view(-1, 1, 1, 1)
     total = torch.zeros_like(images)
@@ -224,22 +224,9 @@ def _explain(
         pixels = images.clone() if images.is_inference() else images.detach()
         if not frozen_stem:
             pixels.requires_grad_()
-        logits = _run(model, pixels)
+        logits = logits_of(model, pixels)
         check_target(target, *logits.shape)
         return watch.maps(pixels, class_scores(logits, target), create_graph=create_graph, reduce=reduce)
-
-
-def _run(model: nn.Module, images: Tensor) -> Tensor:
-    """The model's logits, leaving its buffers (running statistics) untouched in train mode."""
-    if isinstance(model, nn.Module) and any(module.training for module in model.modules()):
-        copies = {name: buffer.clone() for name, buffer in model.named_buffers()}
-        logits = torch.func.functional_call(model, copies, (images,))
-    else:
-        logits = model(images)
-    if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[0] != images.shape[0]:
-        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise ValueError(f"model must return logits of shape (N, K) with N = {images.shape[0]}, got {got}")
-    return logits
 
 
 def as_written() -> AbstractContextManager:

@@ -1,0 +1,259 @@
+"""Measures of maps against slow loops straight from their definitions, and what they refuse."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from salnb import trust
+from tests.networks import conv_bn
+from tests.tolerances import assert_close
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+
+
+def maps_and_masks(n=5, height=6, width=7, dtype=torch.float64):
+    """Maps of few different values, so that many pixels are equal, and objects of every size but none and all."""
+    maps = torch.randint(0, 4, (n, 1, height, width)).to(dtype)
+    masks = torch.rand(n, 1, height, width) < torch.linspace(0.1, 0.9, n)[:, None, None, None]
+    masks[..., 0, 0], masks[..., -1, -1] = True, False
+    return maps, masks
+
+
+def pixels(values):
+    return values.flatten().tolist()
+
+
+# --- the object --------------------------------------------------------------------------------------------
+
+
+def slow_share(values, on):
+    return sum(v for v, here in zip(values, on, strict=True) if here) / sum(values)
+
+
+def slow_hit(values, on):
+    tops = [here for v, here in zip(values, on, strict=True) if v == max(values)]
+    return tops.count(True) / len(tops)
+
+
+@DTYPES
+@pytest.mark.parametrize(
+    ("measure", "slow"), [(trust.share_on_object, slow_share), (trust.pointing_hit, slow_hit)]
+)
+def test_agrees_with_the_definition(measure, slow, dtype):
+    maps, masks = maps_and_masks(dtype=dtype)
+    found = measure(maps, masks)
+    expected = [slow(pixels(m), pixels(o)) for m, o in zip(maps.double(), masks, strict=True)]
+    assert found.dtype == torch.promote_types(dtype, torch.float32)
+    assert_close(found, torch.tensor(expected, dtype=found.dtype))
+
+
+@pytest.mark.parametrize("measure", [trust.share_on_object, trust.pointing_hit])
+@pytest.mark.parametrize("value", [0.0, 3.0])
+def test_a_constant_map_gets_the_area(measure, value):
+    maps, masks = maps_and_masks()
+    assert_close(measure(torch.full_like(maps, value), masks), masks.double().mean((1, 2, 3)))
+
+
+@pytest.mark.parametrize("measure", [trust.share_on_object, trust.pointing_hit])
+def test_a_random_map_gets_the_area_on_average(measure):
+    masks = torch.zeros(4000, 1, 8, 8, dtype=torch.bool)
+    masks[..., :4, :3] = True
+    mean = measure(torch.rand(4000, 1, 8, 8), masks).mean().item()
+    assert mean == pytest.approx(12 / 64, abs=0.02)  # three standard errors of the coarser one
+
+
+def test_a_share_of_what_is_no_number_is_none():
+    maps, masks = maps_and_masks(n=3)
+    maps[1, 0, -1, -1] = math.nan  # beside the object
+    assert trust.share_on_object(maps, masks).isnan().tolist() == [False, True, False]
+
+
+# --- two maps ----------------------------------------------------------------------------------------------
+
+
+def slow_ranks(values):
+    return [sum(w < v for w in values) + (values.count(v) + 1) / 2 for v in values]
+
+
+@DTYPES
+def test_rank_correlation_agrees_with_the_definition(dtype):
+    maps, _ = maps_and_masks(dtype=dtype)
+    others, _ = maps_and_masks(dtype=dtype)
+    ranks = [
+        torch.tensor([slow_ranks(pixels(a)), slow_ranks(pixels(b))])
+        for a, b in zip(maps, others, strict=True)
+    ]
+    expected = torch.stack([torch.corrcoef(pair.double())[0, 1] for pair in ranks])
+    assert_close(trust.rank_correlation(maps, others), expected)
+
+
+def test_rank_correlation_sees_the_order_only():
+    maps, others = torch.rand(3, 1, 20, 20), torch.rand(3, 1, 20, 20)
+    expected = trust.rank_correlation(maps, others)
+    assert_close(trust.rank_correlation(maps, (5 * others).exp()), expected)
+    assert_close(trust.rank_correlation(maps, 2 - others), -expected)
+    assert_close(trust.rank_correlation(others, maps), expected)
+    assert_close(trust.rank_correlation(maps, maps), torch.ones_like(expected))
+    assert expected.abs().max() < 0.2
+
+
+def test_a_constant_map_correlates_with_nothing():
+    maps = torch.rand(2, 1, 4, 4)
+    maps[1] = 0.5
+    assert_close(trust.rank_correlation(maps, maps), torch.tensor([1.0, 0.0]).double())
+
+
+def test_expanded_maps_are_maps():
+    one, others = torch.rand(1, 1, 4, 4), torch.rand(3, 1, 4, 4)
+    assert_close(
+        trust.rank_correlation(one.expand(3, -1, -1, -1), others),
+        trust.rank_correlation(one.repeat(3, 1, 1, 1), others),
+    )
+
+
+# --- deletion and insertion --------------------------------------------------------------------------------
+
+
+def slow_curve(model, image, values, target, replacement, steps, *, insert):
+    """Pixel by pixel, for one image whose map has no two equal values."""
+    height, width = image.shape[-2:]
+    order = sorted(range(height * width), key=lambda i: -values[i])
+    curve = []
+    for step in range(steps + 1):
+        mixed = (replacement if insert else image).clone()
+        for place, i in enumerate(order):
+            if place < step * height * width / steps:
+                pixel = i // width, i % width
+                mixed[:, pixel[0], pixel[1]] = (image if insert else replacement)[:, pixel[0], pixel[1]]
+        with torch.no_grad():
+            curve.append(model(mixed[None])[0].softmax(0)[target].item())
+    return curve
+
+
+def scene(n=3, height=6, width=7):
+    x = torch.rand(n, 3, height, width, dtype=torch.float64)
+    maps = torch.stack([torch.randperm(height * width) for _ in range(n)]).view(n, 1, height, width).double()
+    return conv_bn().double().eval(), x, maps, torch.rand_like(x)
+
+
+CURVES = {"deletion": trust.deletion_curve, "insertion": trust.insertion_curve}
+
+
+@pytest.mark.parametrize("steps", [1, 5, 42])
+@pytest.mark.parametrize("which", CURVES)
+def test_curves_agree_with_the_definition(which, steps):
+    model, x, maps, gone = scene()
+    target = torch.tensor([0, 3, 1])
+    found = CURVES[which](model, x, maps, target, replacement=gone, steps=steps)
+    expected = [
+        slow_curve(model, *of_image, steps, insert=which == "insertion")
+        for of_image in zip(x, map(pixels, maps), target, gone, strict=True)
+    ]
+    assert_close(found, torch.tensor(expected, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("which", CURVES)
+def test_targets_of_every_kind(which):
+    model, x, maps, gone = scene()
+    curve = CURVES[which]
+    predicted = model(x).argmax(1)
+    weights = nn.functional.one_hot(predicted, 4).double()
+    expected = curve(model, x, maps, predicted, replacement=gone)
+    assert_close(curve(model, x, maps, replacement=gone), expected)
+    assert_close(curve(model, x, maps, weights, replacement=gone), expected)
+    same = torch.full_like(predicted, 2)
+    assert_close(curve(model, x, maps, 2, replacement=gone), curve(model, x, maps, same, replacement=gone))
+
+
+def test_a_map_that_knows_the_one_pixel_is_best():
+    """A model of one pixel: its own map ends deletion and completes insertion with the first step."""
+    weight = torch.zeros(2, 3 * 36).double()
+    weight[1, 14] = 50.0
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 36, 2, bias=False).double())
+    model[1].weight.data = weight
+    x = torch.ones(1, 3, 6, 6).double()
+    maps = weight[1].view(1, 3, 6, 6).amax(1, keepdim=True)
+    half = torch.tensor([[1.0] + [0.5] * 36], dtype=torch.float64)
+    nothing = torch.tensor(0.0)
+    deleted = trust.deletion_curve(model, x, maps, 1, replacement=nothing, steps=36)
+    inserted = trust.insertion_curve(model, x, maps, 1, replacement=nothing, steps=36)
+    assert_close(deleted, half)
+    assert_close(inserted, half.roll(1, 1).where(torch.arange(37) < 1, 1.0))
+    worst = trust.deletion_curve(model, x, maps.max() - maps, 1, replacement=nothing, steps=36)
+    assert_close(worst[:, :-1], torch.ones(1, 36).double())
+
+
+def test_equal_pixels_are_drawn():
+    """A constant map gives a random order: another one for another seed, the same one for the same."""
+    model, x, maps, gone = scene()
+
+    def curve(seed):
+        generator = torch.Generator().manual_seed(seed)
+        return trust.deletion_curve(model, x, 0 * maps, 1, replacement=gone, generator=generator)
+
+    assert torch.equal(curve(0), curve(0))
+    assert (curve(0) - curve(1))[:, 1:-1].abs().max() > 1e-4
+    # and what is unequal stays in its order
+    same = trust.deletion_curve(model, x, maps, 1, replacement=gone)
+    assert torch.equal(same, trust.deletion_curve(model, x, maps, 1, replacement=gone))
+
+
+def test_the_model_is_left_as_it_was():
+    model, x, maps, gone = scene()
+    model.train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    trust.deletion_curve(model, x, maps, replacement=gone)
+    assert model.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_on_the_accelerator(device):
+    model, x, maps, gone = (part.to(device) for part in scene())
+    seeded = torch.Generator().manual_seed(0)
+    curve = trust.deletion_curve(model, x, maps, 1, replacement=gone, generator=seeded)
+    assert curve.device.type == device.type
+    assert_close(
+        curve.cpu(), trust.deletion_curve(model.cpu(), x.cpu(), maps.cpu(), 1, replacement=gone.cpu())
+    )
+
+
+# --- what is refused ---------------------------------------------------------------------------------------
+
+M, K = torch.rand(2, 1, 4, 4), torch.ones(2, 1, 4, 4, dtype=torch.bool)
+X = torch.rand(2, 3, 4, 4)
+NAN = M.index_fill(3, torch.tensor(1), math.nan)
+
+
+def remove(images=X, maps=M, target=0, replacement=X, **options):
+    return trust.deletion_curve(conv_bn().eval(), images, maps, target, replacement=replacement, **options)
+
+
+BAD = {
+    "maps-list": (lambda: trust.share_on_object([1.0], K), TypeError, "maps must be a torch.Tensor .* got list"),
+    "maps-channels": (lambda: trust.share_on_object(X, K), ValueError, r"maps must have one channel.*\(2, 3, 4, 4\)"),
+    "maps-negative": (lambda: trust.pointing_hit(M - 1, K), ValueError, "maps must not be negative, got -.*absolute"),
+    "maps-nan": (lambda: trust.pointing_hit(NAN, K), ValueError, "maps must be finite"),
+    "masks-numbers": (lambda: trust.share_on_object(M, M), TypeError, "masks must be .* booleans, got torch.float32"),
+    "masks-list": (lambda: trust.pointing_hit(M, [True]), TypeError, "masks must be .* booleans, got list"),
+    "masks-misfit": (lambda: trust.pointing_hit(M, K[:1]), ValueError, r"masks .* \(2, 1, 4, 4\), got \(1, 1, 4, 4\)"),
+    "others-misfit": (lambda: trust.rank_correlation(M, M[:1]), ValueError, r"others must .* got \(1, 1, 4, 4\)"),
+    "others-nan": (lambda: trust.rank_correlation(M, NAN), ValueError, "others must be finite"),
+    "images-integers": (lambda: remove(images=X.byte()), TypeError, "images must be of a floating-point"),
+    "maps-misfit": (lambda: remove(maps=M[..., :2]), ValueError, r"maps must have shape \(2, 1, 4, 4\).*\(2, 1, 4, 2\)"),
+    "order-nan": (lambda: remove(maps=NAN), ValueError, "maps must be finite"),
+    "target": (lambda: remove(target=4), ValueError, "target must lie in 0 … 3, got 4"),
+    "replacement-number": (lambda: remove(replacement=0.5), TypeError, "replacement must be a tensor, got float"),
+    "replacement-misfit": (lambda: remove(replacement=X[..., :3]), ValueError, r"replacement .* got \(2, 3, 4, 3\)"),
+    "replacement-nan": (lambda: remove(replacement=NAN), ValueError, "replacement must be finite"),
+    "steps": (lambda: remove(steps=0), ValueError, "steps must be at least 1, got 0"),
+    "logits": (lambda: trust.insertion_curve(nn.Identity(), X, M, replacement=X), ValueError, "model must return logits"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_named(case):
+    call, error, message = BAD[case]
+    with pytest.raises(error, match=message):
+        call()
