@@ -26,7 +26,7 @@ def make_fabric(config: Config) -> Fabric:
     Raises:
         ValueError: the machine lacks the device, or it lacks the precision.
     """
-    device = torch.device(config.device if config.device != "auto" else _best_device())
+    device = torch.device(config.device if config.device != "auto" else best_device())
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {config.device} is not on this machine: take cpu, or auto")
     if device.type == "cpu" and config.precision in ("tf32", "fp16"):
@@ -118,7 +118,8 @@ def _share_draws(augmentation: Augmentation, share: Share) -> None:
     augmentation.make_params = make_params  # type: ignore[method-assign]
 
 
-def _best_device() -> str:
+def best_device() -> str:
+    """The kind of device that a run with the device "auto" is made on."""
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"

@@ -47,7 +47,9 @@ TERMS = ("class_loss", "invariance_loss", "saliency_loss", "total")
 _AHEAD = 20
 
 
-def fit(config: Config, *, resume: bool = False, log: Callable[[str], object] = print) -> dict[str, Any]:
+def fit(
+    config: Config, *, resume: bool = False, log: Callable[[str], object] = print, bar: bool = True
+) -> dict[str, Any]:
     """Train a network as the settings say.
 
     Args:
@@ -55,6 +57,7 @@ def fit(config: Config, *, resume: bool = False, log: Callable[[str], object] = 
         resume: continue the run in ``config.out`` where it was stopped, if there is one; a finished one is
             not run again.
         log: is given a line after each epoch.
+        bar: show how far an epoch is, on a terminal.
 
     Returns:
         What ``summary.json`` holds: the test's accuracy, loss terms, share of saliency on the object,
@@ -78,6 +81,7 @@ def fit(config: Config, *, resume: bool = False, log: Callable[[str], object] = 
         with fabric.rank_zero_first():  # the first prepares the files that all read
             dataset = data.load(config.data, config.size, workers=config.workers)
         run = make_run(config, fabric, objective, dataset, signals, log)
+        run.bar = bar and fabric.is_global_zero
         with fabric.rank_zero_first():  # the first sets damaged checkpoints aside
             state = load_checkpoint(run.checkpoints)
         if state:
@@ -142,7 +146,7 @@ def train_epoch(run: Run) -> None:
         initial=run.batch,
         total=run.epoch_batches,
         leave=False,
-        disable=None if fabric.is_global_zero else True,  # None: where there is no terminal
+        disable=None if run.bar else True,  # None: where there is no terminal
     ) as bar:
         for images, labels, _ in data.batches(
             run.dataset.train,
