@@ -108,11 +108,14 @@ def _study(args: argparse.Namespace) -> int:
         raise catalog.unknown("on", args.on, ("here", "ray"))
     if not args.share > 0:
         raise ValueError(f"share must be positive, got {args.share}")
-    scale = grids.load_scale(args.scale)
-    if args.device:
-        scale = dataclasses.replace(scale, training={**scale.training, "device": args.device})
-    # all settings, before torch is loaded
-    grids.trainings(args.name, scale, *grids.UNCHOSEN)
+    try:
+        scale = grids.load_scale(args.scale)
+        if args.device:
+            scale = scale.with_training(device=args.device)
+        # all settings, before torch is loaded
+        grids.trainings(args.name, scale, *grids.UNCHOSEN)
+    except TypeError as error:  # of a value in the file, where YAML takes words for numbers or the like
+        raise ValueError(str(error)) from error
     from salnb import statistics, study
 
     execute = study.here
@@ -123,8 +126,8 @@ def _study(args: argparse.Namespace) -> int:
     try:
         records = study.run(args.name, scale, args.out, execute=execute)
     except KeyboardInterrupt as stopped:  # `Interrupted` is one
-        print(f"{stopped or 'stopped'}; to go on, start the study again", file=sys.stderr)
-        return 130
+        print(f"{args.name}: stopped; to go on, start the study again", file=sys.stderr)
+        return 128 + getattr(stopped, "signal", signal.SIGINT)
     factor, reference, metric = grids.REFERENCES[args.name]
     print(statistics.markdown(statistics.compare(records, factor, reference, metric=metric)))
     failed = [record for record in records if record["status"] == "failed"]

@@ -45,6 +45,7 @@ class Run:
         seconds: spent on it so far, over all its resumptions.
         sums: of the epoch under way: loss terms, accuracy, steps, steps with a saliency loss, seconds.
         history: the lines of ``metrics.jsonl``.
+        bar: whether it shows how far an epoch is.
     """
 
     config: Config
@@ -62,6 +63,7 @@ class Run:
     seconds: float = 0.0
     sums: dict[str, float] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
+    bar: bool = True
     clock: float = field(default_factory=time.perf_counter)
     saved: float = field(default_factory=time.perf_counter)
 

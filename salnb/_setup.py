@@ -31,10 +31,10 @@ def make_fabric(config: Config) -> Fabric:
     Raises:
         ValueError: the machine lacks the device, or it lacks the precision.
     """
-    device = torch.device(config.device if config.device != "auto" else _best_device())
+    device = torch.device(config.device if config.device != "auto" else best_device())
     known = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
     if (device.index or 0) >= known[device.type]:
-        raise ValueError(f"device {config.device} is not on this machine: take {_best_device()}, or auto")
+        raise ValueError(f"device {config.device} is not on this machine: take {best_device()}, or auto")
     if device.type == "cpu" and config.precision in ("tf32", "fp16"):
         raise ValueError(f"precision {config.precision} is for GPUs: on this machine take 32 or bf16")
     processes = int(os.environ.get("WORLD_SIZE", 1))
@@ -139,7 +139,8 @@ def _share_draws(augmentation: Augmentation, share: Share) -> None:
     augmentation.make_params = make_params  # type: ignore[method-assign]
 
 
-def _best_device() -> str:
+def best_device() -> str:
+    """The kind of device that a run with the device "auto" is made on."""
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"

@@ -79,13 +79,21 @@ class Scale:
                 or not (values or name == "variants")
             ):
                 raise TypeError(f"{name} of scale {self.name!r} must be a list, not empty, got {values!r}")
+            if len(values) != len(set(map(repr, values))):
+                raise ValueError(f"{name} of scale {self.name!r} must not name anything twice, got {values}")
             object.__setattr__(self, name, tuple(values))
+        for name in ("training", "studies"):
+            _check_mapping(f"{name} of scale {self.name!r}", getattr(self, name))
         if both := set(self.seeds) & set(self.gamma_seeds):
             raise ValueError(
                 f"gamma_seeds of scale {self.name!r} must not be among seeds, got {sorted(both)}"
             )
         if not all(isinstance(gamma, int | float) and gamma > 0 for gamma in self.gammas):
             raise ValueError(f"gammas of scale {self.name!r} must be positive numbers, got {self.gammas}")
+        for name, names in (("data", catalog.DATA), ("methods", catalog.METHODS)):
+            for given in getattr(self, name):
+                if given not in names:
+                    raise catalog.unknown(f"{name} of scale {self.name!r}:", given, names)
         known = [f.name for f in dataclasses.fields(Config)]
         for name in self.training:
             if name not in known:
@@ -95,11 +103,24 @@ class Scale:
                 raise catalog.unknown(f"studies of scale {self.name!r}: study", study, STUDIES)
             self.of(study)
 
+    def with_training(self, **settings: Any) -> "Scale":
+        """The same with other settings of all trainings, whatever a study says of its own."""
+        studies = {
+            study: {**own, "training": {**own.get("training", {}), **settings}}
+            for study, own in self.studies.items()
+        }
+        return dataclasses.replace(self, training={**self.training, **settings}, studies=studies)
+
     def of(self, study: str) -> "Scale":
         """The scale of one study."""
-        own = dict(self.studies.get(study, {}))
-        training = {**self.training, **own.pop("training", {})}
-        return _scale(self.name, {**self.to_dict(), **own, "training": training, "studies": {}})
+        where = f"{study} of scale {self.name!r}"
+        own = self.studies.get(study, {})
+        _check_mapping(where, own)
+        _check_mapping(f"training of {where}", own.get("training", {}))
+        if "studies" in own:
+            raise ValueError(f"{where} must not have studies of its own")
+        training = {**self.training, **own.get("training", {})}
+        return _scale(self.name, {**self.to_dict(), "studies": {}, **own, "training": training})
 
     def to_dict(self) -> dict[str, Any]:
         """What a scale file says, without the name."""
@@ -132,14 +153,13 @@ def load_scale(scale: str | Path | Mapping[str, Any]) -> Scale:
         ) from error
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))["scale"]
-    except (OSError, KeyError, TypeError, yaml.YAMLError) as error:
+    except (OSError, UnicodeError, KeyError, TypeError, yaml.YAMLError) as error:
         raise ValueError(f"scale {path} is no file with a mapping named scale: {error}") from error
     return _scale(path.stem, values)
 
 
 def _scale(name: str, values: Mapping[str, Any]) -> Scale:
-    if not isinstance(values, Mapping):
-        raise TypeError(f"scale {name!r} must be a mapping, got {values!r}")
+    _check_mapping(f"scale {name!r}", values)
     known = [f.name for f in dataclasses.fields(Scale) if f.name != "name"]
     for key in values:
         if key not in known:
@@ -147,6 +167,11 @@ def _scale(name: str, values: Mapping[str, Any]) -> Scale:
     if missing := {"data", "networks", "seeds"} - values.keys():
         raise ValueError(f"scale {name!r} lacks {', '.join(sorted(missing))}")
     return Scale(name=name, **values)
+
+
+def _check_mapping(what: str, given: object) -> None:
+    if not isinstance(given, Mapping):
+        raise TypeError(f"{what} must be a mapping, got {given!r}")
 
 
 def _folder() -> Path:
@@ -209,10 +234,11 @@ def trainings(study: str, scale: Scale, gammas: Gammas, match: Match) -> list[Tr
     if study not in STUDIES:
         raise catalog.unknown("study", study, STUDIES)
     scale = scale.of(study)
+    cells = list(STUDIES[study](scale, gammas, match))  # once, as weights take time to match
     found = [
         Training(study, {**factors, "seed": seed}, {**scale.training, **settings, "seed": seed})
         for seed in (scale.gamma_seeds if study == "gamma" else scale.seeds)
-        for factors, settings in STUDIES[study](scale, gammas, match)
+        for factors, settings in cells
     ]
     for training in found:
         training.config("runs")
@@ -272,6 +298,8 @@ def _open(scale: Scale, gammas: Gammas, match: Match) -> Cells:
             if variant not in variants:
                 raise catalog.unknown(f"variants of scale {scale.name!r}: variant", variant, variants)
             changes = variants[variant]
+            if Config(out="run", **{**whole, **changes}) == Config(out="run", **whole):
+                continue  # that is the default here
             settings = {**shared, "gamma": gammas[data], **changes}
             if _UNITS & changes.keys():
                 settings["gamma"] = match(whole, {**whole, **changes})

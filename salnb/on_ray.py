@@ -2,6 +2,8 @@
 
 import importlib
 import os
+import signal
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,10 +11,13 @@ from typing import Any
 
 from salnb.grids import Training
 from salnb.study import run_training
+from salnb.train import Interrupted
 
 # how often a training is begun anew, from its checkpoint, when the process or the machine it ran on died
 _RETRIES = 5
 _POLL_SECONDS = 2.0
+# how long trainings have to save what they have done when a study is stopped
+_GRACE_SECONDS = 30.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,25 +75,55 @@ class OnRay:
         self, ray: Any, pending: Sequence[Training], runs: Path, started: Callable[[Training], None]
     ) -> Iterator[tuple[Training, dict[str, Any]]]:
         kind = "GPU" if ray.cluster_resources().get("GPU") else "CPU"
-        if ray.cluster_resources().get(kind, 0) < self.share:
-            there = ray.cluster_resources().get(kind, 0)
+        there = max((machine.get(kind, 0) for machine in _machines(ray)), default=0)
+        if there < self.share:
             raise ValueError(
-                f"share must be at most {there:g}, the {kind}s of the cluster, got {self.share:g}"
+                f"share must be at most {there:g}, the {kind}s of a machine there, got {self.share:g}"
             )
-        needs = {"num_gpus": self.share} if kind == "GPU" else {"num_cpus": self.share}
+        # the share of a GPU says how many trainings a machine runs, however many cores it has
+        needs = {"num_gpus": self.share, "num_cpus": 0} if kind == "GPU" else {"num_cpus": self.share}
         # Ray itself tries again where a worker dies; an error of the training is its record
-        task = ray.remote(max_retries=_RETRIES, retry_exceptions=False, **needs)(run_training)
+        task = ray.remote(max_retries=_RETRIES, retry_exceptions=False, **needs)(_attempt)
         waiting = list(reversed(pending))
         running: dict[Any, Training] = {}
-        while waiting or running:
-            # no more than can run, so that what is shown as running is; a cluster may grow meanwhile
-            while waiting and len(running) < int(ray.cluster_resources().get(kind, 0) / self.share):
-                training = waiting.pop()
-                running[task.remote(training, runs)] = training
-                started(training)
-            finished, _ = ray.wait(list(running), timeout=_POLL_SECONDS)
-            for reference in finished:
-                yield running[reference], _record(ray, running.pop(reference), reference)
+        try:
+            while waiting or running:
+                # no more than can run, so that what is shown as running is; a cluster may grow meanwhile
+                while waiting and len(running) < self._places(ray, kind):
+                    training = waiting.pop()
+                    running[task.remote(training, runs)] = training
+                    started(training)
+                if not running:  # all machines are gone for the moment
+                    time.sleep(_POLL_SECONDS)
+                    continue
+                finished, _ = ray.wait(list(running), timeout=_POLL_SECONDS)
+                for reference in finished:
+                    training = running.pop(reference)
+                    yield training, _record(ray, training, reference)
+        finally:
+            for reference in running:
+                ray.cancel(reference)
+            if running:  # what is under way is saved
+                ray.wait(list(running), num_returns=len(running), timeout=_GRACE_SECONDS)
+
+    def _places(self, ray: Any, kind: str) -> int:
+        # a hair more, as three shares of 0.1 are not quite 0.3
+        return sum(int(machine.get(kind, 0) / self.share + 1e-6) for machine in _machines(ray))
+
+
+def _machines(ray: Any) -> list[dict[str, float]]:
+    """What each machine of the cluster has."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def _attempt(training: Training, runs: Path) -> dict[str, Any]:
+    """Run a training in a worker, which dies where it is told to stop, so that Ray goes on elsewhere."""
+    try:
+        return run_training(training, runs)
+    except Interrupted as stopped:
+        if stopped.signal == signal.SIGTERM:
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise  # the study is stopped
 
 
 def _record(ray: Any, training: Training, reference: Any) -> dict[str, Any]:

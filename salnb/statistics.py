@@ -1,5 +1,6 @@
 """What a study says: paired differences with their intervals, and a sign test over all of them."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -129,9 +130,9 @@ def mean(values: Sequence[float]) -> float:
 def _interval(differences: Sequence[float]) -> tuple[float, float]:
     if len(differences) < 2:
         return float("-inf"), float("inf")
-    if len(set(differences)) == 1:
-        return differences[0], differences[0]
-    from scipy.stats import ttest_1samp
+    from scipy.stats import t
 
-    low, high = ttest_1samp(differences, 0).confidence_interval(0.95)
-    return float(low), float(high)
+    n, centre = len(differences), mean(differences)
+    deviation = math.sqrt(sum((d - centre) ** 2 for d in differences) / (n - 1))
+    half = float(t.ppf(0.975, n - 1)) * deviation / math.sqrt(n)
+    return centre - half, centre + half

@@ -7,21 +7,23 @@ What a study leaves in its folder: ``STUDY/NAME.json``, the record of each train
 the runs, see `salnb.train`.
 """
 
-import contextlib
+import dataclasses
+import functools
 import itertools
-import os
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 import torch
-from tqdm import tqdm
 
 from salnb import data, results
-from salnb._setup import derived_seed, make_objective
+from salnb._files import locked
+from salnb._progress import progress
+from salnb._setup import best_device, derived_seed, make_objective, numerics
 from salnb.config import Config
 from salnb.grids import STUDIES, UNCHOSEN, Scale, Training, load_scale, trainings
 from salnb.statistics import mean
@@ -78,18 +80,24 @@ def run(
 
     Raises:
         ValueError: settings of the scale are not allowed, or a record in the folder is of other settings.
-        RuntimeError: another process is working in the folder, or no training succeeded from which the weight
-            of the saliency loss could be chosen.
+        RuntimeError: no training succeeded from which the weight of the saliency loss could be chosen.
+        FileExistsError: another process is at work in the folder.
         Interrupted: a signal stopped the training under way, which has been saved.
     """
     folder, execute = Path(folder), execute or here
     trainings(study, scale, *UNCHOSEN)  # all mistakes, before anything is run
-    with _alone(folder):
-        gammas = dict.fromkeys(scale.of(study).data, float(scale.of(study).gammas[0]))
-        if study not in ("gamma", "table3") and len(scale.of(study).gammas) > 1:
-            choice = Scale(**{**vars(scale.of(study)), "networks": scale.networks[:1]})
-            gammas = choose_gammas(_run("gamma", choice, folder, gammas, execute, display))
+    with locked(folder):
+        own = scale.of(study)
+        gammas = dict.fromkeys(own.data, float(own.gammas[0]))
+        if study not in ("gamma", "table3") and len(own.gammas) > 1:
+            gammas = choose_gammas(_run("gamma", _choice(scale, study), folder, gammas, execute, display))
         return _run(study, scale, folder, gammas, execute, display)
+
+
+def _choice(scale: Scale, study: str) -> Scale:
+    """The scale of the choice of weights for a study: the same settings whichever study asks for it."""
+    asked = {name: getattr(scale.of(study), name) for name in ("data", "gammas", "gamma_seeds", "seeds")}
+    return dataclasses.replace(scale.of("gamma"), **asked)
 
 
 def _run(
@@ -144,19 +152,20 @@ def read(folder: str | Path, study: str) -> list[dict[str, Any]]:
 
 
 def run_training(training: Training, runs: Path) -> dict[str, Any]:
-    """Run, or go on with, one training; gives its record: its result, or its error.
+    """Run, or go on with, one training; gives its record: its result or its error, and its warnings.
 
     Raises:
         Interrupted: a signal stopped it.
     """
-    record: dict[str, Any] = {"factors": training.factors}
-    try:
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):  # its own progress bars
-            result = fit(training.config(runs), resume=True, log=lambda line: None)
-    except Exception as error:
-        trace = traceback.format_exception(error)
-        return record | {"status": "failed", "error": f"{type(error).__name__}: {error}", "trace": trace}
-    return record | {"status": "done", "result": result}
+    ended: dict[str, Any] = {"status": "done"}
+    with warnings.catch_warnings(record=True) as caught:
+        try:
+            ended["result"] = fit(training.config(runs), resume=True, log=lambda line: None, bar=False)
+        except Exception as error:
+            ended = {"status": "failed", "error": f"{type(error).__name__}: {error}"}
+            ended["trace"] = traceback.format_exception(error)
+    said = dict.fromkeys(f"{warning.category.__name__}: {warning.message}" for warning in caught)
+    return {"factors": training.factors, **ended, "warnings": list(said)}
 
 
 def here(
@@ -213,23 +222,23 @@ def match_weight(settings: Mapping[str, Any], changed: Mapping[str, Any]) -> flo
     Returns:
         The weight for the latter, to two digits.
     """
-    lengths = []
-    for each in (settings, changed):
-        config = Config(
-            **{**each, "out": "unused", "alpha": 0.0, "beta": 0.0, "gamma": 1.0, "warmup": 0, "every": 1}
-        )
-        lengths.append(_gradient_length(config))
-    weight = settings["gamma"] * lengths[0] / lengths[1] if lengths[1] else settings["gamma"]
+    alone = {"alpha": 0.0, "beta": 0.0, "layers": (), "gamma": 1.0, "warmup": 0, "every": 1}
+    length, changed_length = (
+        _gradient_length(Config(**{**each, **alone, "out": "unused"})) for each in (settings, changed)
+    )
+    weight = settings["gamma"] * length / changed_length if changed_length else settings["gamma"]
     return float(f"{weight:.2g}")
 
 
+@functools.lru_cache(maxsize=32)  # each is compared with the same default
 def _gradient_length(config: Config) -> float:
-    with torch.random.fork_rng():
+    device = torch.device("cpu" if config.device == "cpu" else best_device())
+    with numerics(config):
         torch.manual_seed(derived_seed(0, "weights"))
-        objective = make_objective(config, data.WHOLE)
+        objective = make_objective(config, data.WHOLE).to(device)
         split = data.load(config.data, config.size, workers=config.workers).train
-        cpu, generator, lengths = torch.device("cpu"), torch.Generator().manual_seed(0), []
-        whole = data.batches(split, config.size, cpu, batch_size=config.batch_size, seed=0)
+        generator, lengths = torch.Generator(device).manual_seed(0), []
+        whole = data.batches(split, config.size, device, batch_size=config.batch_size, seed=0)
         for images, labels, _ in itertools.islice(whole, _MATCHED_BATCHES):
             objective.zero_grad()
             objective(images, labels, generator).total.backward()
@@ -238,23 +247,7 @@ def _gradient_length(config: Config) -> float:
     return mean(lengths)
 
 
-# --- one process a folder, and what it shows ---------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Keep a second study out of the folder: each would write what the other one has not finished."""
-    import fcntl
-
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise RuntimeError(
-                f"out {folder} is in use by another study: wait, or take another folder"
-            ) from error
-        yield
+# --- what is shown -------------------------------------------------------------------------------------------
 
 
 class Progress:
@@ -272,7 +265,7 @@ class Progress:
         self.display = display
         self.running: dict[str, float] = {}
         self.begun, self.before = time.monotonic(), done
-        self.bar = tqdm(total=total, initial=done, desc=study, file=display, disable=None, leave=False)
+        self.bar = progress(what=study, total=total, initial=done, file=display)
 
     def __enter__(self) -> "Progress":
         """Show where it starts."""
@@ -305,10 +298,11 @@ class Progress:
     def summary(self) -> str:
         """Done, failed, running, and the time left, from the pace so far."""
         ended = self.done + self.failed
-        pace = (time.monotonic() - self.begun) / max(ended - self.before, 1)
-        left = (
-            f"{pace * (self.total - ended) / 60:.0f} min left" if ended > self.before else "time left unknown"
-        )
+        left = "time left unknown"
+        if ended > self.before:
+            pace = (time.monotonic() - self.begun) / (ended - self.before)
+            seconds = pace * (self.total - ended)
+            left = f"{seconds:.0f} s left" if seconds < 100 else f"{seconds / 60:.0f} min left"
         return f"{self.done} of {self.total} done, {self.failed} failed, {len(self.running)} running, {left}"
 
     def _show(self) -> None:

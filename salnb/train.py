@@ -54,7 +54,9 @@ def say(line: str) -> None:
     print(line, flush=True)
 
 
-def fit(config: Config, *, resume: bool = False, log: Callable[[str], object] = say) -> dict[str, Any]:
+def fit(
+    config: Config, *, resume: bool = False, log: Callable[[str], object] = say, bar: bool = True
+) -> dict[str, Any]:
     """Train a network as the settings say.
 
     Args:
@@ -62,6 +64,7 @@ def fit(config: Config, *, resume: bool = False, log: Callable[[str], object] = 
         resume: continue the run in ``config.out`` where it was stopped, if there is one; a finished one is
             not run again.
         log: is given a line after each epoch.
+        bar: show how far an epoch is, on a terminal.
 
     Returns:
         What ``summary.json`` holds: the test's accuracy, loss terms, share of saliency on the object,
@@ -91,6 +94,7 @@ def fit(config: Config, *, resume: bool = False, log: Callable[[str], object] = 
         # before this there is nothing to be saved: a signal acts at once
         signals = stack.enter_context(noticed_signals())
         run = make_run(config, fabric, objective, dataset, signals, log)
+        run.bar = bar and fabric.is_global_zero
         with fabric.rank_zero_first():  # the first sets damaged checkpoints aside
             state = load_checkpoint(run.checkpoints)
         if state:
@@ -155,7 +159,7 @@ def train_epoch(run: Run) -> None:
         initial=run.batch,
         total=run.epoch_batches,
         bar_format="{desc}:{percentage:3.0f}%|{bar:8}| {remaining}{postfix}",  # leaves room for the losses
-        disable=None if fabric.is_global_zero else True,
+        disable=None if run.bar else True,
     ) as bar:
         for images, labels, _ in data.batches(
             run.dataset.train,

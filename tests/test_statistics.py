@@ -1,0 +1,167 @@
+"""Statistics: paired comparisons against scipy and by hand, the sign test, and their table."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from salnb.statistics import Comparison, compare, markdown, mean, sign_test
+
+
+def record(strategy, seed, accuracy, augmentation="rotation", **changes):
+    factors = {"augmentation": augmentation, "strategy": strategy, "seed": seed}
+    return {"status": "done", "factors": factors, "result": {"test_accuracy": accuracy}} | changes
+
+
+def records_of(reference, saliency, augmentation="rotation"):
+    """Records from an accuracy for each seed."""
+    return [
+        record(strategy, seed, accuracy, augmentation)
+        for strategy, values in (("reference", reference), ("saliency", saliency))
+        for seed, accuracy in enumerate(values)
+        if accuracy is not None
+    ]
+
+
+@pytest.mark.parametrize("n", [2, 3, 5, 20])
+def test_differences_are_those_of_a_paired_t_test(n):
+    generator = np.random.default_rng(n)
+    # seeds differ by more than the strategies do: only a paired comparison sees through that
+    seeds = generator.normal(0.5, 0.2, n)
+    reference, saliency = ((seeds + shift + generator.normal(0, 0.01, n)).tolist() for shift in (0.0, 0.02))
+    (found,) = compare(records_of(reference, saliency))
+    expected = stats.ttest_rel(saliency, reference)
+    low, high = expected.confidence_interval(0.95)
+    assert (found.low, found.high) == pytest.approx((low, high), rel=1e-12)
+    assert found.difference == pytest.approx(np.mean(saliency) - np.mean(reference))
+    assert (found.n, found.what, found.where) == (n, "saliency", {"augmentation": "rotation"})
+    assert (found.reference, found.value) == pytest.approx((np.mean(reference), np.mean(saliency)))
+    unpaired = stats.ttest_ind(saliency, reference).confidence_interval(0.95)
+    assert found.high - found.low < (unpaired.high - unpaired.low) / 2 or n == 2
+
+
+def test_intervals_hold_the_true_difference_as_often_as_they_say():
+    generator = np.random.default_rng(0)
+    hits = 0
+    for _ in range(400):
+        reference = generator.normal(0.5, 0.1, 4)
+        saliency = reference + 0.03 + generator.normal(0, 0.02, 4)
+        (found,) = compare(records_of(reference.tolist(), saliency.tolist()))
+        hits += found.low <= 0.03 <= found.high
+    # three standard deviations of a binomial around 380
+    assert abs(hits - 380) <= 14
+
+
+def test_only_seeds_that_have_both_are_compared():
+    reference, saliency = [0.5, None, 0.7, 0.1], [0.6, 0.9, None, 0.25]
+    (found,) = compare(records_of(reference, saliency))
+    assert found.n == 2
+    assert (found.reference, found.value, found.difference) == pytest.approx((0.3, 0.425, 0.125))
+    records = records_of([0.5, 0.6, 0.7], [0.6, 0.7, 0.9])
+    failed = record("saliency", 2, 0.0) | {"status": "failed", "error": "OutOfMemoryError"}
+    del failed["result"]
+    assert compare([*records[:-1], failed])[0].n == 2
+    assert compare(records_of([0.5, None], [None, 0.5])) == []
+    assert compare([]) == []
+
+
+def test_each_place_is_compared_with_its_own_reference_in_the_order_of_the_records():
+    names = ["rotation", "cutout", "mixup"]
+    records = [
+        record(strategy, seed, 0.5 + 0.1 * index * (strategy == "saliency") + 0.01 * seed, name)
+        for seed in (0, 1)
+        for index, name in enumerate(names)
+        for strategy in ("reference", "saliency")
+    ]
+    found = compare(records)
+    assert [c.where["augmentation"] for c in found] == names
+    assert [c.difference for c in found] == pytest.approx([0.0, 0.1, 0.2])
+
+
+def test_several_values_of_another_factor_and_another_metric():
+    records = [
+        {
+            "status": "done",
+            "factors": {"data": "svhn", "variant": variant, "seed": seed},
+            "result": {"validation_accuracy": accuracy + seed / 10},
+        }
+        for variant, accuracy in (("default", 0.4), ("none", 0.3), ("pool=2", 0.6))
+        for seed in (0, 1, 2)
+    ]
+    found = compare(records, "variant", "none", metric="validation_accuracy")
+    assert [(c.what, c.n) for c in found] == [("default", 3), ("pool=2", 3)]
+    assert [c.difference for c in found] == pytest.approx([0.1, 0.3])
+    with pytest.raises(KeyError, match="test_accuracy"):
+        compare(records, "variant", "none")
+    with pytest.raises(KeyError, match="strategy"):
+        compare(records, metric="validation_accuracy")
+
+
+@pytest.mark.parametrize(
+    ("differences", "verdict"),
+    [
+        ([0.1, 0.11, 0.09], "better"),
+        ([-0.1, -0.11, -0.09], "worse"),
+        ([0.1, -0.1, 0.05], "cannot tell"),
+        ([0.1], "cannot tell"),
+        ([0.0, 0.0], "cannot tell"),
+        ([0.25, 0.25], "better"),
+    ],
+    ids=str,
+)
+def test_verdicts(differences, verdict):
+    (found,) = compare(records_of([0.5] * len(differences), [0.5 + d for d in differences]))
+    assert found.verdict == verdict
+
+
+def test_one_pair_says_nothing_of_the_spread():
+    (found,) = compare(records_of([0.5], [0.75]))
+    assert (found.n, found.difference, found.low, found.high) == (1, 0.25, -math.inf, math.inf)
+
+
+def comparison(difference, n=3, spread=0.01, what="saliency"):
+    return Comparison(
+        {"augmentation": "rotation"},
+        what,
+        n,
+        0.5,
+        0.5 + difference,
+        difference,
+        difference - spread,
+        difference + spread,
+    )
+
+
+@pytest.mark.parametrize(
+    "signs", [(1, 1, 1), (1, -1, 0, 1), (-1,) * 9, (1,) * 8 + (-1,), (0, 0), ()], ids=str
+)
+def test_the_sign_test_counts_coin_tosses(signs):
+    positive, tosses, p = sign_test([comparison(0.01 * sign) for sign in signs])
+    assert (positive, tosses) == (signs.count(1), len(signs) - signs.count(0))
+    # every outcome of so many tosses that is at least as far from half
+    outcomes = list(itertools.product((0, 1), repeat=tosses))
+    as_far = [o for o in outcomes if abs(2 * sum(o) - tosses) >= abs(2 * positive - tosses)]
+    assert p == pytest.approx(len(as_far) / len(outcomes))
+
+
+def test_the_table():
+    table = markdown(
+        [comparison(0.025), comparison(-0.5, what="other"), comparison(0.0, n=1, spread=math.inf)]
+    )
+    header, rule, *rows = [line.strip("| ").split(" | ") for line in table.splitlines()]
+    assert header == [
+        "augmentation", "compared", "seeds", "reference", "value", "difference", "95 % interval", "verdict",
+    ]  # fmt: skip
+    assert rule == ["---"] * len(header)
+    assert rows == [
+        ["rotation", "saliency", "3", "50.0%", "52.5%", "+2.5%", "+1.5% to +3.5%", "better"],
+        ["rotation", "other", "3", "50.0%", "0.0%", "-50.0%", "-51.0% to -49.0%", "worse"],
+        ["rotation", "saliency", "1", "50.0%", "50.0%", "+0.0%", "unknown", "cannot tell"],
+    ]
+    assert markdown([]) == "nothing can be compared: no seed has both"
+
+
+def test_mean():
+    assert mean([1, 2, 6]) == 3
