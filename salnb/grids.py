@@ -90,10 +90,9 @@ class Scale:
             )
         if not all(isinstance(gamma, int | float) and gamma > 0 for gamma in self.gammas):
             raise ValueError(f"gammas of scale {self.name!r} must be positive numbers, got {self.gammas}")
-        for name, names in (("data", catalog.DATA), ("methods", catalog.METHODS)):
-            for given in getattr(self, name):
-                if given not in names:
-                    raise catalog.unknown(f"{name} of scale {self.name!r}:", given, names)
+        for given in self.data:
+            if given not in catalog.DATA:
+                raise catalog.unknown(f"data of scale {self.name!r}:", given, catalog.DATA)
         known = [f.name for f in dataclasses.fields(Config)]
         for name in self.training:
             if name not in known:
