@@ -4,7 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from salnb import augment, data, losses, models, results, saliency, train
+    from salnb import augment, data, losses, models, results, saliency, timing, train
     from salnb.objective import Losses, Objective
 
 __version__ = "0.1.0"
@@ -19,6 +19,7 @@ __all__ = [
     "models",
     "results",
     "saliency",
+    "timing",
     "train",
 ]
 
