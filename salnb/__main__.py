@@ -92,7 +92,7 @@ def _time_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--device", default="auto", metavar="NAME", help="auto (default), cpu, cuda, cuda:N or mps")
     add("--budget", type=float, metavar="SECONDS", help=f"time for all rows (default: 55 {small} 570)")
-    add("--batch", type=int, metavar="N", help=f"originals in a step (default: 4 {small} 32)")
+    add("--batch", type=int, metavar="N", help=f"originals in a step (default: 2 {small} 32)")
     add("--size", type=int, metavar="N", help=f"height and width of the images (default: 64 {small} 224)")
     add("--iterations", type=int, metavar="N", help=f"of each row (default: 8 {small} 200); half count")
     add("--networks", nargs="+", metavar="NAME", help="only these: " + ", ".join(catalog.NETWORKS))

@@ -66,7 +66,7 @@ def check_record(record: dict[str, Any]) -> dict[str, Any]:
         _expect(_is_count(value) and value > 0, f"protocol.{name}", "a positive integer", value)
     for name in ("budget_seconds", "spent_seconds"):
         value = record["protocol"].get(name)
-        _expect(_is_positive(value), f"protocol.{name}", "a positive number", value)
+        _expect(_is_positive(value) or value == 0, f"protocol.{name}", "a number of seconds", value)
     rows = record.get("rows")
     _expect(isinstance(rows, list) and rows, "rows", "a list that is not empty", rows)
     cases: dict[Case, dict] = {}

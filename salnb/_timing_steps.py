@@ -169,7 +169,7 @@ def count_flops(case: Case) -> tuple[int, int]:
 
 
 class _NoModules(ModuleTracker):
-    """Counts for the whole only: the hooks that tell modules apart do not bear a gradient in a forward pass."""
+    """Counts for the whole only: hooks that tell modules apart do not bear a gradient inside a model."""
 
     def __enter__(self) -> "_NoModules":
         return self

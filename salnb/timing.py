@@ -94,10 +94,10 @@ def measure(
     return case.to_dict() | {
         "iterations": iterations,
         "averaged": averaged,
-        "seconds": distribution(times),
-        "parts": parts,
-        "kinds": kinds if case.every == 1 else None,
-        "first_step_seconds": first,
+        "seconds": _nanoseconds(distribution(times)),
+        "parts": _nanoseconds(parts) if parts else None,
+        "kinds": _nanoseconds(kinds) if case.every == 1 else None,
+        "first_step_seconds": round(first, 9),
         "held_bytes": step.held_bytes,
         "peak_bytes": step.held_bytes + peak,
         "flops": flops,
@@ -106,6 +106,11 @@ def measure(
         "clocks_mhz": speed,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def _nanoseconds(seconds: Mapping[str, float]) -> dict[str, float]:
+    """Without digits that no clock has."""
+    return {name: round(value, 9) for name, value in seconds.items()}
 
 
 def study(
@@ -155,6 +160,7 @@ def study(
             "num_classes": NUM_CLASSES,
             "augmentation": AUGMENTATION,
             "budget_seconds": budget,
+            "spent_seconds": 0.0,
         },
         "rows": [_empty(case, "not run", "the study ended before its turn") for case in cases],
     }
@@ -169,10 +175,11 @@ def study(
             if row["status"] == "ok" and case.method:
                 row["ratio"], row["flops_ratio"] = ratios(row, record["rows"][place[case.baseline]])
             record["rows"][i] = row
-            record["protocol"]["spent_seconds"] = now() - begin
-            results.write_record(path, record)
             if row["status"] != "not run":
+                record["protocol"]["spent_seconds"] = now() - begin
+                results.write_record(path, record)
                 log(describe(row))
+    results.write_record(path, record)
     waiting = sum(row["status"] == "not run" for row in record["rows"])
     spent = record["protocol"]["spent_seconds"]
     log(f"{len(cases) - waiting} rows in {spent:.0f} s, {waiting} not run: {path}")
@@ -213,12 +220,12 @@ def _attempt(
             first_line = str(error).strip().split("\n")[0]
             status = "out of memory" if _is_out_of_memory(error) else "failed"
             reason = f"{type(error).__name__}: {first_line}"[:300]
-    # only here, where no exception holds on to its tensors any more
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    if case.compiled:
-        torch.compiler.reset()
+        # only here, where no exception holds on to its tensors any more
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        if case.compiled:
+            torch.compiler.reset()
     if row is None:
         return _empty(case, status or "failed", reason)
     return row | {"status": "ok", "reason": None, "ratio": None, "flops_ratio": None}
