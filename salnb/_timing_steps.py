@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.module_tracker import ModuleTracker
 
@@ -101,7 +102,7 @@ class Step:
             options = {"n_samples": case.samples} if case.samples else None
             self.objective = Objective(
                 model, prepared, method=case.method, method_options=options, every=case.every
-            )
+            ).to(device)
             if case.compiled:
                 self.objective.compile()
             batch = [self.images, prepared.new_images, self.target]
@@ -184,7 +185,8 @@ def _count(network: str, method: str | None, size: int, samples: int) -> tuple[i
     case = Case(network, method, batch=2, size=size, samples=samples)
     counter = FlopCounterMode(display=False)
     counter.mod_tracker = _NoModules()
-    with FakeTensorMode(), counter:
+    # of the attention kernels only the one that is written out is counted whole
+    with FakeTensorMode(), sdpa_kernel(SDPBackend.MATH), counter:
         Step(case, torch.device("cpu"))()
     by_operator = counter.get_flop_counts()["Global"]
     return counter.get_total_flops(), sum(n for op, n in by_operator.items() if "convolution" in str(op))
