@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -72,16 +72,19 @@ class Step:
         device: on what.
         mark: told the name of each part as it begins: "forward", "input gradient" (with a saliency method),
             "loss" and "backward". Compiled steps have no parts.
+        model: of the case's network; None draws one.
 
     Attributes:
         held_bytes: memory of parameters, buffers and the batch.
     """
 
-    def __init__(self, case: Case, device: torch.device, mark: Mark = unmarked):
+    def __init__(
+        self, case: Case, device: torch.device, mark: Mark = unmarked, model: nn.Module | None = None
+    ):
         self.case, self.device, self.mark = case, device, mark
         torch.manual_seed(0)
         with device:
-            model = models.build(case.network, NUM_CLASSES)
+            model = model or models.build(case.network, NUM_CLASSES)
             self.images = torch.rand(case.batch, 3, case.size, case.size)
             self.target = torch.arange(case.batch) % NUM_CLASSES
         if case.channels_last:
@@ -100,9 +103,10 @@ class Step:
             batch = [self.pixels, self.labels]
         else:
             options = {"n_samples": case.samples} if case.samples else None
-            self.objective = Objective(
-                model, prepared, method=case.method, method_options=options, every=case.every
-            ).to(device)
+            with device:  # where the scales of float16 belong
+                self.objective = Objective(
+                    model, prepared, method=case.method, method_options=options, every=case.every
+                )
             if case.compiled:
                 self.objective.compile()
             batch = [self.images, prepared.new_images, self.target]
@@ -169,6 +173,18 @@ def count_flops(case: Case) -> tuple[int, int]:
     return total, convolutions
 
 
+def _without_values(network: str) -> nn.Module:
+    """The network with fake tensors in it; some draw their weights in ways that fake tensors do not bear."""
+    with torch.device("meta"):
+        model = models.build(network, NUM_CLASSES)
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            module.register_parameter(name, nn.Parameter(torch.empty(parameter.shape)))
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
+    return model
+
+
 class _NoModules(ModuleTracker):
     """Counts for the whole only: hooks that tell modules apart do not bear a gradient inside a model."""
 
@@ -187,6 +203,6 @@ def _count(network: str, method: str | None, size: int, samples: int) -> tuple[i
     counter.mod_tracker = _NoModules()
     # of the attention kernels only the one that is written out is counted whole
     with FakeTensorMode(), sdpa_kernel(SDPBackend.MATH), counter:
-        Step(case, torch.device("cpu"))()
+        Step(case, torch.device("cpu"), model=_without_values(network))()
     by_operator = counter.get_flop_counts()["Global"]
     return counter.get_total_flops(), sum(n for op, n in by_operator.items() if "convolution" in str(op))
