@@ -4,7 +4,19 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from salnb import augment, data, losses, models, results, saliency, statistics, study, train, trust
+    from salnb import (
+        augment,
+        data,
+        losses,
+        models,
+        results,
+        saliency,
+        statistics,
+        study,
+        timing,
+        train,
+        trust,
+    )
     from salnb.objective import Losses, Objective
 
 __version__ = "0.1.0"
@@ -21,6 +33,7 @@ __all__ = [
     "saliency",
     "statistics",
     "study",
+    "timing",
     "train",
     "trust",
 ]

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import functools
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, get_type_hints
 
 from salnb import _catalog as catalog
+from salnb import _timing_plan as timing_plan
 from salnb import grids
 from salnb.config import Config
 
@@ -136,10 +138,47 @@ def _study(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
+def _time_arguments(parser: argparse.ArgumentParser) -> None:
+    small = "on a CPU, elsewhere"
+    add = parser.add_argument
+    add("--device", default="auto", metavar="NAME", help="auto (default), cpu, cuda, cuda:N or mps")
+    add("--budget", type=float, metavar="SECONDS", help=f"time for all rows (default: 55 {small} 570)")
+    add("--batch", type=int, metavar="N", help=f"originals in a step (default: 2 {small} 32)")
+    add("--size", type=int, metavar="N", help=f"height and width of the images (default: 64 {small} 224)")
+    add("--iterations", type=int, metavar="N", help=f"of each row (default: 8 {small} 200); half count")
+    add("--networks", nargs="+", metavar="NAME", help="only these: " + ", ".join(catalog.NETWORKS))
+    add("--precisions", nargs="+", metavar="NAME", help="only these: " + ", ".join(timing_plan.PRECISIONS))
+    add("--modes", nargs="+", metavar="NAME", help="only these: " + ", ".join(timing_plan.MODES))
+    add("--out", metavar="FILE", help="the record (default: results/timing-<device>.json)")
+    add("--compare", nargs=2, metavar=("A", "B"), help="measure nothing: print two records side by side")
+
+
+def _time(args: argparse.Namespace) -> int:
+    options = vars(args).copy()
+    compared, out = options.pop("compare"), options.pop("out")
+    if compared:
+        from salnb._timing_record import compare, read_timing
+
+        print(compare(*(read_timing(path) for path in compared)))
+        return 0
+    settings = timing_plan.Settings(**options)
+    if out is not None and (os.path.isdir(out) or not out.endswith(".json")):
+        raise ValueError(f"out must be a file whose name ends in .json, got {out}")
+    from salnb.timing import study
+
+    try:
+        study(settings, out, log=functools.partial(print, flush=True))
+    except KeyboardInterrupt:
+        print("stopped: the rows that were measured are in the record", file=sys.stderr)
+        return 130
+    return 0
+
+
 COMMANDS = {
     "train": Command("train a network with the paper's losses", _train_arguments, _train),
     "study": Command("run a grid of trainings: Tables 1 to 3, and open questions", _study_arguments, _study),
     "data": Command("fetch a data set ahead of time and check it", _data_arguments, _data),
+    "time": Command("measure what a training step with the saliency loss costs", _time_arguments, _time),
 }
 
 

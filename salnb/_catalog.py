@@ -18,11 +18,13 @@ class Network(NamedTuple):
         smallest: least height and width.
         smallest_for_cam: least height and width at which the last convolution keeps more than one pixel.
         layers: names of the layers that eq. 6 compares unless others are asked for.
+        largest: greatest height and width; None: any.
     """
 
     smallest: int
     smallest_for_cam: int
     layers: tuple[str, ...]
+    largest: int | None = None
 
 
 class Source(NamedTuple):
@@ -44,6 +46,9 @@ _BLOCKS = tuple(f"network.features.denseblock{i}" for i in range(1, 5))
 _VGG = Network(32, 32, ("network.features",))
 _RESNET = Network(32, 33, _STAGES)
 _DENSENET = Network(32, 61, _BLOCKS)
+_CONVNEXT = Network(32, 64, tuple(f"network.features.{i}" for i in (1, 3, 5, 7)))
+# a position has a number of its own
+_VIT = Network(224, 224, tuple(f"network.encoder.layers.encoder_layer_{i}" for i in (2, 5, 8, 11)), 224)
 _SMALL = Network(8, 9, ("network.stage1", "network.stage2", "network.stage3"))
 _TIMM = Network(1, 1, ())
 
@@ -58,6 +63,8 @@ NETWORKS = {
     "vgg19_bn": _VGG,
     "densenet121": _DENSENET,
     "densenet169": _DENSENET,
+    "convnext_tiny": _CONVNEXT,
+    "vit_b_16": _VIT,
 }
 
 _SCENE_SIZES = (32, 64, 96, 224)
@@ -141,3 +148,14 @@ def network(name: str) -> Network:
     if name.split(".")[0] not in found:
         raise unknown("model", name, sorted(found))
     return _TIMM
+
+
+def check_size(name: str, size: int) -> None:
+    """Raise a ValueError unless the network can take images of this height and width."""
+    known = network(name)
+    if size < known.smallest and known.largest is None:
+        raise ValueError(
+            f"size must be at least {known.smallest} for {name}, got {size}: its feature maps would vanish"
+        )
+    if known.largest is not None and not known.smallest <= size <= known.largest:
+        raise ValueError(f"size must be {known.largest} for {name}, got {size}: it has so many positions")

@@ -1,5 +1,8 @@
 """What low precision needs: autocast for the network only, and scales that keep float16 from underflowing."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
@@ -13,6 +16,19 @@ def autocast_dtype(images: Tensor) -> torch.dtype | None:
 def full_precision(images: Tensor) -> torch.autocast:
     """Context without autocast, which is meant for networks."""
     return torch.autocast(images.device.type, enabled=False)
+
+
+@contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """Context in which float32 products of matrices and convolutions are rounded to TF32, or are not."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("high" if allowed else "highest")
+    torch.backends.cudnn.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
 
 
 class LossScale(nn.Module):

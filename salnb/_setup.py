@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from salnb import _catalog as catalog
 from salnb import models
+from salnb._precision import tf32
 from salnb.augment import AUGMENTATIONS, Augmentation
 from salnb.config import Config
 from salnb.data import Share
@@ -149,15 +150,8 @@ def best_device() -> str:
 @contextlib.contextmanager
 def numerics(config: Config) -> Iterator[None]:
     """TF32 where it is asked for and only there; torch's global generators are left as they were."""
-    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("high" if config.precision == "tf32" else "highest")
-    torch.backends.cudnn.allow_tf32 = config.precision == "tf32"
-    try:
-        with torch.random.fork_rng():
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before[0])
-        torch.backends.cudnn.allow_tf32 = before[1]
+    with tf32(config.precision == "tf32"), torch.random.fork_rng():
+        yield
 
 
 @contextlib.contextmanager

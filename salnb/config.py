@@ -124,11 +124,7 @@ class Config:
             raise ValueError(f"{name} must be at least {least}, got {value}")
 
     def _check_network(self, network: catalog.Network) -> None:
-        if self.size < network.smallest:
-            raise ValueError(
-                f"size must be at least {network.smallest} for {self.model}, got {self.size}: "
-                "its feature maps would vanish"
-            )
+        catalog.check_size(self.model, self.size)
         if self.gamma and "grad_cam" in self.method and self.size < network.smallest_for_cam:
             raise ValueError(
                 f"method {self.method} needs a layer with more than one pixel, which {self.model} lacks at "

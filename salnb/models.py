@@ -100,7 +100,8 @@ def build(name: str, num_classes: int) -> nn.Module:
     Args:
         name: "small", "small_groupnorm" (the same without batch norm, so that an image's result does not
             depend on its neighbours), torchvision's "resnet18", "resnet50", "vgg16", "vgg16_bn",
-            "vgg19", "vgg19_bn", "densenet121", "densenet169", or "timm:NAME" for one of timm's.
+            "vgg19", "vgg19_bn", "densenet121", "densenet169", "convnext_tiny", "vit_b_16" (which takes images
+            of 224×224 only), or "timm:NAME" for one of timm's.
         num_classes: K.
 
     Returns:

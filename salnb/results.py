@@ -1,5 +1,7 @@
 """Records of what was measured: written whole or not at all, with where, when and on what."""
 
+from __future__ import annotations
+
 import contextlib
 import hashlib
 import json
@@ -11,13 +13,14 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 import salnb
 from salnb._files import write_atomic
+
+if TYPE_CHECKING:  # records can be read and compared without waiting for it
+    import torch
+    from torch import nn
 
 
 def write_record(path: str | Path, record: Mapping[str, Any]) -> None:
@@ -67,6 +70,8 @@ def provenance(device: str = "cpu") -> dict[str, Any]:
         The time (UTC), the versions of Python and of the packages that matter, the commit of the
         source tree where there is one (with "+changes" where it was altered), the device's name.
     """
+    import torch
+
     # torch's own words tell which CUDA it was built for, too
     versions = {
         "python": platform.python_version(),
@@ -108,6 +113,8 @@ def commit() -> str | None:
 
 def parameters_sha256(model: nn.Module) -> str:
     """A SHA-256 over names, shapes, types and values of all parameters and buffers, in hexadecimal."""
+    import torch
+
     sha = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         sha.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
@@ -117,6 +124,8 @@ def parameters_sha256(model: nn.Module) -> str:
 
 def peak_memory(device: torch.device) -> int:
     """The most memory in use so far, in bytes: of the GPU, or of this process where there is none."""
+    import torch
+
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     # counted in kibibytes, but on macOS in bytes

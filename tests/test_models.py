@@ -26,7 +26,7 @@ def last_pixels(model, size):
 @pytest.mark.parametrize("name", _catalog.NETWORKS)
 def test_networks_give_logits_from_their_smallest_size_on(name):
     model, known = on_paper(name), _catalog.NETWORKS[name]
-    for size in {known.smallest, known.smallest_for_cam, 64, 224}:
+    for size in {known.smallest, known.smallest_for_cam, known.largest or 64, 224}:
         assert model(torch.zeros(2, 3, size, size, device="meta")).shape == (2, 7)
     assert model.training
 
@@ -45,6 +45,14 @@ def test_networks_cannot_take_less_than_their_smallest_size(name):
     on_paper(name)(torch.zeros(2, 3, size, size, device="meta"))
     with pytest.raises(RuntimeError):
         on_paper(name)(torch.zeros(2, 3, 15, 15, device="meta"))
+
+
+@pytest.mark.parametrize("size", [192, 256])
+def test_a_network_of_one_size_takes_no_other(size):
+    with pytest.raises(AssertionError, match="Wrong image"):
+        on_paper("vit_b_16")(torch.zeros(2, 3, size, size, device="meta"))
+    with pytest.raises(ValueError, match=f"size must be 224 for vit_b_16, got {size}"):
+        _catalog.check_size("vit_b_16", size)
 
 
 @pytest.mark.parametrize("name", _catalog.NETWORKS)
