@@ -169,7 +169,7 @@ def _time(args: argparse.Namespace) -> int:
     try:
         study(settings, out, log=functools.partial(print, flush=True))
     except KeyboardInterrupt:
-        print("stopped: the rows that were measured are in the record", file=sys.stderr)
+        print("stopped: the rows that were measured are in the file that ends in .partial", file=sys.stderr)
         return 130
     return 0
 

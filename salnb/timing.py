@@ -84,7 +84,6 @@ def measure(
         watch.laps.append([])  # what follows is none of the protocol's
         kinds, peak = profiled(step, device)
     flops, convolutions = count_flops(case)
-    flops, convolutions = count_flops(case)
     share = None
     possible = (
         peak_flops(torch.cuda.get_device_name(device), case.precision) if device.type == "cuda" else None
@@ -122,7 +121,8 @@ def study(
 ) -> dict[str, Any]:
     """Measure rows, the most important first, for as long as the budget lasts.
 
-    The record is written after every row, so that an interruption loses none.
+    After every row the record is written, with ``.partial`` behind its name until all rows have had their
+    turn: an interruption loses none, and does not replace an older record that is whole.
 
     Args:
         settings: what to measure; None is the default table of the best device there is.
@@ -146,6 +146,7 @@ def study(
             "networks, precisions and modes leave no row: the study of this device has none with all of them"
         )
     path = Path(out) if out is not None else default_path(device)
+    partial = path.with_name(f"{path.name}.partial")
     budget, iterations = settings.budget, settings.iterations
     assert budget is not None  # filled in by on(), as all the others
     assert iterations is not None
@@ -177,9 +178,10 @@ def study(
             record["rows"][i] = row
             if row["status"] != "not run":
                 record["protocol"]["spent_seconds"] = now() - begin
-                results.write_record(path, record)
+                results.write_record(partial, record)
                 log(describe(row))
     results.write_record(path, record)
+    partial.unlink(missing_ok=True)
     waiting = sum(row["status"] == "not run" for row in record["rows"])
     spent = record["protocol"]["spent_seconds"]
     log(f"{len(cases) - waiting} rows in {spent:.0f} s, {waiting} not run: {path}")

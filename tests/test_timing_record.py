@@ -231,8 +231,9 @@ def test_an_interrupted_study_says_so(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(timing, "measure", measure)
     path = tmp_path / "record.json"
     assert main(["time", "--device", "cpu", "--networks", "small", "--out", str(path)]) == 130
-    assert "the rows that were measured are in the record" in capsys.readouterr().err
-    assert timing.read_timing(path)["rows"][0]["status"] == "ok"
+    assert "the rows that were measured are in the file that ends in .partial" in capsys.readouterr().err
+    assert timing.read_timing(f"{path}.partial")["rows"][0]["status"] == "ok"
+    assert not path.exists(), "an older record would have been replaced"
 
 
 @pytest.mark.parametrize(
