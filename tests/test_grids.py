@@ -275,7 +275,9 @@ def test_open_questions_change_one_factor_at_a_time():
             assert {k: v for k, v in changed.items() if k != "gamma"} in asked
         elif kind != "gamma":
             assert "gamma" not in changed, variant
-    assert kinds == Counter(normalize=4, distance=2, pool=2, warmup=2, every=2, originals=1, method=5, gamma=4)
+    assert kinds == Counter(
+        normalize=4, distance=2, pool=2, warmup=2, every=2, originals=1, method=5, gamma=4
+    )
     # each is matched once, and not once for each seed
     assert len(asked) == 4 + 2 + 2 + 5
     steps = 3 * (6000 // 50)

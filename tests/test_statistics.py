@@ -30,9 +30,7 @@ def test_differences_are_those_of_a_paired_t_test(n):
     generator = np.random.default_rng(n)
     # seeds differ by more than the strategies do: only a paired comparison sees through that
     seeds = generator.normal(0.5, 0.2, n)
-    reference, saliency = (
-        (seeds + shift + generator.normal(0, 0.01, n)).tolist() for shift in (0.0, 0.02)
-    )
+    reference, saliency = ((seeds + shift + generator.normal(0, 0.01, n)).tolist() for shift in (0.0, 0.02))
     (found,) = compare(records_of(reference, saliency))
     expected = stats.ttest_rel(saliency, reference)
     low, high = expected.confidence_interval(0.95)
@@ -125,11 +123,20 @@ def test_one_pair_says_nothing_of_the_spread():
 
 def comparison(difference, n=3, spread=0.01, what="saliency"):
     return Comparison(
-        {"augmentation": "rotation"}, what, n, 0.5, 0.5 + difference, difference, difference - spread, difference + spread
+        {"augmentation": "rotation"},
+        what,
+        n,
+        0.5,
+        0.5 + difference,
+        difference,
+        difference - spread,
+        difference + spread,
     )
 
 
-@pytest.mark.parametrize("signs", [(1, 1, 1), (1, -1, 0, 1), (-1,) * 9, (1,) * 8 + (-1,), (0, 0), ()], ids=str)
+@pytest.mark.parametrize(
+    "signs", [(1, 1, 1), (1, -1, 0, 1), (-1,) * 9, (1,) * 8 + (-1,), (0, 0), ()], ids=str
+)
 def test_the_sign_test_counts_coin_tosses(signs):
     positive, tosses, p = sign_test([comparison(0.01 * sign) for sign in signs])
     assert (positive, tosses) == (signs.count(1), len(signs) - signs.count(0))
@@ -140,7 +147,9 @@ def test_the_sign_test_counts_coin_tosses(signs):
 
 
 def test_the_table():
-    table = markdown([comparison(0.025), comparison(-0.5, what="other"), comparison(0.0, n=1, spread=math.inf)])
+    table = markdown(
+        [comparison(0.025), comparison(-0.5, what="other"), comparison(0.0, n=1, spread=math.inf)]
+    )
     header, rule, *rows = [line.strip("| ").split(" | ") for line in table.splitlines()]
     assert header == [
         "augmentation", "compared", "seeds", "reference", "value", "difference", "95 % interval", "verdict",
