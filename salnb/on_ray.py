@@ -78,7 +78,8 @@ class OnRay:
         there = max((machine.get(kind, 0) for machine in _machines(ray)), default=0)
         if there < self.share:
             raise ValueError(
-                f"share must be at most {there:g}, the {kind}s of a machine there, got {self.share:g}"
+                f"share must be at most {there:g}, the {kind}s of a machine in the cluster, "
+                f"got {self.share:g}"
             )
         # the share of a GPU says how many trainings a machine runs, however many cores it has
         needs = {"num_gpus": self.share, "num_cpus": 0} if kind == "GPU" else {"num_cpus": self.share}

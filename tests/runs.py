@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import time
+from functools import partial
 
 from salnb.config import Config
 
@@ -47,8 +48,13 @@ def start(config, *, cache, inject=None):
         The process, and our end of a pipe on which it reports: each line that it logs, and last its summary
         or its error.
     """
+    return start_call(partial(_fit, config), cache=cache, inject=inject)
+
+
+def start_call(call, *, cache, inject=None):
+    """The same for any function that takes `log`."""
     ours, theirs = _CONTEXT.Pipe()
-    process = _CONTEXT.Process(target=_run, args=(config, str(cache), inject, theirs))
+    process = _CONTEXT.Process(target=_run, args=(call, str(cache), inject, theirs))
     process.start()
     theirs.close()
     return process, ours
@@ -65,18 +71,24 @@ def finish(process, pipe):
     return last
 
 
-def _run(config, cache, inject, pipe):
+def _fit(config, log):
+    from salnb.train import fit
+
+    return fit(config, resume=True, log=log)
+
+
+def _run(call, cache, inject, pipe):
     os.environ["SALNB_CACHE"] = cache
     import torch
 
-    from salnb.train import Interrupted, fit
+    from salnb.train import Interrupted
 
     torch.set_num_threads(1)
     if inject is not None:
         inject(pipe)
     pipe.send("started")
     try:
-        pipe.send(fit(config, resume=True, log=pipe.send))
+        pipe.send(call(log=pipe.send))
     except (Exception, Interrupted) as error:
         pipe.send(error)
 

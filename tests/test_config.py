@@ -66,6 +66,11 @@ MISTAKES = [
     ({"epochs": 0}, ValueError, "epochs must be at least 1, got 0"),
     ({"epochs": True}, TypeError, "epochs must be of type int, got True"),
     ({"seed": -1}, ValueError, "seed must be at least 0, got -1"),
+    ({"pool": 0}, ValueError, "pool must be at least 1, got 0"),
+    ({"pool": 33}, ValueError, "pool must be at most 32, the size of the images, got 33"),
+    ({"pool": 2.0}, TypeError, "pool must be of type int, got 2.0"),
+    ({"samples": 0}, ValueError, "samples must be at least 1, got 0"),
+    ({"samples": None}, TypeError, "samples must be of type int, got None"),
     ({"every": 0}, ValueError, "every must be at least 1, got 0"),
     ({"warmup": -1}, ValueError, "warmup must be at least 0, got -1"),
     ({"gamma": -0.5}, ValueError, "gamma must be at least 0, got -0.5"),
@@ -202,6 +207,17 @@ def test_every_setting_is_an_option(capsys):
         (["train", "--out", "OUT", "--augmentation", "cutmix", "--batch-size", "1"], "which mixes images"),
         (["train", "--out", "OUT", "--model", "densenet121", "--method", "grad_cam"], "needs a layer"),
         (["train", "--out", "HELD"], "holds a run of other settings"),
+        (["train", "--out", "OUT", "--pool", "64"], "pool must be at most 32, the size of the images"),
+        (["study", "tabel1", "--out", "OUT"], "study 'tabel1' is unknown .did you mean 'table1'"),
+        (["study", "table1", "--out", "OUT", "--scale", "labtop"], "did you mean 'laptop'"),
+        (["study", "table1", "--out", "OUT", "--scale", "SCALE"], "size must be of type int, got '32'"),
+        (["study", "table1", "--out", "OUT", "--on", "rai"], "on 'rai' is unknown .did you mean 'ray'"),
+        (["study", "table1", "--out", "OUT", "--on", "ray", "--share", "0"], "share must be positive, got 0"),
+        (["study", "table1", "--out", "OUT", "--device", "gpu"], "device must be auto, cpu, cuda"),
+        (
+            ["study", "table1", "--out", "OUT", "--scale", "colab", "--device", "cpu"],
+            "precision fp16 is for GPUs",
+        ),
         (["data", "imagnet"], "did you mean 'imagenet'"),
         (["data", "digit-scenes", "--size", "5"], "size of digit-scenes must be one of"),
         (["data", "digit-scenes", "--size", "0"], "size of digit-scenes must be one of .*, got 0"),
@@ -210,7 +226,10 @@ def test_every_setting_is_an_option(capsys):
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_mistakes_are_answered_in_a_line_without_loading_torch(tmp_path, held, arguments, message):
-    arguments = [{"OUT": str(tmp_path / "out"), "HELD": str(held)}.get(word, word) for word in arguments]
+    scale = tmp_path / "scale.yml"
+    scale.write_text("scale: {data: [digit-scenes], networks: [small], seeds: [0], training: {size: '32'}}")
+    paths = {"OUT": str(tmp_path / "out"), "HELD": str(held), "SCALE": str(scale)}
+    arguments = [paths.get(word, word) for word in arguments]
     program = (
         "import sys; from salnb.__main__ import main; status = main(sys.argv[1:]); "
         "print(sorted({'torch', 'numpy', 'datasets'} & set(sys.modules))); sys.exit(status)"
