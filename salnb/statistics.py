@@ -20,6 +20,7 @@ class Comparison:
         difference: mean of the differences of pairs.
         low: lower end of the interval that holds the mean difference with 95 % confidence; -inf for one pair.
         high: upper end.
+        pairs: for each seed, what the reference and what is compared with it reached.
     """
 
     where: dict[str, Any]
@@ -30,6 +31,7 @@ class Comparison:
     difference: float
     low: float
     high: float
+    pairs: tuple[tuple[float, float], ...] = ()
 
     @property
     def verdict(self) -> str:
@@ -77,10 +79,11 @@ def compare(
             seeds = sorted(of_seed.keys() & base.keys())
             if what == reference or not seeds:
                 continue
-            pairs = [(of_seed[seed], base[seed]) for seed in seeds]
-            low, high = _interval([a - b for a, b in pairs])
-            ours, theirs = (mean([pair[i] for pair in pairs]) for i in (0, 1))
-            found.append(Comparison(dict(where), what, len(seeds), theirs, ours, ours - theirs, low, high))
+            pairs = tuple((base[seed], of_seed[seed]) for seed in seeds)
+            low, high = _interval([ours - theirs for theirs, ours in pairs])
+            theirs, ours = (mean([pair[i] for pair in pairs]) for i in (0, 1))
+            numbers = (len(seeds), theirs, ours, ours - theirs, low, high, pairs)
+            found.append(Comparison(dict(where), what, *numbers))
     return found
 
 
