@@ -52,7 +52,7 @@ def read_record(path: str | Path) -> dict[str, Any]:
 
 
 def published() -> Path:
-    """The folder of the records that the book shows: ``results/`` of the source tree, or its installed copy."""
+    """The folder of the records that the book shows: ``results/`` of the source tree, or its copy."""
     installed = Path(__file__).parent / "records"
     return installed if installed.exists() else Path(__file__).parent.parent / "results"
 
