@@ -1,13 +1,13 @@
 """What a training costs before it is run: the arithmetic of its steps.
 
 A forward pass is counted by torch, on tensors without content, which takes no memory and no time. A step
-without saliency takes three times as much, one with the gradient's maps six times (chapter 11 counts it). What is
-left out: looking at validation and test images, and the augmentations themselves.
+without saliency takes three times as much, one with the gradient's maps six times (chapter 11 counts it).
+What is left out: looking at validation and test images, and the augmentations themselves.
 """
 
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -16,9 +16,9 @@ from salnb import _catalog as catalog
 from salnb import models
 from salnb.config import Config
 from salnb.data.paper import put_aside
-from salnb.grids import Training
+from salnb.grids import UNCHOSEN, Training, load_scale, trainings
 
-__all__ = ["forward_flops", "steps", "study_flops", "training_flops"]
+__all__ = ["forward_flops", "markdown", "steps", "study_flops", "training_flops"]
 
 # training images as they are published
 _PUBLISHED = {"cifar10": 50_000, "cifar100": 50_000, "svhn": 73_257, "imagenet": 1_281_167}
@@ -87,6 +87,36 @@ def study_flops(trainings: Iterable[Training]) -> float:
         ValueError: it is not known how many images there are.
     """
     return sum(training_flops(training.config("runs")) for training in trainings)
+
+
+def markdown(study: str, rates: Mapping[str, float]) -> str:
+    """A table, in Markdown, of what a study takes at some scales, with the hours on one device.
+
+    Args:
+        study: a key of `salnb.study.STUDIES`.
+        rates: for each scale's name, how many multiplications and additions a second one device is assumed
+            to sustain.
+
+    Raises:
+        ValueError: there is no such study or scale, a rate is not positive, or it is not known how many
+            images there are.
+
+    >>> print(markdown("table3", {"smoke": 1e9}).splitlines()[0])
+    | study | scale | data | networks | trainings | 10¹⁵ operations | assumed rate | hours |
+    """
+    header = ("study", "scale", "data", "networks", "trainings", "10¹⁵ operations")
+    rows: list[tuple[str, ...]] = [(*header, "assumed rate", "hours")]
+    rows.append(("---",) * len(rows[0]))
+    for name, rate in rates.items():
+        if not rate > 0:
+            raise ValueError(f"rates must be positive, got {rate} for {name}")
+        scale = load_scale(name).of(study)
+        planned = trainings(study, scale, *UNCHOSEN)
+        flops = study_flops(planned)
+        names = (", ".join(scale.data), ", ".join(scale.networks), str(len(planned)))
+        costs = (f"{flops / 1e15:,.3g}", f"{rate / 1e12:g} · 10¹² / s", f"{flops / rate / 3600:,.2g}")
+        rows.append((study, name, *names, *costs))
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
 def _training_images(data: str) -> int:

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Comparison", "compare", "markdown", "mean", "sign_test"]
+__all__ = ["Comparison", "compare", "in_words", "markdown", "mean", "sign_test"]
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,30 @@ def sign_test(comparisons: Sequence[Comparison]) -> tuple[int, int, float]:
 
     signs = [c.difference > 0 for c in comparisons if c.difference]
     return sum(signs), len(signs), float(binomtest(sum(signs), len(signs)).pvalue) if signs else 1.0
+
+
+def in_words(comparisons: Sequence[Comparison]) -> str:
+    """What comparisons say together, in sentences: their verdicts, and the sign test.
+
+    >>> worse = Comparison({}, "saliency", 2, 0.5, 0.4, -0.1, -0.11, -0.09)
+    >>> print(in_words([worse]).split(".")[0])
+    Of 1 comparison, 0 say better, 1 says worse, and 0 cannot tell
+    """
+    if not comparisons:
+        return "Nothing can be compared: no seed has both."
+    verdicts = [c.verdict for c in comparisons]
+    better, worse, unclear = (verdicts.count(v) for v in ("better", "worse", "cannot tell"))
+    positive, of, p = sign_test(comparisons)
+    return (
+        f"Of {len(verdicts)} comparison{'s' * (len(verdicts) != 1)}, {better} {_say(better)} better, "
+        f"{worse} {_say(worse)} worse, and {unclear} cannot tell. The difference is positive in "
+        f"{positive} of {of}; if signs were a coin's toss, a count as uneven would come up with a probability of {p:.2g} "
+        "(sign test)."
+    )
+
+
+def _say(count: int) -> str:
+    return "says" if count == 1 else "say"
 
 
 def markdown(comparisons: Sequence[Comparison]) -> str:

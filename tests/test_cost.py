@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from salnb import Objective, augment, data, models
 from salnb._catalog import METHODS
 from salnb.config import Config
-from salnb.cost import forward_flops, steps, study_flops, training_flops
+from salnb.cost import forward_flops, markdown, steps, study_flops, training_flops
 from salnb.data.paper import HUB
 from salnb.grids import UNCHOSEN, load_scale, trainings
 
@@ -100,3 +100,21 @@ def test_digit_scenes_are_counted():
 def test_a_study_is_the_sum_of_its_trainings():
     planned = trainings("table3", load_scale("smoke"), *UNCHOSEN)
     assert study_flops(planned) == sum(training_flops(t.config("runs")) for t in planned) > 0
+
+
+def test_the_table_counts_trainings_and_hours():
+    header, _, row = (
+        line.strip("| ").split(" | ") for line in markdown("table3", {"smoke": 1e9}).splitlines()
+    )
+    cells = dict(zip(header, row, strict=True))
+    flops = study_flops(trainings("table3", load_scale("smoke"), *UNCHOSEN))
+    assert cells["trainings"] == "6"
+    assert float(cells["10¹⁵ operations"]) == pytest.approx(flops / 1e15, rel=0.01)
+    assert float(cells["hours"]) == pytest.approx(flops / 1e9 / 3600, rel=0.1)
+
+
+def test_bad_input_is_refused():
+    with pytest.raises(ValueError, match="rates must be positive, got 0 for smoke"):
+        markdown("table1", {"smoke": 0})
+    with pytest.raises(ValueError, match="'huge' is unknown"):
+        forward_flops("huge", 32, 10)
