@@ -102,10 +102,10 @@ def markdown(study: str, rates: Mapping[str, float]) -> str:
             images there are.
 
     >>> print(markdown("table3", {"smoke": 1e9}).splitlines()[0])
-    | study | scale | data | networks | trainings | 10¹⁵ operations | assumed rate | hours |
+    | study | scale | data | networks | trainings | operations, 10¹⁵ | rate, 10¹² / s | hours |
     """
-    header = ("study", "scale", "data", "networks", "trainings", "10¹⁵ operations")
-    rows: list[tuple[str, ...]] = [(*header, "assumed rate", "hours")]
+    header = ("study", "scale", "data", "networks", "trainings", "operations, 10¹⁵")
+    rows: list[tuple[str, ...]] = [(*header, "rate, 10¹² / s", "hours")]
     rows.append(("---",) * len(rows[0]))
     for name, rate in rates.items():
         if not rate > 0:
@@ -114,9 +114,13 @@ def markdown(study: str, rates: Mapping[str, float]) -> str:
         planned = trainings(study, scale, *UNCHOSEN)
         flops = study_flops(planned)
         names = (", ".join(scale.data), ", ".join(scale.networks), str(len(planned)))
-        costs = (f"{flops / 1e15:,.3g}", f"{rate / 1e12:g} · 10¹² / s", f"{flops / rate / 3600:,.2g}")
+        costs = map(_digits, (flops / 1e15, rate / 1e12, flops / rate / 3600))
         rows.append((study, name, *names, *costs))
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def _digits(number: float) -> str:
+    return f"{number:,.0f}" if number >= 10 else f"{number:.2g}"
 
 
 def _training_images(data: str) -> int:

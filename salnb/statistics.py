@@ -117,8 +117,8 @@ def in_words(comparisons: Sequence[Comparison]) -> str:
     return (
         f"Of {len(verdicts)} comparison{'s' * (len(verdicts) != 1)}, {better} {_say(better)} better, "
         f"{worse} {_say(worse)} worse, and {unclear} cannot tell. The difference is positive in "
-        f"{positive} of {of}; if signs were a coin's toss, a count as uneven would come up with a probability of {p:.2g} "
-        "(sign test)."
+        f"{positive} of {of}; if signs were a coin's toss, a count as uneven would come up with a "
+        f"probability of {p:.2g} (sign test)."
     )
 
 
