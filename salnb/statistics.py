@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Comparison", "compare", "markdown", "mean", "sign_test"]
+__all__ = ["Comparison", "compare", "in_words", "markdown", "mean", "sign_test"]
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,7 @@ class Comparison:
         difference: mean of the differences of pairs.
         low: lower end of the interval that holds the mean difference with 95 % confidence; -inf for one pair.
         high: upper end.
+        pairs: for each seed, what the reference and what is compared with it reached.
     """
 
     where: dict[str, Any]
@@ -31,6 +32,7 @@ class Comparison:
     difference: float
     low: float
     high: float
+    pairs: tuple[tuple[float, float], ...] = ()
 
     @property
     def verdict(self) -> str:
@@ -78,10 +80,11 @@ def compare(
             seeds = sorted(of_seed.keys() & base.keys())
             if what == reference or not seeds:
                 continue
-            pairs = [(of_seed[seed], base[seed]) for seed in seeds]
-            low, high = _interval([a - b for a, b in pairs])
-            ours, theirs = (mean([pair[i] for pair in pairs]) for i in (0, 1))
-            found.append(Comparison(dict(where), what, len(seeds), theirs, ours, ours - theirs, low, high))
+            pairs = tuple((base[seed], of_seed[seed]) for seed in seeds)
+            low, high = _interval([ours - theirs for theirs, ours in pairs])
+            theirs, ours = (mean([pair[i] for pair in pairs]) for i in (0, 1))
+            numbers = (len(seeds), theirs, ours, ours - theirs, low, high, pairs)
+            found.append(Comparison(dict(where), what, *numbers))
     return found
 
 
@@ -98,6 +101,30 @@ def sign_test(comparisons: Sequence[Comparison]) -> tuple[int, int, float]:
 
     signs = [c.difference > 0 for c in comparisons if c.difference]
     return sum(signs), len(signs), float(binomtest(sum(signs), len(signs)).pvalue) if signs else 1.0
+
+
+def in_words(comparisons: Sequence[Comparison]) -> str:
+    """What comparisons say together, in sentences: their verdicts, and the sign test.
+
+    >>> worse = Comparison({}, "saliency", 2, 0.5, 0.4, -0.1, -0.11, -0.09)
+    >>> print(in_words([worse]).split(".")[0])
+    Of 1 comparison, 0 say better, 1 says worse, and 0 cannot tell
+    """
+    if not comparisons:
+        return "Nothing can be compared: no seed has both."
+    verdicts = [c.verdict for c in comparisons]
+    better, worse, unclear = (verdicts.count(v) for v in ("better", "worse", "cannot tell"))
+    positive, of, p = sign_test(comparisons)
+    return (
+        f"Of {len(verdicts)} comparison{'s' * (len(verdicts) != 1)}, {better} {_say(better)} better, "
+        f"{worse} {_say(worse)} worse, and {unclear} cannot tell. The difference is positive in "
+        f"{positive} of {of}; if signs were a coin's toss, a count as uneven would come up with a "
+        f"probability of {p:.2g} (sign test)."
+    )
+
+
+def _say(count: int) -> str:
+    return "says" if count == 1 else "say"
 
 
 def markdown(comparisons: Sequence[Comparison]) -> str:

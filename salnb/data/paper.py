@@ -94,7 +94,7 @@ def load_paper(name: str, size: int = 224, *, workers: int = 4, streamed: bool =
         source = f"files-{verify(name)[:8]}" if files else "hub"
         parts = cached(f"{name}-{source}", lambda: _decoded(_open(name)))
         images, labels = parts["images"], parts["labels"]
-        aside = _put_aside(len(labels))
+        aside = put_aside(len(labels))
         order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
         return Dataset(
             Arrays(images[order[aside:]], labels[order[aside:]]),
@@ -106,7 +106,7 @@ def load_paper(name: str, size: int = 224, *, workers: int = 4, streamed: bool =
         verify(name)
     parts = _open(name, streamed=streamed)
     train, test = parts["train"], parts[hub.test]
-    aside = _put_aside(train.number)  # ImageNet's rows lie in a random order already
+    aside = put_aside(train.number)  # ImageNet's rows lie in a random order already
     if streamed:
         return Dataset(
             StreamedImages(train.rows.skip(aside), size, train.number - aside),
@@ -231,7 +231,8 @@ def _stacked(rows: Any) -> tuple[Tensor, Tensor]:
     return torch.stack(images), torch.tensor(labels)
 
 
-def _put_aside(count: int) -> int:
+def put_aside(count: int) -> int:
+    """How many of so many training images are put aside for validation."""
     return min(_PUT_ASIDE, count // 10)
 
 

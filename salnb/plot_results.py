@@ -1,0 +1,236 @@
+"""Figures of results: what trainings reached, seed by seed, and paired differences with their intervals.
+
+Both take what `salnb.statistics.compare` gives. A verdict is told by colour and by shape, so that it needs no
+eye for colours. What lies outside the limits of an axis is an arrow at its edge.
+
+As `salnb.plot`, this module needs matplotlib and seaborn (`pip install 'salnb[chapters]'`), is imported on
+its own, and its functions return a `matplotlib.figure.Figure`.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import matplotlib.pyplot as plt
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter
+
+from salnb.plot import INK
+from salnb.statistics import Comparison, mean
+
+Name = Callable[[Comparison], str]
+
+
+class _Look(NamedTuple):
+    colour: str
+    marker: str
+    filled: bool
+
+
+# of Okabe and Ito's colours; the triangles point to where the difference lies
+VERDICTS = {
+    "better": _Look("#0072b2", ">", True),
+    "cannot tell": _Look("#5c5c5c", "o", False),
+    "worse": _Look("#d55e00", "<", True),
+}
+_REFERENCE, _VALUE, _FAINT = "#8a8a8a", "#0072b2", 0.4
+
+
+def name_of(comparison: Comparison) -> str:
+    """What is compared, and where: the default name of a row."""
+    return ", ".join([*map(str, comparison.where.values()), comparison.what])
+
+
+def show_differences(
+    comparisons: Sequence[Comparison],
+    limits: tuple[float, float],
+    *,
+    row: Name = name_of,
+    column: Name | None = None,
+    label: str = "difference of test accuracy in percentage points",
+    size: float = 4.2,
+) -> Figure:
+    """A forest plot: paired differences in percentage points, their 95 % intervals, and a line at zero.
+
+    Args:
+        comparisons: see `salnb.statistics.compare`; each is a row, and those with one name share it.
+        limits: of the axis, as shares: (-0.1, 0.1) is ten points to each side. They must hold zero.
+        row: names the row of a comparison.
+        column: names the panel of a comparison; None draws one panel.
+        label: of the axis.
+        size: width of a panel in inches.
+
+    Returns:
+        A figure with an axes for each panel. Each difference is a mark in the middle of its interval, with a
+        faint dot for each seed. A single seed has no interval.
+
+    Raises:
+        ValueError: there is no comparison, two would be drawn over each other, or the limits are not as
+            described.
+
+    >>> found = Comparison({}, "saliency", 2, 0.5, 0.52, 0.02, 0.01, 0.03, ((0.5, 0.515), (0.5, 0.525)))
+    >>> len(show_differences([found], (-0.05, 0.05)).axes)
+    1
+    """
+    if not limits[0] < 0 < limits[1]:
+        raise ValueError(f"limits must be two numbers with zero between them, got {limits}")
+    fig, panels = _panels(comparisons, row, column, limits, size)
+    for ax, of_row in panels:
+        ax.axvline(0, color=INK, linewidth=0.9, zorder=1)
+        for y, comparison in of_row.items():
+            _draw_difference(ax, y, comparison, limits)
+        ax.xaxis.set_major_formatter(FuncFormatter(_points))
+    fig.supxlabel(label, fontsize="small")
+    used = {c.verdict for c in comparisons}
+    marks = [_mark(name, look) for name, look in VERDICTS.items() if name in used]
+    dots = _dots("one seed", INK)
+    _legend(fig, [*marks, dots])
+    return fig
+
+
+def show_accuracies(
+    comparisons: Sequence[Comparison],
+    limits: tuple[float, float],
+    *,
+    row: Name = name_of,
+    column: Name | None = None,
+    names: tuple[str, str] = ("reference", "saliency"),
+    label: str = "test accuracy in percent",
+    size: float = 4.2,
+) -> Figure:
+    """What the reference reached and what is compared with it, the two runs of each seed joined by a line.
+
+    Args:
+        comparisons: see `salnb.statistics.compare`.
+        limits: of the axis, as shares, such as (0, 1).
+        row: see `show_differences`.
+        column: see `show_differences`.
+        names: of the reference, and of what is compared with it.
+        label: of the axis.
+        size: width of a panel in inches.
+
+    Returns:
+        A figure with an axes for each panel; in a row, the reference lies above what is compared with it.
+        Large marks are means.
+
+    Raises:
+        ValueError: as `show_differences`; and for a comparison without pairs.
+
+    >>> found = Comparison({}, "saliency", 2, 0.5, 0.52, 0.02, 0.01, 0.03, ((0.5, 0.515), (0.5, 0.525)))
+    >>> len(show_accuracies([found], (0, 1)).axes)
+    1
+    """
+    if not limits[0] < limits[1]:
+        raise ValueError(f"limits must be two numbers, the lower one first, got {limits}")
+    if without := [name_of(c) for c in comparisons if not c.pairs]:
+        raise ValueError(f"comparisons must hold the pairs of their seeds, got none for {without}")
+    fig, panels = _panels(comparisons, row, column, limits, size)
+    for ax, of_row in panels:
+        for y, comparison in of_row.items():
+            _draw_pairs(ax, y, comparison, limits)
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{100 * x:.3g}"))
+    fig.supxlabel(label, fontsize="small")
+    marks = [_mark(names[0], _Look(_REFERENCE, "s", True)), _mark(names[1], _Look(_VALUE, "D", True))]
+    _legend(fig, [*marks, _dots("one seed", INK)])
+    return fig
+
+
+def _panels(
+    comparisons: Sequence[Comparison],
+    row: Name,
+    column: Name | None,
+    limits: tuple[float, float],
+    size: float,
+) -> tuple[Figure, list[tuple[Axes, dict[int, Comparison]]]]:
+    """Axes that share their rows, in the order of the comparisons, and what belongs into each row of them."""
+    if not comparisons:
+        raise ValueError("comparisons must hold at least one, got none")
+    rows = list(dict.fromkeys(row(c) for c in comparisons))
+    found: dict[str, dict[int, Comparison]] = {}
+    for comparison in comparisons:
+        panel = found.setdefault(column(comparison) if column else "", {})
+        y = rows.index(row(comparison))
+        if y in panel:
+            raise ValueError(f"row must tell comparisons apart, got {rows[y]!r} twice")
+        panel[y] = comparison
+    fig, axes = plt.subplots(
+        1,
+        len(found),
+        squeeze=False,
+        sharey=True,
+        layout="constrained",
+        figsize=(size * len(found) + 1.6, 0.3 * len(rows) + 1.3),
+    )
+    for ax, title in zip(axes[0], found, strict=True):
+        ax.set(xlim=limits, ylim=(len(rows) - 0.4, -0.6), title=title)
+        ax.set_yticks(range(len(rows)), rows)
+        ax.title.set_fontsize("medium")
+        ax.tick_params(axis="y", length=0)
+        ax.grid(axis="x", color="#e4e4e4", linewidth=0.8)
+        ax.set_axisbelow(True)
+        for y in range(1, len(rows), 2):  # so that the eye keeps to its row
+            ax.axhspan(y - 0.5, y + 0.5, color="#f5f5f5", zorder=0)
+        sns.despine(ax=ax, left=True)
+    return fig, list(zip(axes[0], found.values(), strict=True))
+
+
+def _draw_difference(ax: Axes, y: int, comparison: Comparison, limits: tuple[float, float]) -> None:
+    look, (low, high) = VERDICTS[comparison.verdict], limits
+    if comparison.n > 1:
+        ends = max(comparison.low, low), min(comparison.high, high)
+        ax.plot(ends, (y, y), color=look.colour, linewidth=2.2, solid_capstyle="butt", zorder=2)
+        _arrows(ax, [comparison.low, comparison.high], y, look.colour, limits, 5)
+    differences = [ours - theirs for theirs, ours in comparison.pairs]
+    _strip(ax, differences, y + 0.26, INK, limits)
+    face = look.colour if look.filled else "white"
+    style: dict[str, Any] = {"color": look.colour, "markerfacecolor": face, "clip_on": False, "zorder": 6}
+    beyond = "<" if comparison.difference < low else ">" if comparison.difference > high else None
+    ax.plot(max(low, min(high, comparison.difference)), y, beyond or look.marker, **style)
+
+
+def _draw_pairs(ax: Axes, y: int, comparison: Comparison, limits: tuple[float, float]) -> None:
+    for pair in comparison.pairs:
+        ax.plot(pair, (y - 0.2, y + 0.2), color=_REFERENCE, linewidth=0.8, alpha=_FAINT, zorder=2)
+    for i, (offset, colour, marker) in enumerate(((-0.2, _REFERENCE, "s"), (0.2, _VALUE, "D"))):
+        values = [pair[i] for pair in comparison.pairs]
+        _strip(ax, values, y + offset, INK, limits)
+        ax.plot(mean(values), y + offset, marker, color=colour, markersize=5.5, zorder=4)
+
+
+def _strip(ax: Axes, values: Sequence[float], y: float, colour: str, limits: tuple[float, float]) -> None:
+    inside = [value for value in values if limits[0] <= value <= limits[1]]
+    sns.scatterplot(
+        x=inside, y=[y] * len(inside), ax=ax, s=9, color=colour, alpha=_FAINT, linewidth=0, zorder=3
+    )
+    _arrows(ax, values, y, colour, limits, 3)
+
+
+def _arrows(
+    ax: Axes, values: Sequence[float], y: float, colour: str, limits: tuple[float, float], size: float
+) -> None:
+    """Arrows at the edges beyond which some of the values lie."""
+    for edge, marker, beyond in (
+        (limits[0], "<", min(values, default=limits[0]) < limits[0]),
+        (limits[1], ">", max(values, default=limits[1]) > limits[1]),
+    ):
+        if beyond:
+            ax.plot(edge, y, marker, color=colour, markersize=size, clip_on=False, zorder=5)
+
+
+def _points(x: float, _: int) -> str:
+    return f"{100 * x:+.3g}".replace("-", "\N{MINUS SIGN}") if round(x, 6) else "0"
+
+
+def _mark(name: str, look: _Look) -> Line2D:
+    face = look.colour if look.filled else "white"
+    return Line2D([], [], color=look.colour, marker=look.marker, markerfacecolor=face, lw=0, label=name)
+
+
+def _dots(name: str, colour: str) -> Line2D:
+    return Line2D([], [], color=colour, marker="o", markersize=3, alpha=_FAINT, linewidth=0, label=name)
+
+
+def _legend(fig: Figure, marks: list[Any]) -> None:
+    fig.legend(handles=marks, loc="outside upper center", ncols=len(marks), fontsize="small", frameon=False)
