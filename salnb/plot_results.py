@@ -37,6 +37,8 @@ VERDICTS = {
 }
 _REFERENCE, _VALUE, _FAINT = "#8a8a8a", "#0072b2", 0.4
 
+_LETTER = 0.08  # inches that a letter of a row's name takes
+
 
 def name_of(comparison: Comparison) -> str:
     """What is compared, and where: the default name of a row."""
@@ -161,7 +163,7 @@ def _panels(
         squeeze=False,
         sharey=True,
         layout="constrained",
-        figsize=(size * len(found) + 1.6, 0.3 * len(rows) + 1.3),
+        figsize=(size * len(found) + _LETTER * max(map(len, rows)) + 0.3, 0.3 * len(rows) + 1.3),
     )
     for ax, title in zip(axes[0], found, strict=True):
         ax.set(xlim=limits, ylim=(len(rows) - 0.4, -0.6), title=title)
