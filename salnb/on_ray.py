@@ -16,8 +16,6 @@ from salnb.train import Interrupted
 # how often a training is begun anew, from its checkpoint, when the process or the machine it ran on died
 _RETRIES = 5
 _POLL_SECONDS = 2.0
-# how long trainings have to save what they have done when a study is stopped
-_GRACE_SECONDS = 30.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +24,10 @@ class OnRay:
 
     A training whose worker died is begun again and goes on from its checkpoint. So the machines of a cluster
     need a folder in common (and salnb with the extra `ray`); records are written here, each once.
+
+    A study that is stopped leaves the cluster, which ends the trainings under way; they go on from their last
+    checkpoint. Where this process had joined the cluster before, it stays, and they are trained to their end:
+    wait for that before the study is started again.
 
     Attributes:
         address: "local" starts Ray on this machine; "auto" or "ray://HOST:PORT" join a cluster.
@@ -87,25 +89,19 @@ class OnRay:
         task = ray.remote(max_retries=_RETRIES, retry_exceptions=False, **needs)(_attempt)
         waiting = list(reversed(pending))
         running: dict[Any, Training] = {}
-        try:
-            while waiting or running:
-                # no more than can run, so that what is shown as running is; a cluster may grow meanwhile
-                while waiting and len(running) < self._places(ray, kind):
-                    training = waiting.pop()
-                    running[task.remote(training, runs)] = training
-                    started(training)
-                if not running:  # all machines are gone for the moment
-                    time.sleep(_POLL_SECONDS)
-                    continue
-                finished, _ = ray.wait(list(running), timeout=_POLL_SECONDS)
-                for reference in finished:
-                    training = running.pop(reference)
-                    yield training, _record(ray, training, reference)
-        finally:
-            for reference in running:
-                ray.cancel(reference)
-            if running:  # what is under way is saved
-                ray.wait(list(running), num_returns=len(running), timeout=_GRACE_SECONDS)
+        while waiting or running:
+            # no more than can run, so that what is shown as running is; a cluster may grow meanwhile
+            while waiting and len(running) < self._places(ray, kind):
+                training = waiting.pop()
+                running[task.remote(training, runs)] = training
+                started(training)
+            if not running:  # all machines are gone for the moment
+                time.sleep(_POLL_SECONDS)
+                continue
+            finished, _ = ray.wait(list(running), timeout=_POLL_SECONDS)
+            for reference in finished:
+                training = running.pop(reference)
+                yield training, _record(ray, training, reference)
 
     def _places(self, ray: Any, kind: str) -> int:
         # a hair more, as three shares of 0.1 are not quite 0.3

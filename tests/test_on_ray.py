@@ -1,8 +1,10 @@
 """Studies on Ray: a real cluster on this machine, workers that die, every record once."""
 
 import io
+import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -119,21 +121,6 @@ def test_a_training_whose_worker_dies_goes_on_in_another(tmp_path, notes, expect
     assert killed[0] in {pid for _, _, pid in began}
 
 
-def test_a_stopped_study_saves_what_is_under_way_and_goes_on(tmp_path, notes, expected):
-    when_it_waits(notes, 0, lambda pid: os.kill(os.getpid(), signal.SIGINT))
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path)
-    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "table3").glob("*.json")}
-    assert len(before) < 6
-    first = len(attempts(notes))
-    assert hashes(run(tmp_path)) == expected
-    assert {p: p.stat().st_mtime_ns for p in before} == before
-    began = attempts(notes)[first:]
-    assert len(began) == 6 - len(before)
-    # the one that waited was told, and saved its step
-    assert 6 in [step for seed, step, _ in began if seed == 0]
-
-
 def test_a_failed_training_leaves_its_error_and_the_others_go_on(tmp_path, notes, expected):
     broken = trainings("table3", scale_of(), *grids.UNCHOSEN)[2]
     (tmp_path / "runs").mkdir()
@@ -147,7 +134,7 @@ def test_a_failed_training_leaves_its_error_and_the_others_go_on(tmp_path, notes
 
 def test_a_worker_that_dies_again_and_again_is_a_failure(cluster):
     (training, *_) = trainings("table3", scale_of(), *grids.UNCHOSEN)
-    reference = ray.remote(max_retries=0)(os._exit).remote(1)
+    reference = ray.remote(max_retries=0)(lambda: os._exit(1)).remote()
     record = on_ray._record(ray, training, reference)
     assert (record["status"], record["factors"]) == ("failed", training.factors)
     assert record["error"].startswith("WorkerCrashedError: ")
@@ -161,6 +148,33 @@ def test_a_share_that_no_machine_has(tmp_path, cluster):
 
 
 # --- without one -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_command_is_stopped_and_goes_on(tmp_path, cache, expected):
+    """With a cluster of its own, which it starts and ends."""
+    scale, out = tmp_path / "twenty.yml", tmp_path / "out"
+    values = {"data": ["cifar10"], "networks": ["small"], "seeds": [0, 1], "training": TRAINING}
+    scale.write_text(json.dumps({"scale": values}))
+    command = [sys.executable, "-m", "salnb", "study", "table3", "--scale", str(scale), "--out", str(out)]
+    for number in (signal.SIGINT, signal.SIGKILL):
+        process = subprocess.Popen([*command, "--on", "ray"], stderr=subprocess.PIPE, text=True)
+        there = len(list(out.glob("table3/*.json")))
+        while len(list(out.glob("table3/*.json"))) == there:
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.01)
+        process.send_signal(number)
+        _, error = process.communicate(timeout=120)
+        assert process.returncode == (130 if number == signal.SIGINT else -signal.SIGKILL)
+        assert ("table3: stopped; to go on" in error) == (number == signal.SIGINT)
+        time.sleep(10)  # the cluster ends with the process that started it
+        before = {p: p.stat().st_mtime_ns for p in out.rglob("*.*")}
+        time.sleep(3)
+        assert {p: p.stat().st_mtime_ns for p in out.rglob("*.*")} == before
+        assert there < len(list(out.glob("table3/*.json"))) < 6
+    subprocess.run([*command, "--on", "ray"], check=True)
+    assert hashes(study.read(out, "table3")) == expected
+    assert all(p.stat().st_mtime_ns == time for p, time in before.items() if p.parent.name == "table3")
 
 
 class Machines:
