@@ -323,7 +323,7 @@ def _variants(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     steps = settings.get("epochs", 30) * (_training_images(settings) // settings.get("batch_size", 64))
     gamma = settings["gamma"]
     variants: dict[str, dict[str, Any]] = {
-        f"gamma × {factor:g}": {"gamma": factor * gamma} for factor in (0.1, 0.3, 3, 10)
+        f"gamma × {factor:g}": {"gamma": factor * gamma} for factor in (0.1, 0.3, 3, 10, 100)
     }
     variants |= {f"normalize={how}": {"normalize": how} for how in ("zscore", "l2", "sum", "none")}
     variants |= {f"distance={how}": {"distance": how} for how in ("l1", "cosine")}
