@@ -275,7 +275,7 @@ def test_open_questions_change_one_factor_at_a_time():
         elif kind != "gamma":
             assert "gamma" not in changed, variant
     assert kinds == Counter(
-        normalize=4, distance=2, pool=2, warmup=2, every=2, originals=1, method=5, gamma=4
+        normalize=4, distance=2, pool=2, warmup=2, every=2, originals=1, method=5, gamma=5
     )
     # each is matched once, and not once for each seed
     assert len(asked) == 4 + 2 + 2 + 5
