@@ -36,6 +36,9 @@ TABLE3_STRATEGIES: dict[str, dict[str, Any]] = {
     "all three": {"augmentation": "affine", "alpha": 1 / 3, "beta": 1 / 3, "gamma": 1 / 3},
 }
 
+# the name of the full training set, in the study of open questions
+WHOLE = "all images"
+
 # settings that change what the loss measures, and with it how strong a weight is
 _UNITS = frozenset({"normalize", "distance", "pool", "method", "samples"})
 
@@ -52,7 +55,8 @@ class Scale:
         gammas: weights of the saliency loss to choose from; the choice is made on the validation split.
         gamma_seeds: seeds of that choice; none of them may be among `seeds`.
         training: settings of `salnb.train.Config` that all trainings share.
-        variants: the names of the changes that the study of open questions tries; none named: all of them.
+        variants: the names of the changes, and of the smaller training sets, that the study of open questions
+            tries beside its default; none named: all of them.
         studies: for some of the studies, other values of the above.
 
     Raises:
@@ -289,20 +293,25 @@ def _open(scale: Scale, gammas: Gammas, match: Match) -> Cells:
     for data in scale.data:
         shared = {"data": data, "model": scale.networks[0], "augmentation": "affine"}
         whole = {**scale.training, **shared, "gamma": gammas[data]}
-        for images, fewer in _training_sets(whole).items():
+        sizes, variants = _training_sets(whole), _variants(whole)
+        wanted = [WHOLE, *(scale.variants or (*sizes, *variants))]
+        for variant in wanted:
+            if variant not in sizes and variant not in variants:
+                raise catalog.unknown(
+                    f"variants of scale {scale.name!r}: variant", variant, [*sizes, *variants]
+                )
+        for images in dict.fromkeys(name for name in wanted if name in sizes):
+            fewer = sizes[images]
             yield _open_factors(data, images, "reference"), {**shared, **fewer, "gamma": 0.0}
             yield _open_factors(data, images, "default"), {**shared, **fewer, "gamma": gammas[data]}
-        images, variants = next(iter(_training_sets(whole))), _variants(whole)
-        for variant in scale.variants or variants:
-            if variant not in variants:
-                raise catalog.unknown(f"variants of scale {scale.name!r}: variant", variant, variants)
+        for variant in (name for name in wanted if name in variants):
             changes = variants[variant]
             if Config(out="run", **{**whole, **changes}) == Config(out="run", **whole):
                 continue  # that is the default here
             settings = {**shared, "gamma": gammas[data], **changes}
             if _UNITS & changes.keys():
                 settings["gamma"] = match(whole, {**whole, **changes})
-            yield _open_factors(data, images, variant), settings
+            yield _open_factors(data, WHOLE, variant), settings
 
 
 def _open_factors(data: str, images: str, variant: str) -> dict[str, Any]:
@@ -312,7 +321,7 @@ def _open_factors(data: str, images: str, variant: str) -> dict[str, Any]:
 def _training_sets(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """All images, a quarter and a tenth of them, with as many steps."""
     count, epochs = _training_images(settings), settings.get("epochs", 30)
-    sizes: dict[str, dict[str, Any]] = {"all images": {}}
+    sizes: dict[str, dict[str, Any]] = {WHOLE: {}}
     for part in (4, 10):
         if count // part >= settings.get("batch_size", 64):
             sizes[f"1 in {part}"] = {"train_images": count // part, "epochs": epochs * part}
