@@ -44,7 +44,7 @@ def differences(settings, other):
 
 
 def test_the_scales_that_are_promised_are_there():
-    assert {"smoke", "laptop", "gpu", "colab", "paper"} == set(SCALES)
+    assert {"smoke", "laptop", "laptop-strong", "gpu", "colab", "paper"} == set(SCALES)
 
 
 @pytest.mark.parametrize("name", SCALES)
@@ -282,6 +282,15 @@ def test_open_questions_change_one_factor_at_a_time():
     steps = 3 * (6000 // 50)
     assert cells["digit-scenes", "all images", "warmup 25%"]["warmup"] == steps // 4
     assert cells["digit-scenes", "all images", "gamma × 0.3"]["gamma"] == pytest.approx(0.6)
+
+
+def test_a_scale_may_name_what_of_the_open_questions_is_tried():
+    few = scale_of(variants=["pool=2", "1 in 10"])
+    found = {(t.factors["images"], t.factors["variant"]) for t in trainings("open", few, *UNCHOSEN)}
+    both = {(images, v) for images in ("all images", "1 in 10") for v in ("reference", "default")}
+    assert found == both | {("all images", "pool=2")}
+    with pytest.raises(ValueError, match=r"variant 'pool=3' is unknown \(did you mean 'pool=\d'\?\)"):
+        trainings("open", scale_of(variants=["pool=3"]), *UNCHOSEN)
 
 
 def test_fewer_images_are_seen_as_often():
