@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import tomllib
+import zipfile
 from collections import Counter
 from pathlib import Path
 
@@ -357,8 +358,7 @@ def test_scales_and_records_are_installed_where_they_are_looked_for(tmp_path, mo
 
 
 def test_a_built_wheel_holds_scales_and_records(tmp_path):
-    build = pytest.importorskip("hatchling.build")
-    import zipfile
+    from hatchling import build
 
     here = os.getcwd()
     os.chdir(ROOT)
