@@ -343,6 +343,7 @@ def test_scales_and_records_are_installed_where_they_are_looked_for(tmp_path, mo
     targets = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]
     installed = targets["wheel"]["force-include"]
     assert installed == {"notebooks/scales": "salnb/scales", "results": "salnb/records"}
+    assert all((ROOT / source).is_dir() for source in installed)  # or nothing can be installed
     assert grids._folder() == ROOT / "notebooks" / "scales"
     assert results.published() == ROOT / "results"
     # as the wheel lays them out
