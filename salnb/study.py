@@ -160,7 +160,11 @@ def run_training(training: Training, runs: Path) -> dict[str, Any]:
     ended: dict[str, Any] = {"status": "done"}
     with warnings.catch_warnings(record=True) as caught:
         try:
-            ended["result"] = fit(training.config(runs), resume=True, log=lambda line: None, bar=False)
+            config = training.config(runs)
+            result = fit(config, resume=True, log=lambda line: None, bar=False)
+            # records are published: where a folder lies on this machine is nobody's business
+            out = str(Path(config.out).relative_to(runs.parent))
+            ended["result"] = {**result, "config": {**result["config"], "out": out}}
         except Exception as error:
             ended = {"status": "failed", "error": f"{type(error).__name__}: {error}"}
             ended["trace"] = traceback.format_exception(error)

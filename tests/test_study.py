@@ -5,6 +5,7 @@ import io
 import os
 import signal
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -81,7 +82,10 @@ def test_each_training_has_its_record(finished):
 
 
 def test_a_record_holds_what_the_training_alone_gives(finished, tmp_path):
-    _, records = finished
+    folder, records = finished
+    place = Path(records[2]["result"]["config"]["out"])
+    assert not place.is_absolute(), "a published record would tell of this machine's folders"
+    assert (folder / place / "summary.json").exists()
     alone = fit(
         runs.settings(tmp_path / "run", augmentation="simclr", seed=1, gamma=0, epochs=2), log=runs.silent
     )
@@ -171,11 +175,12 @@ def _study(folder, log):
     return hashes(run(folder))
 
 
-def test_a_killed_study_goes_on_where_it_was(tmp_path, cache, finished):
+def test_a_killed_study_goes_on_where_it_was(tmp_path, cache, finished, monkeypatch):
+    monkeypatch.setattr("salnb._files._PATIENCE", 0.0)
     process, pipe = runs.start_call(functools.partial(_study, tmp_path), cache=cache)
     runs.wait_for(pipe, "seed 0 gamma 1 step 5")
     # nobody else may work there meanwhile
-    with pytest.raises(RuntimeError, match=rf"out {tmp_path} is in use by another study"):
+    with pytest.raises(FileExistsError, match=rf"out {tmp_path}: another process is at work there"):
         run(tmp_path)
     assert runs.kill(process)
     before = files(tmp_path)
@@ -192,14 +197,6 @@ def test_a_killed_study_goes_on_where_it_was(tmp_path, cache, finished):
     assert len(steps) == 1 + (8 - begun) + 8 + 8
     (record,) = (path for path in before if path.parent.name == "table2")
     assert files(tmp_path)[record] == before[record]
-
-
-def test_the_lock_is_given_back(tmp_path):
-    for _ in range(2):
-        with pytest.raises(KeyError), study._alone(tmp_path):
-            raise KeyError
-    with study._alone(tmp_path), pytest.raises(RuntimeError, match="is in use by another study"):
-        run(tmp_path)
 
 
 # --- what fails --------------------------------------------------------------------------------------------
