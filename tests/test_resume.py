@@ -122,7 +122,15 @@ def test_a_signal_while_evaluating_saves_first(tmp_path, whole, monkeypatch):
     assert without_times(rows(tmp_path / "run")) == without_times(rows(whole[0]))
 
 
-def test_before_there_is_anything_to_save_a_signal_acts_at_once(tmp_path, monkeypatch):
+@pytest.fixture
+def ctrl_c():
+    """Python's own handler, also where these tests run in the background of a shell, which has Ctrl-C ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_before_there_is_anything_to_save_a_signal_acts_at_once(tmp_path, monkeypatch, ctrl_c):
     monkeypatch.setattr("salnb.data.load", lambda *args, **options: signal.raise_signal(signal.SIGINT))
     with pytest.raises(KeyboardInterrupt) as stopped:
         fit(settings(tmp_path / "run"), log=silent)
@@ -130,7 +138,7 @@ def test_before_there_is_anything_to_save_a_signal_acts_at_once(tmp_path, monkey
     assert not (tmp_path / "run").exists()
 
 
-def test_a_signal_that_comes_twice_at_once_is_one_request(monkeypatch):
+def test_a_signal_that_comes_twice_at_once_is_one_request(monkeypatch, ctrl_c):
     """torchrun passes on what a terminal or a scheduler sends to all processes anyhow."""
     with noticed_signals() as seen:
         for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
