@@ -93,7 +93,9 @@ def _data(args: argparse.Namespace) -> int:
 
 def _study_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", metavar="NAME", help="study: " + ", ".join(grids.STUDIES))
-    parser.add_argument("--scale", default="smoke", help="smoke, laptop, gpu, colab, paper, or a YAML file")
+    parser.add_argument(
+        "--scale", default="smoke", help="smoke, laptop, laptop-strong, gpu, colab, paper, or a YAML file"
+    )
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of the records and the runs")
     parser.add_argument("--on", default="here", help="here: one training after the other; ray: on a cluster")
     parser.add_argument(

@@ -131,11 +131,12 @@ class Scale:
 
 
 def load_scale(scale: str | Path | Mapping[str, Any]) -> Scale:
-    """A scale by its name ("smoke", "laptop", "gpu", "colab", "paper"), from a YAML file, or from its values.
+    """A scale by its name, from a YAML file, or from its values.
 
     Args:
-        scale: a name, the path of a file, or what such a file holds below its key ``scale``. The files are
-            parameter files of papermill too: they set the one parameter `scale` of the chapters.
+        scale: a name ("smoke", "laptop", "laptop-strong", "gpu", "colab", "paper"), the path of a file, or
+            what such a file holds below its key ``scale``. The files are parameter files of papermill too:
+            they set the one parameter `scale` of the chapters.
 
     Raises:
         ValueError: there is no such scale, or the file is not one.
