@@ -60,17 +60,17 @@ test: test-unit test-notebooks test-pages  ## pass all tests: package, notebooks
 
 # one after the other: each uses both cores
 test-unit: $(READY)  ## test the package and the tools
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --ignore tests/test_pages.py -m 'not slow'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --ignore tests/book/test_pages.py -m 'not slow'
 
 test-notebooks: test-unit $(EXECUTED)  ## run the committed notebooks and compare their outputs
 	$(BIN)/python -m pytest -n 2 --dist loadfile -p no:cacheprovider --nbval --nbval-current-env \
-		--nbval-sanitize-with tests/nbval.cfg notebooks
+		--nbval-sanitize-with tests/book/nbval.cfg notebooks
 
 test-pages: test-notebooks _build/site.stamp  ## test the built pages in headless Chromium
-	$(BIN)/python -m pytest tests/test_pages.py
+	$(BIN)/python -m pytest tests/book/test_pages.py
 
 test-slow: $(READY)  ## the tests that take minutes
-	$(BIN)/python -m pytest -m slow --ignore tests/test_pages.py
+	$(BIN)/python -m pytest -m slow --ignore tests/book/test_pages.py
 
 lint: $(READY)  ## ruff, mypy and the rules for notebooks
 	$(BIN)/ruff check .

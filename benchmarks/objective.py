@@ -18,9 +18,9 @@ from unittest import mock
 import torch
 
 from benchmarks._ratio import durations, print_table
-from salnb._timing_profile import profiled
-from salnb._timing_steps import Step, arithmetic
 from salnb.timing import Case
+from salnb.timing.profiler import profiled
+from salnb.timing.steps import Step, arithmetic
 
 # originals in a batch and their side: what two cores do in seconds
 CPU_SIZES = {"resnet18": (16, 112), "resnet50": (16, 64), "vgg16_bn": (8, 64), "densenet121": (16, 64)}
@@ -32,7 +32,7 @@ def steps_of(case: Case, device: torch.device, *, compiled: bool) -> dict[str, S
 
     class Plain(Step):
         def __call__(self) -> None:
-            with mock.patch("salnb.objective.fast_double_backward", contextlib.nullcontext):
+            with mock.patch("salnb.objective.objective.fast_double_backward", contextlib.nullcontext):
                 super().__call__()
 
     steps = {

@@ -1,7 +1,9 @@
 """salnb: saliency map based data augmentation (arXiv 2205.14686) in PyTorch."""
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from salnb._common.lazy import lazy_names
+from salnb._version import __version__
 
 if TYPE_CHECKING:
     from salnb import (
@@ -18,8 +20,6 @@ if TYPE_CHECKING:
         trust,
     )
     from salnb.objective import Losses, Objective
-
-__version__ = "0.1.0"
 
 __all__ = [
     "Losses",
@@ -38,15 +38,8 @@ __all__ = [
     "trust",
 ]
 
+_MODULES = [name for name in __all__ if name.islower() and not name.startswith("_")]
 
-def __getattr__(name: str) -> Any:
-    # on first use only: torch takes seconds to load, and a mistyped option is answered before that
-    if name not in __all__:
-        raise AttributeError(f"module 'salnb' has no attribute {name!r}")
-    if name in ("Losses", "Objective"):
-        return getattr(importlib.import_module("salnb.objective"), name)
-    return importlib.import_module(f"salnb.{name}")
-
-
-def __dir__() -> list[str]:
-    return __all__
+__getattr__, __dir__ = lazy_names(
+    __name__, dict.fromkeys(_MODULES, ()) | {"objective": ("Losses", "Objective")}
+)

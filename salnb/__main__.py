@@ -10,10 +10,10 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, get_type_hints
 
-from salnb import _catalog as catalog
-from salnb import _timing_plan as timing_plan
-from salnb import grids
-from salnb.config import Config
+from salnb._common import catalog
+from salnb.study import grids
+from salnb.timing import cases as timing_plan
+from salnb.train.config import Config
 
 
 class Command(NamedTuple):
@@ -122,9 +122,9 @@ def _study(args: argparse.Namespace) -> int:
         raise ValueError(str(error)) from error
     from salnb import statistics, study
 
-    execute = study.here
+    execute = None
     if args.on == "ray":
-        from salnb.on_ray import OnRay
+        from salnb.study.on_ray import OnRay
 
         execute = OnRay(address=args.address, share=args.share)
     try:
@@ -159,7 +159,7 @@ def _time(args: argparse.Namespace) -> int:
     options = vars(args).copy()
     compared, out = options.pop("compare"), options.pop("out")
     if compared:
-        from salnb._timing_record import compare, read_timing
+        from salnb.timing.records import compare, read_timing
 
         print(compare(*(read_timing(path) for path in compared)))
         return 0

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from salnb._catalog import network as look_up
-from salnb._catalog import unknown
+from salnb._common.catalog import network as look_up
+from salnb._common.catalog import unknown
 
 # torchvision's names, downloaded on first use; any of its classification models would do
 _TORCHVISION = ("resnet18", "resnet50", "vgg16_bn", "vgg19_bn", "densenet121", "densenet169", "convnext_tiny")

@@ -15,8 +15,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import salnb
-from salnb._files import write_atomic
+from salnb._common.files import write_atomic
+from salnb._version import __version__
 
 if TYPE_CHECKING:  # records can be read and compared without waiting for it
     import torch
@@ -75,7 +75,7 @@ def provenance(device: str = "cpu") -> dict[str, Any]:
     # torch's own words tell which CUDA it was built for, too
     versions = {
         "python": platform.python_version(),
-        "salnb": salnb.__version__,
+        "salnb": __version__,
         "torch": str(torch.__version__),
     }
     for package in ("torchvision", "lightning-fabric", "timm"):

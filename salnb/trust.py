@@ -14,8 +14,8 @@ map. A constant map prefers no pixel: it gets what a random one would get on ave
 import torch
 from torch import Tensor, nn
 
-from salnb._checks import check_finite, check_images, check_target
-from salnb._watch import class_scores, logits_of
+from salnb._common.checks import check_finite, check_images, check_target
+from salnb.saliency.recording import class_scores, logits_of
 
 
 def share_on_object(maps: Tensor, masks: Tensor) -> Tensor:

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from tests import runs
-from tests.paper_files import put_files
+from tests.helpers import runs
+from tests.helpers.paper_files import put_files
 
 
 @pytest.fixture(autouse=True)

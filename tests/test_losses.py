@@ -16,7 +16,7 @@ from salnb.losses import (
     normalize_maps,
     saliency_loss,
 )
-from tests.tolerances import assert_close
+from tests.helpers.tolerances import assert_close
 
 EVERY = list(itertools.product(sorted(NORMALIZATIONS), sorted(DISTANCES)))
 SCALED = sorted(NORMALIZATIONS - {"none"})

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from salnb import _catalog, models
+from salnb import models
+from salnb._common import catalog as _catalog
 
 
 def on_paper(name, num_classes=7):

@@ -10,9 +10,9 @@ from torch.autograd import gradcheck
 from salnb import Objective, saliency
 from salnb.augment import Affine, Rotation
 from salnb.losses import normalize_maps, pool_maps, saliency_loss
-from tests.finite_differences import assert_gradient
-from tests.networks import conv_bn
-from tests.tolerances import assert_close
+from tests.helpers.finite_differences import assert_gradient
+from tests.helpers.networks import conv_bn
+from tests.helpers.tolerances import assert_close
 
 TARGET = torch.tensor([0, 1, 2, 3])
 # height, width, size of a block: whole blocks, smaller ones at one rim and at both, one block

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import salnb
-from salnb import _files, results
+from salnb import results
+from salnb._common import files as _files
 
 
 def names(folder):
@@ -95,7 +96,7 @@ def test_any_change_of_a_saved_state_is_noticed(tmp_path, how, where):
 def test_a_disk_that_is_full_is_called_so(tmp_path):
     """The file size limit of a process stands for the full disk: the write itself fails, midway."""
     program = (
-        "import resource, sys, torch; from pathlib import Path; from salnb._files import save_hashed\n"
+        "import resource, sys, torch; from pathlib import Path; from salnb._common.files import save_hashed\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))\n"
         "try: save_hashed(Path(sys.argv[1]), 'state', {'a': torch.zeros(100_000)})\n"
         "except OSError as error: print(error.strerror)"

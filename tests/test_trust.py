@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from salnb import trust
-from tests.networks import conv_bn
-from tests.tolerances import assert_close
+from tests.helpers.networks import conv_bn
+from tests.helpers.tolerances import assert_close
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from salnb._checks import check_images, is_traced
+from salnb._common.checks import check_images, is_traced
 
 
 class NotInvertibleError(RuntimeError):

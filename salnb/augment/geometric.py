@@ -8,7 +8,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from salnb._checks import check_images, is_traced
+from salnb._common.checks import check_images, is_traced
 from salnb.augment.base import (
     Augmentation,
     Draw,

@@ -7,7 +7,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from salnb._checks import check_labels, is_traced
+from salnb._common.checks import check_labels, is_traced
 from salnb.augment.base import Augmentation, Draw, Params, check_number
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from salnb._checks import check_images
+from salnb._common.checks import check_images
 from salnb.augment.base import (
     Augmentation,
     Draw,

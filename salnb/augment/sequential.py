@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from salnb._checks import check_images
+from salnb._common.checks import check_images
 from salnb.augment.base import Augmentation, Draw, Params, check_number, everywhere, in_pieces
 from salnb.augment.geometric import (
     Affine,

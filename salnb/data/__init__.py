@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from salnb._catalog import DATA, unknown
-from salnb._files import DamagedFileError
+from salnb._common.catalog import DATA, unknown
+from salnb._common.files import DamagedFileError
 from salnb.data.base import (
     WHOLE,
     Arrays,

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from salnb._files import DamagedFileError, load_hashed, remove_drafts, save_hashed
+from salnb._common.files import DamagedFileError, load_hashed, remove_drafts, save_hashed
 
 # what is smaller is kept on the accelerator
 _FITS_THE_DEVICE = 2**30

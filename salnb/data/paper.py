@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from salnb._catalog import unknown
-from salnb._files import DamagedFileError, write_atomic
-from salnb._progress import progress
+from salnb._common.catalog import unknown
+from salnb._common.files import DamagedFileError, write_atomic
+from salnb._common.progress import progress
 from salnb.data.base import (
     Arrays,
     Dataset,

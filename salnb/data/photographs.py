@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from salnb._catalog import unknown
+from salnb._common.catalog import unknown
 from salnb.data.base import centre, read_image
 
 

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from salnb._catalog import DATA, unknown
-from salnb._progress import progress
+from salnb._common.catalog import DATA, unknown
+from salnb._common.progress import progress
 from salnb.data.base import Arrays, Dataset, cached, read_image
 from salnb.data.photographs import package_folder
 

@@ -1,0 +1,5 @@
+"""Fast, exact double backward for convolutional networks."""
+
+from salnb.double_backward.mode import fast_double_backward
+
+__all__ = ["fast_double_backward"]

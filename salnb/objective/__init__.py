@@ -1,0 +1,5 @@
+"""The whole objective (Section 4 of the paper, eq. 8): class, invariance and saliency loss of a model."""
+
+from salnb.objective.objective import Losses, Objective
+
+__all__ = ["Losses", "Objective"]

@@ -1,0 +1,247 @@
+"""Saliency methods: which pixels a network's decision hangs on (Section 2 of the paper, eq. 1–4).
+
+Six functions with one signature. Each takes a model, a batch of images and the class that each image
+is asked about, and returns one map per image:
+
+* gradients with respect to the pixels: `vanilla_gradient`, `deconvnet`, `guided_backprop`, `smoothgrad`;
+* the last feature maps weighted by their gradients: `grad_cam`, and its product with guided
+  backpropagation, `guided_grad_cam`.
+
+The model is left as it was found: parameters, gradients, buffers, hooks and train or eval mode. Methods
+that change the backward pass of ReLU do so only while the map's own gradient is taken, so a loss on a
+map (`create_graph=True`) has the right gradient with respect to the parameters.
+"""
+
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from salnb._common.checks import check_finite, check_images, check_target
+from salnb.saliency.recording import RECIPES, Watch, class_scores, logits_of, reduce_channels
+
+
+def vanilla_gradient(
+    model: nn.Module,
+    images: Tensor,
+    target: Tensor | int | None = None,
+    *,
+    create_graph: bool = False,
+    reduce: str | None = "max",
+) -> Tensor:
+    """Gradient of the class score with respect to the pixels (eq. 1 and 2; Simonyan et al., 2014).
+
+    Args:
+        model: any network that maps images (N, C, H, W) to logits (N, K).
+        images: (N, C, H, W), floating point.
+        target: whose score is explained. None: the predicted class of each image; an int: this class
+            for all; (N,) integers: one class per image; (N, K) floats: a weighted sum of scores.
+        create_graph: keep the graph, so that a loss on the maps can be differentiated with respect to
+            the model's parameters.
+        reduce: "max" takes the highest absolute value over the channels (eq. 2); None keeps the signed
+            gradient.
+
+    Returns:
+        Maps (N, 1, H, W) in units of score per unit of pixel value; (N, C, H, W) with `reduce=None`.
+
+    Raises:
+        TypeError: `images` are not a floating-point tensor, or `target` is of a wrong type.
+        ValueError: `images` are not four-dimensional or not finite, `target` is out of range or does
+            not fit the batch, `reduce` is unknown, or the model does not return (N, K) logits.
+
+    In train mode batch statistics tie the images of a batch together, and the map of one image is the
+    gradient of the *sum* of all scores. In eval mode every map is that of its image alone.
+
+    >>> model = nn.Sequential(nn.Flatten(), nn.Linear(12, 5))
+    >>> vanilla_gradient(model, torch.rand(2, 3, 2, 2)).shape
+    torch.Size([2, 1, 2, 2])
+    """
+    return _explain("vanilla_gradient", model, images, target, None, create_graph, reduce)
+
+
+def deconvnet(
+    model: nn.Module,
+    images: Tensor,
+    target: Tensor | int | None = None,
+    *,
+    create_graph: bool = False,
+    reduce: str | None = "max",
+) -> Tensor:
+    """DeconvNet: each ReLU passes back what is positive in the *gradient* (eq. 3; Zeiler & Fergus, 2014).
+
+    Arguments, result and errors are those of `vanilla_gradient`. A network in which no ReLU is met
+    gives the plain gradient, with a warning.
+    """
+    return _explain("deconvnet", model, images, target, None, create_graph, reduce)
+
+
+def guided_backprop(
+    model: nn.Module,
+    images: Tensor,
+    target: Tensor | int | None = None,
+    *,
+    create_graph: bool = False,
+    reduce: str | None = "max",
+) -> Tensor:
+    """Guided backprop: at each ReLU, input and gradient must be positive (eq. 4; Springenberg et al., 2015).
+
+    Arguments, result and errors are those of `vanilla_gradient`. A network in which no ReLU is met
+    gives the plain gradient, with a warning.
+    """
+    return _explain("guided_backprop", model, images, target, None, create_graph, reduce)
+
+
+def smoothgrad(
+    model: nn.Module,
+    images: Tensor,
+    target: Tensor | int | None = None,
+    *,
+    n_samples: int = 25,
+    noise_level: float = 0.15,
+    generator: torch.Generator | None = None,
+    create_graph: bool = False,
+    reduce: str | None = "max",
+) -> Tensor:
+    """SmoothGrad: the mean gradient over noisy copies of the image (Smilkov et al., 2017).
+
+    The signed gradients are averaged, then reduced to one channel, as in the reference. The class is
+    chosen once, on the clean images.
+
+    Args:
+        model: see `vanilla_gradient`.
+        images: see `vanilla_gradient`.
+        target: see `vanilla_gradient`.
+        n_samples: number of noisy copies, at least 1. Time grows with it, and so does memory with
+            `create_graph=True`.
+        noise_level: standard deviation of the Gaussian noise as a fraction of each image's range of
+            values (its maximum minus its minimum), at least 0.
+        generator: source of the noise; None uses the global one.
+        create_graph: see `vanilla_gradient`.
+        reduce: see `vanilla_gradient`.
+
+    Returns:
+        Maps as those of `vanilla_gradient`.
+
+    Raises:
+        TypeError, ValueError: as `vanilla_gradient`, and for `n_samples` below 1 or a negative `noise_level`.
+    """
+    if n_samples < 1:
+        raise ValueError(f"n_samples must be at least 1, got {n_samples}")
+    if not noise_level >= 0:
+        raise ValueError(f"noise_level must be at least 0, got {noise_level}")
+    _check_arguments(images, reduce)
+    if target is None:
+        with torch.no_grad():
+            target = logits_of(model, images).argmax(1)
+    spread = images.detach().flatten(1)
+    sigma = noise_level * (spread.amax(1) - spread.amin(1)).view(-1, 1, 1, 1)
+    total = torch.zeros_like(images)
+    for _ in range(n_samples):
+        noisy = images.detach() + sigma * _gaussian_like(images, generator)
+        total = total + _explain("vanilla_gradient", model, noisy, target, None, create_graph, None)
+    return reduce_channels(total / n_samples, reduce)
+
+
+def grad_cam(
+    model: nn.Module,
+    images: Tensor,
+    target: Tensor | int | None = None,
+    *,
+    layer: nn.Module | str | None = None,
+    create_graph: bool = False,
+) -> Tensor:
+    """Grad-CAM: feature maps weighted by their pooled gradients (Selvaraju et al., 2017).
+
+    The weighted maps are summed, rectified and resized to the images.
+
+    Args:
+        model: see `vanilla_gradient`.
+        images: see `vanilla_gradient`.
+        target: see `vanilla_gradient`.
+        layer: the layer whose output is used, as a module of `model` or by its dotted name. None is the
+            last `nn.Conv2d` in the order of `model.modules()`.
+        create_graph: see `vanilla_gradient`.
+
+    Returns:
+        Maps (N, 1, H, W), not negative, resized bilinearly (pixel centres, `align_corners=False`).
+
+    Raises:
+        TypeError, ValueError: as `vanilla_gradient`; also if `layer` is unknown or not used, its output
+            is not (N, C, h, w) or only one pixel large, or the model has no convolution to fall back on.
+    """
+    return _explain("grad_cam", model, images, target, layer, create_graph, "max")
+
+
+def guided_grad_cam(
+    model: nn.Module,
+    images: Tensor,
+    target: Tensor | int | None = None,
+    *,
+    layer: nn.Module | str | None = None,
+    create_graph: bool = False,
+    reduce: str | None = "max",
+) -> Tensor:
+    """Guided Grad-CAM: the product of Grad-CAM and guided backpropagation (Selvaraju et al., 2017).
+
+    Both factors come from one forward pass. Arguments, result and errors are those of
+    `vanilla_gradient` and `grad_cam`.
+    """
+    return _explain("guided_grad_cam", model, images, target, layer, create_graph, reduce)
+
+
+#: The six methods by name.
+METHODS: dict[str, Callable[..., Tensor]] = {
+    "vanilla_gradient": vanilla_gradient,
+    "deconvnet": deconvnet,
+    "guided_backprop": guided_backprop,
+    "smoothgrad": smoothgrad,
+    "grad_cam": grad_cam,
+    "guided_grad_cam": guided_grad_cam,
+}
+
+
+def _explain(
+    method: str,
+    model: nn.Module,
+    images: Tensor,
+    target: Tensor | int | None,
+    layer: nn.Module | str | None,
+    create_graph: bool,
+    reduce: str | None,
+) -> Tensor:
+    """One forward pass of `model`, and the map of `method` from it."""
+    _check_arguments(images, reduce)
+    recipe = RECIPES[method]
+    frozen_stem = recipe.layer and not recipe.pixels and not create_graph
+    with (
+        torch.inference_mode(False),
+        torch.set_grad_enabled(not frozen_stem),
+        as_written(),
+        Watch(model, method, layer, frozen_stem=frozen_stem) as watch,
+    ):
+        pixels = images.clone() if images.is_inference() else images.detach()
+        if not frozen_stem:
+            pixels.requires_grad_()
+        logits = logits_of(model, pixels)
+        check_target(target, *logits.shape)
+        return watch.maps(pixels, class_scores(logits, target), create_graph=create_graph, reduce=reduce)
+
+
+def as_written() -> AbstractContextManager:
+    """Compiled modules hide their ReLUs and refuse a second derivative: run them uncompiled."""
+    # setting the stance imports the compiler, which takes seconds and is needless where nothing was compiled
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+
+
+def _gaussian_like(images: Tensor, generator: torch.Generator | None) -> Tensor:
+    where = images.device if generator is None else generator.device
+    return torch.randn(images.shape, generator=generator, device=where, dtype=images.dtype).to(images.device)
+
+
+def _check_arguments(images: Tensor, reduce: str | None) -> None:
+    check_images(images)
+    check_finite(images, name="images")
+    if reduce not in ("max", None):
+        raise ValueError(f"reduce must be 'max' or None, got {reduce!r}")

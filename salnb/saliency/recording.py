@@ -1,0 +1,189 @@
+"""One watched forward pass, and the maps taken from it: the common ground of all saliency methods."""
+
+import warnings
+from contextlib import ExitStack
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from salnb._common.checks import unknown
+from salnb.saliency.relu_rules import ReLURule
+
+
+class Recipe(NamedTuple):
+    """What a method takes from a forward pass."""
+
+    rule: str | None  # how ReLU passes a gradient back while the map is taken
+    pixels: bool  # uses the gradient with respect to the pixels
+    layer: bool  # uses a layer's output and the gradient with respect to it
+
+
+RECIPES = {
+    "vanilla_gradient": Recipe(None, pixels=True, layer=False),
+    "deconvnet": Recipe("deconvnet", pixels=True, layer=False),
+    "guided_backprop": Recipe("guided_backprop", pixels=True, layer=False),
+    "grad_cam": Recipe(None, pixels=False, layer=True),
+    "guided_grad_cam": Recipe("guided_backprop", pixels=True, layer=True),
+}
+
+
+def logits_of(model: nn.Module, images: Tensor) -> Tensor:
+    """The model's logits, leaving its buffers (running statistics) untouched in train mode.
+
+    Raises:
+        ValueError: it does not return (N, K) logits.
+    """
+    if isinstance(model, nn.Module) and any(module.training for module in model.modules()):
+        copies = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        logits = torch.func.functional_call(model, copies, (images,))
+    else:
+        logits = model(images)
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[0] != images.shape[0]:
+        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(f"model must return logits of shape (N, K) with N = {images.shape[0]}, got {got}")
+    return logits
+
+
+def class_scores(logits: Tensor, target: Tensor | int | None) -> Tensor:
+    """The score of each sample's target: one logit, or a weighted sum of them for mixed labels.
+
+    Args:
+        logits: (N, K).
+        target: as in `vanilla_gradient`.
+
+    Returns:
+        (N,), in float32 at least.
+
+    Values of `target` are not looked at, so that no device is waited for.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if target is None:
+        target = logits.detach().argmax(1)
+    if isinstance(target, int):
+        target = torch.full(logits.shape[:1], target, device=logits.device)
+    if target.ndim == 2:
+        return (logits * target).sum(1)
+    return logits.gather(1, target.long().unsqueeze(1)).squeeze(1)
+
+
+def reduce_channels(gradient: Tensor, reduce: str | None = "max") -> Tensor:
+    """One channel from a signed gradient (N, C, H, W): "max" is eq. 2, None changes nothing."""
+    if reduce is None:
+        return gradient
+    magnitude = gradient.abs()
+    # max hands its gradient to one channel, as eq. 2 says; amax, which is faster, would split it among ties
+    return (
+        magnitude.max(1, keepdim=True).values if magnitude.requires_grad else magnitude.amax(1, keepdim=True)
+    )
+
+
+class Watch:
+    """Watches one forward pass, then takes the maps of a method from it.
+
+    A context manager: run the forward pass and call `maps` inside. `salnb.Objective` uses it to take
+    saliency maps from the same pass that its other losses use.
+
+    Args:
+        model: the network that will be run.
+        method: a key of `METHODS` other than "smoothgrad", which needs passes of its own.
+        layer: for the methods with Grad-CAM, see `grad_cam`.
+        frozen_stem: no gradient is needed for anything before the layer, so nothing is stored for it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        method: str,
+        layer: nn.Module | str | None = None,
+        *,
+        frozen_stem: bool = False,
+    ):
+        self.recipe = RECIPES[method]
+        self.layer = _find_layer(model, layer) if self.recipe.layer else None
+        self.frozen_stem = frozen_stem
+        self.activation: Tensor | None = None
+        self.relus = ReLURule(self.recipe.rule) if self.recipe.rule else None
+        self._stack = ExitStack()
+
+    def __enter__(self) -> "Watch":
+        if self.relus is not None:
+            self._stack.enter_context(self.relus)
+        if self.layer is not None:
+            handle = self.layer.register_forward_hook(self._keep)
+            self._stack.callback(handle.remove)
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._stack.close()
+
+    def _keep(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        if not isinstance(output, Tensor) or output.ndim != 4:
+            got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+            raise ValueError(f"layer must be one whose output has shape (N, C, h, w), got {got}")
+        if self.frozen_stem:
+            torch.set_grad_enabled(True)  # until _explain's own context ends
+            output = output.detach().requires_grad_()
+        self.activation = output
+        # what follows may work in place (VGG's ReLU does): let it work on a copy
+        return output.clone()
+
+    def maps(
+        self, images: Tensor, scores: Tensor, *, create_graph: bool = False, reduce: str | None = "max"
+    ) -> Tensor:
+        """The maps of `scores` (N,) with respect to `images`, both from the pass that was watched."""
+        score = scores.sum()
+        maps: list[Tensor] = []
+        if self.recipe.layer:
+            if self.activation is None:
+                raise ValueError("layer is a module of the model that its forward pass never calls")
+            keep = create_graph or self.recipe.pixels
+            (slope,) = torch.autograd.grad(
+                score, self.activation, retain_graph=keep, create_graph=create_graph
+            )
+            activation = self.activation if create_graph else self.activation.detach()
+            maps.append(_class_activation(activation, slope, images.shape[-2:]))
+        if self.recipe.pixels:
+            if self.relus is not None:
+                self.relus.open = True
+            try:
+                (gradient,) = torch.autograd.grad(score, images, create_graph=create_graph)
+            finally:
+                if self.relus is not None:
+                    self.relus.open = False
+            maps.append(reduce_channels(gradient, reduce))
+        if self.relus is not None and not self.relus.met:
+            warnings.warn(
+                "no ReLU was met in the forward pass: without one, the map is the plain gradient",
+                stacklevel=4,
+            )
+        return maps[0] * maps[1] if len(maps) == 2 else maps[0]
+
+
+def _class_activation(activation: Tensor, slope: Tensor, size: torch.Size) -> Tensor:
+    if activation.shape[-2:] == (1, 1):
+        raise ValueError("layer must have an output of more than one pixel, got 1×1: choose an earlier layer")
+    weights = slope.mean((2, 3), keepdim=True)
+    cam = (weights * activation).sum(1, keepdim=True).clamp(min=0)
+    return F.interpolate(cam, size=size, mode="bilinear", align_corners=False)
+
+
+def _find_layer(model: nn.Module, layer: nn.Module | str | None) -> nn.Module:
+    modules = dict(model.named_modules())
+    if isinstance(layer, str):
+        if layer not in modules:
+            raise unknown("layer", layer, [name for name in modules if name])
+        return modules[layer]
+    if isinstance(layer, nn.Module):
+        if not any(module is layer for module in modules.values()):
+            raise ValueError(
+                f"layer must be a module of the model, got a {type(layer).__name__} that is not part of it"
+            )
+        return layer
+    if layer is not None:
+        raise TypeError(f"layer must be a module, a dotted name or None, got {type(layer).__name__}")
+    convolutions = [module for module in modules.values() if isinstance(module, nn.Conv2d)]
+    if not convolutions:
+        raise ValueError("layer=None takes the model's last nn.Conv2d, but the model has none: name a layer")
+    return convolutions[-1]

@@ -1,0 +1,130 @@
+"""What a training costs before it is run: the arithmetic of its steps.
+
+A forward pass is counted by torch, on tensors without content, which takes no memory and no time. A step
+without saliency takes three times as much, one with the gradient's maps six times (chapter 11 counts it).
+What is left out: looking at validation and test images, and the augmentations themselves.
+"""
+
+import functools
+import math
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from salnb import models
+from salnb._common import catalog
+from salnb.data.paper import put_aside
+from salnb.study.grids import UNCHOSEN, Training, load_scale, trainings
+from salnb.train.config import Config
+
+__all__ = ["forward_flops", "markdown", "steps", "study_flops", "training_flops"]
+
+# training images as they are published
+_PUBLISHED = {"cifar10": 50_000, "cifar100": 50_000, "svhn": 73_257, "imagenet": 1_281_167}
+# forward passes that a step without saliency costs: one, and one each for the inputs and weights of layers
+_BASELINE = 3
+# what a map of each method adds: its gradient, and the way back through both passes; the layer that Grad-CAM
+# looks at is next to the scores
+_MAPS = dict.fromkeys(catalog.METHODS, 3) | {"grad_cam": 0}
+
+
+@functools.cache
+def forward_flops(network: str, size: int, num_classes: int) -> int:
+    """Multiplications and additions of a network's forward pass of one image.
+
+    Args:
+        network: its name, as in `salnb.models.build`.
+        size: height and width of the image, in pixels.
+        num_classes: K.
+
+    Raises:
+        ValueError: there is no such network.
+
+    >>> forward_flops("resnet18", 224, 1000) // 10**8
+    36
+    """
+    with torch.device("meta"):
+        model = models.build(network, num_classes).eval()
+        image = torch.empty(1, 3, size, size)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(image)
+    return counter.get_total_flops()
+
+
+def steps(config: Config) -> int:
+    """The number of steps of a training.
+
+    Raises:
+        ValueError: it is not known how many images there are.
+    """
+    images = config.train_images or _training_images(config.data)
+    return config.epochs * (images // config.batch_size)
+
+
+def training_flops(config: Config) -> float:
+    """Multiplications and additions of all steps of a training.
+
+    Raises:
+        ValueError: it is not known how many images there are.
+    """
+    total = steps(config)
+    with_maps = math.ceil(max(total - config.warmup, 0) / config.every) if config.gamma else 0
+    # each noisy copy of SmoothGrad is a pass of its own
+    maps = 6 * config.samples if config.method == "smoothgrad" else _MAPS[config.method]
+    passes = _BASELINE * total + maps * with_maps
+    forward = forward_flops(config.model, config.size, catalog.DATA[config.data].num_classes)
+    return 2.0 * config.batch_size * forward * passes  # originals, and as many augmented ones
+
+
+def study_flops(trainings: Iterable[Training]) -> float:
+    """Multiplications and additions of all trainings of a study.
+
+    Args:
+        trainings: see `salnb.study.trainings`.
+
+    Raises:
+        ValueError: it is not known how many images there are.
+    """
+    return sum(training_flops(training.config("runs")) for training in trainings)
+
+
+def markdown(study: str, rates: Mapping[str, float]) -> str:
+    """A table, in Markdown, of what a study takes at some scales, with the hours on one device.
+
+    Args:
+        study: a key of `salnb.study.STUDIES`.
+        rates: for each scale's name, how many multiplications and additions a second one device is assumed
+            to sustain.
+
+    Raises:
+        ValueError: there is no such study or scale, a rate is not positive, or it is not known how many
+            images there are.
+
+    >>> print(markdown("table3", {"smoke": 1e9}).splitlines()[0])
+    | study | scale | data | networks | trainings | operations, 10¹⁵ | rate, 10¹² / s | hours |
+    """
+    header = ("study", "scale", "data", "networks", "trainings", "operations, 10¹⁵")
+    rows: list[tuple[str, ...]] = [(*header, "rate, 10¹² / s", "hours")]
+    rows.append(("---",) * len(rows[0]))
+    for name, rate in rates.items():
+        if not rate > 0:
+            raise ValueError(f"rates must be positive, got {rate} for {name}")
+        scale = load_scale(name).of(study)
+        planned = trainings(study, scale, *UNCHOSEN)
+        flops = study_flops(planned)
+        names = (", ".join(scale.data), ", ".join(scale.networks), str(len(planned)))
+        costs = map(_digits, (flops / 1e15, rate / 1e12, flops / rate / 3600))
+        rows.append((study, name, *names, *costs))
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def _digits(number: float) -> str:
+    return f"{number:,.0f}" if number >= 10 else f"{number:.2g}"
+
+
+def _training_images(data: str) -> int:
+    if known := catalog.DATA[data].training_images:
+        return known
+    published = _PUBLISHED[data.removesuffix("-streamed")]
+    return published - put_aside(published)

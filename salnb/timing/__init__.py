@@ -1,0 +1,35 @@
+"""What a training step with the saliency loss costs: the paper's Table 4, on the device at hand."""
+
+from typing import TYPE_CHECKING
+
+from salnb._common.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from salnb.timing.cases import TABLE_4, Case, Settings, plan
+    from salnb.timing.records import PAPER, case_of, check_record, compare, read_timing
+    from salnb.timing.runner import default_path, describe, measure, study
+
+__all__ = [
+    "PAPER",
+    "TABLE_4",
+    "Case",
+    "Settings",
+    "case_of",
+    "check_record",
+    "compare",
+    "default_path",
+    "describe",
+    "measure",
+    "plan",
+    "read_timing",
+    "study",
+]
+
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "cases": ("TABLE_4", "Case", "Settings", "plan"),
+        "records": ("PAPER", "case_of", "check_record", "compare", "read_timing"),
+        "runner": ("default_path", "describe", "measure", "study"),
+    },
+)

@@ -1,0 +1,233 @@
+"""Which steps a timing study measures, in which order; free of torch, to answer mistakes at once."""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from salnb._common import catalog
+
+# the columns of the paper's Table 4
+TABLE_4 = ("vgg16", "vgg19", "resnet50", "densenet121", "densenet169")
+PRECISIONS = ("32", "tf32", "bf16")
+MODES = ("eager", "compiled")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kind of training step, a row of the study.
+
+    Attributes:
+        network: a name of `salnb.models.build`.
+        method: the saliency method; None is the baseline, a step without a saliency loss.
+        every: steps from one saliency loss to the next.
+        precision: "32", "tf32" or "bf16" (autocast).
+        compiled: `Objective.compile()`, or `torch.compile` of the baseline's network.
+        channels_last: memory format of network and images.
+        batch: originals in a step; there are as many augmented images.
+        size: height and width of the images.
+        samples: noisy copies, for SmoothGrad only; 0 with the other methods.
+    """
+
+    network: str
+    method: str | None = "vanilla_gradient"
+    every: int = 1
+    precision: str = "32"
+    compiled: bool = False
+    channels_last: bool = False
+    batch: int = 32
+    size: int = 224
+    samples: int = 0
+
+    @property
+    def baseline(self) -> "Case":
+        """The step that this one is compared with."""
+        return replace(self, method=None, every=1, samples=0)
+
+    @property
+    def mode(self) -> str:
+        """Whether the step is "compiled" or "eager"."""
+        return MODES[self.compiled]
+
+    @property
+    def label(self) -> str:
+        """The case in words."""
+        words = [self.network, {"32": "fp32"}.get(self.precision, self.precision), self.mode]
+        words += ["channels_last"] * self.channels_last + [f"{self.batch}+{self.batch}"]
+        words += [self.method.replace("_", " ") if self.method else "baseline"]
+        words += [f"every {self.every}"] * (self.every > 1)
+        return ", ".join(words)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON can hold them."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What a study measures; None takes what suits the device.
+
+    Attributes:
+        device: "auto", "cpu", "cuda", "cuda:N" or "mps".
+        budget: seconds that the study may take. None: 55 on a CPU, 570 elsewhere.
+        batch: originals in a step. None: 2 on a CPU, 32 elsewhere.
+        size: height and width of the images. None: 64 on a CPU, 224 elsewhere.
+        iterations: of each row, the second half of which counts. None: 8 on a CPU, 200 elsewhere, as in the
+            paper.
+        networks: only rows of these.
+        precisions: only rows of these.
+        modes: only rows of these.
+
+    Raises:
+        ValueError: a setting is not allowed; the message names it.
+    """
+
+    device: str = "auto"
+    budget: float | None = None
+    batch: int | None = None
+    size: int | None = None
+    iterations: int | None = None
+    networks: Sequence[str] | None = None
+    precisions: Sequence[str] | None = None
+    modes: Sequence[str] | None = None
+
+    def __post_init__(self) -> None:
+        """Check every setting, before anything is loaded."""
+        if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device):
+            raise ValueError(f"device must be auto, cpu, cuda, cuda:N or mps, got {self.device!r}")
+        if self.budget is not None and not 0 < self.budget < float("inf"):
+            raise ValueError(f"budget must be a positive number of seconds, got {self.budget}")
+        for name, least in (("batch", 2), ("size", 1), ("iterations", 4)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        for name, known in (
+            ("networks", catalog.NETWORKS),
+            ("precisions", PRECISIONS),
+            ("modes", MODES),
+        ):
+            for value in getattr(self, name) or ():
+                if value not in known:
+                    raise catalog.unknown(name, value, known)
+        if self.device == "cpu" and "tf32" in (self.precisions or ()):
+            raise ValueError("precisions: tf32 is for GPUs: with device cpu, take 32 or bf16")
+        size = self.size or (64 if self.device == "cpu" else 224)
+        for network in self.networks or ():
+            catalog.check_size(network, size)
+
+    def on(self, kind: str) -> "Settings":
+        """These settings with all that is None filled in for a kind of device, "cpu" or another."""
+        small = kind == "cpu"
+        usual: dict[str, Any] = {
+            "budget": 55.0 if small else 570.0,
+            "batch": 2 if small else 32,
+            "size": 64 if small else 224,
+            "iterations": 8 if small else 200,
+        }
+        missing = {name: value for name, value in usual.items() if getattr(self, name) is None}
+        return replace(self, device=kind if self.device == "auto" else self.device, **missing)
+
+
+def plan(settings: Settings) -> list[Case]:
+    """The rows of a study, the most important first; each baseline comes before what is compared with it.
+
+    Args:
+        settings: with nothing missing (`Settings.on`).
+    """
+    small = settings.device == "cpu"
+    cases: list[Case] = []
+    for case in _cpu_cases(settings) if small else _gpu_cases(settings):
+        if _wanted(case, settings):
+            cases += [case.baseline, case]
+    return list(dict.fromkeys(cases))
+
+
+def _wanted(case: Case, settings: Settings) -> bool:
+    known = catalog.NETWORKS[case.network]
+    smallest = known.smallest_for_cam if "grad_cam" in (case.method or "") else known.smallest
+    return (
+        (settings.precisions is None or case.precision in settings.precisions)
+        and (settings.modes is None or case.mode in settings.modes)
+        and smallest <= case.size <= (known.largest or case.size)
+    )
+
+
+def _cpu_cases(settings: Settings) -> Iterator[Case]:
+    """Table 4, then each question with a small network; what takes longest comes last."""
+    networks = settings.networks or ("resnet18", "resnet50", "densenet121")
+    first = Case(networks[0], batch=settings.batch or 0, size=settings.size or 0)
+    yield from (replace(first, network=name) for name in networks)
+    yield from _every(first)
+    yield from _batches(first, [2 * first.batch, 4 * first.batch, 8 * first.batch])
+    *cheap, smoothgrad = _methods(first, samples=5)
+    yield from cheap
+    yield replace(first, channels_last=True)
+    if not settings.networks:
+        yield from (replace(first, network=name) for name in ("densenet169", "vgg16", "vgg19"))
+    yield smoothgrad
+    if settings.precisions and "bf16" in settings.precisions:  # most CPUs have to emulate it
+        yield from (replace(first, network=name, precision="bf16") for name in networks)
+    # minutes, and nothing gained on a CPU: all networks only where it is asked for
+    for name in networks if settings.modes else networks[:1]:
+        yield replace(first, network=name, compiled=True)
+
+
+def _gpu_cases(settings: Settings) -> Iterator[Case]:
+    """The paper's table as it is, then in faster arithmetic, then compiled, then each further question."""
+    chosen = settings.networks
+    networks = chosen or TABLE_4
+    more = () if chosen else ("resnet18", "convnext_tiny", "vit_b_16")
+    first = Case("resnet50", batch=settings.batch or 0, size=settings.size or 0)
+    if chosen and "resnet50" not in chosen:
+        first = replace(first, network=chosen[0])
+    fast = replace(first, precision="bf16")
+
+    def table(names: Sequence[str], **changes: Any) -> Iterator[Case]:
+        return (replace(first, network=name, **changes) for name in names)
+
+    yield from table(networks)
+    yield from table(networks, precision="bf16")
+    yield from table(networks, precision="tf32")
+    yield from _every(fast)
+    yield replace(fast, channels_last=True)
+    yield replace(fast, compiled=True)
+    yield replace(first, precision="tf32", compiled=True)
+    yield from _batches(fast, [8, 16, 32, 64, 128, 256])
+    yield from _methods(fast, samples=25)
+    yield from table(more, precision="bf16")
+    for precision in ("bf16", "tf32"):
+        yield from table(networks, precision=precision, compiled=True)
+    for precision in ("32", "tf32"):
+        yield from table(more, precision=precision)
+    for precision in ("bf16", "tf32"):
+        yield from table((*networks, *more), precision=precision, channels_last=True)
+        yield from table((*networks, *more), precision=precision, channels_last=True, compiled=True)
+        yield from table(more, precision=precision, compiled=True)
+    yield from table((*networks, *more), compiled=True)
+    yield from table((*networks, *more), channels_last=True)
+
+
+def _every(case: Case) -> Iterator[Case]:
+    return (replace(case, every=every) for every in (1, 4, 16))
+
+
+def _batches(case: Case, batches: Sequence[int]) -> Iterator[Case]:
+    return (replace(case, batch=batch) for batch in batches if batch >= 2)
+
+
+def _methods(case: Case, samples: int) -> Iterator[Case]:
+    cheap_first = sorted(catalog.METHODS, key=lambda method: method == "smoothgrad")
+    for method in cheap_first:
+        yield replace(case, method=method, samples=samples if method == "smoothgrad" else 0)
+
+
+def counted(iterations: int, every: int) -> tuple[int, int]:
+    """How many iterations a row runs, and how many of the last count: the second half, in whole rounds.
+
+    With a saliency loss in every k-th step, a number that k does not divide would average another mixture.
+
+    >>> counted(200, 1), counted(200, 16), counted(8, 16)
+    ((200, 100), (200, 96), (32, 16))
+    """
+    iterations = max(iterations, 2 * every)
+    return iterations, iterations // 2 // every * every

@@ -1,0 +1,171 @@
+"""Where the time of a step goes, how much memory it takes, and what is known of the device."""
+
+import itertools
+import os
+import re
+import subprocess
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from salnb.timing.steps import Step
+
+KINDS = ("convolution", "batch norm", "matrix product", "other")
+
+# what is in the names of operators, autograd's functions and kernels; the first that fits decides
+_WORDS = {
+    "batch norm": re.compile(r"batch_?norm", re.IGNORECASE),
+    "convolution": re.compile(r"convolution|conv2d", re.IGNORECASE),
+    "matrix product": re.compile(r"::(mm|addmm|bmm|baddbmm|matmul|linear)$|attention"),
+}
+
+# dense peaks in 10^12 operations a second, from the makers' data sheets: by torch's name of the device,
+# in fp32 (without tensor cores), tf32 and bf16; None where it has none
+_PEAKS: dict[str, tuple[float, float | None, float | None]] = {
+    r"H100 PCIe": (51.2, 378.0, 756.0),
+    r"H100.*HBM3|H200": (66.9, 494.7, 989.4),
+    r"A100": (19.5, 156.0, 312.0),
+    r"\bL4$": (30.3, 60.0, 121.0),
+    r"\bT4$": (8.1, None, None),
+    r"V100-SXM2": (15.7, None, None),
+    r"RTX 2080 Ti": (13.4, None, None),
+}
+
+
+def peak_flops(device_name: str, precision: str) -> float | None:
+    """Operations a second that a device can do at most; None where that is not known.
+
+    >>> peak_flops("NVIDIA H100 80GB HBM3", "bf16"), peak_flops("Tesla T4", "bf16")
+    (989400000000000.0, None)
+    """
+    for pattern, peaks in _PEAKS.items():
+        if re.search(pattern, device_name):
+            peak = peaks[("32", "tf32", "bf16").index(precision)]
+            return None if peak is None else peak * 1e12
+    return None
+
+
+def kind_of(names: Iterable[str], kernel: str = "") -> str:
+    """What kind of work a piece of a step is.
+
+    Args:
+        names: the operator and what it was called by, from inside to outside.
+        kernel: the name of the kernel, on a GPU.
+
+    >>> kind_of(["aten::mul", "_BatchNormBackwardBackward"]), kind_of(["aten::addmm"])
+    ('batch norm', 'matrix product')
+    """
+    if kernel.startswith("triton"):
+        # it bears the names of all that was fused into it; the products themselves are left to libraries
+        return "batch norm" if _WORDS["batch norm"].search(kernel) else "other"
+    chain = list(names)
+    for kind, words in _WORDS.items():
+        if any(words.search(name) for name in chain):
+            return kind
+    return "other"
+
+
+def profiled(step: Step, device: torch.device) -> tuple[dict[str, float], int]:
+    """One step under the profiler.
+
+    Returns:
+        Seconds of each of `KINDS` (of the device's kernels where it has some, else of the host), and the
+        most memory that is taken beyond parameters, buffers and batch, in bytes: gradients are included.
+    """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it reports its own start past sys.stderr
+    on_gpu = device.type == "cuda"
+    step.model.zero_grad()
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(device)
+        held = torch.cuda.memory_allocated(device)
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about devices that are not there
+        with profile(activities=activities, profile_memory=not on_gpu) as run:
+            step()
+            if on_gpu:
+                torch.cuda.synchronize(device)
+    peak = torch.cuda.max_memory_allocated(device) - held if on_gpu else _most_memory(run)
+    return seconds_by_kind(run.events(), on_gpu), peak
+
+
+def seconds_by_kind(events: Iterable[Any], on_gpu: bool) -> dict[str, float]:
+    """Sum the profiler's events; on a GPU by the kernels that each operator launched."""
+    found = dict.fromkeys(KINDS, 0.0)
+    for event in events:
+        if "CPU" not in str(event.device_type):  # a kernel by itself; its operator lists it too
+            continue
+        names, caller = [], event
+        while caller is not None:
+            names.append(caller.name)
+            caller = caller.cpu_parent
+        if on_gpu:
+            for kernel in event.kernels:
+                found[kind_of(names, kernel.name)] += kernel.duration / 1e6
+        else:
+            found[kind_of(names)] += event.self_cpu_time_total / 1e6
+    return found
+
+
+def _most_memory(run: Any) -> int:
+    events = [event for event in run.profiler.kineto_results.events() if event.name() == "[memory]"]
+    sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return max(itertools.accumulate(sizes), default=0)  # negative where freed
+
+
+def device_facts(device: torch.device) -> dict[str, Any]:
+    """The device's driver, clocks and limits as far as they can be found out; None where they cannot."""
+    facts: dict[str, Any] = {
+        "processor": _processor(),
+        "driver": None,
+        "clocks_mhz": None,
+        "power_limit_w": None,
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        facts["cuda"], facts["cudnn"] = torch.version.cuda, torch.backends.cudnn.version()
+        facts["memory_bytes"] = properties.total_memory
+        facts["capability"] = f"{properties.major}.{properties.minor}"
+        answer = _nvidia_smi(device, "driver_version,power.limit,clocks.max.sm,clocks.max.mem")
+        if answer:
+            facts["driver"], facts["power_limit_w"] = answer[0], _number(answer[1])
+            facts["clocks_mhz"] = {"most_sm": _number(answer[2]), "most_memory": _number(answer[3])}
+    return facts
+
+
+def clocks(device: torch.device) -> dict[str, float | None] | None:
+    """The clocks of this moment in MHz; None where they cannot be read."""
+    answer = _nvidia_smi(device, "clocks.sm,clocks.mem") if device.type == "cuda" else None
+    return {"sm": _number(answer[0]), "memory": _number(answer[1])} if answer else None
+
+
+def _nvidia_smi(device: torch.device, query: str) -> list[str] | None:
+    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
+    which = f"GPU-{uuid}" if uuid else str(device.index or 0)  # the variable that hides GPUs renumbers them
+    command = ["nvidia-smi", f"--id={which}", f"--query-gpu={query}", "--format=csv,noheader,nounits"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    words = [word.strip() for word in answer.strip().split(",")]
+    return words if len(words) == query.count(",") + 1 else None
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:  # "[N/A]"
+        return None
+
+
+def _processor() -> str | None:
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return None
+    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return found.group(1) if found else None

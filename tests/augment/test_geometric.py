@@ -1,0 +1,379 @@
+"""Flips, affine movements and crops: right place, right way back, and never a pixel that was filled in."""
+
+import math
+from dataclasses import replace
+
+import kornia.augmentation as kornia
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as tv
+
+from salnb import augment
+from salnb.augment import geometric
+from salnb.augment import warp as kernels
+from tests.helpers.tolerances import RELATIVE, assert_close
+
+N, HEIGHT, WIDTH = 6, 40, 56
+floats = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def smooth(n=N, height=HEIGHT, width=WIDTH, dtype=torch.float64, channels=1):
+    """Sums of a few long waves in [0, 1]: resampling twice costs them little."""
+    y = torch.linspace(0, 1, height, dtype=torch.float64)[:, None]
+    x = torch.linspace(0, 1, width, dtype=torch.float64)
+    phase = torch.rand(n, channels, 1, 1, dtype=torch.float64, generator=generator(1)) * 6
+    return (0.5 + 0.25 * torch.sin(4 * x + phase) + 0.25 * torch.cos(3 * y - 2 * x + phase)).to(dtype)
+
+
+def vignette(n=N, dtype=torch.float64):
+    """Smooth images that fade out towards the rim, where rounding a coordinate then costs next to nothing."""
+    fade = [torch.linspace(0, math.pi, size, dtype=torch.float64).sin().square() for size in (HEIGHT, WIDTH)]
+    return (smooth(n, channels=3) * fade[0][:, None] * fade[1]).to(dtype)
+
+
+def affine_params(dtype=torch.float64, **given):
+    """The params of one movement for one image, still where nothing is given."""
+    still = {"angle": 0.0, "scale": 1.0, "translate": (0.0, 0.0), "shear": (0.0, 0.0)} | given
+    return augment.AffineParams(*(torch.tensor([value], dtype=dtype) for value in still.values()))
+
+
+# name: augmentation, tolerance of the round trip on valid pixels, least share of pixels that must be valid
+ROUND_TRIPS = {
+    "horizontal flip": (augment.HorizontalFlip(p=1), 0, 1),
+    "vertical flip": (augment.VerticalFlip(p=0.5), 0, 1),
+    "both flips": (augment.Sequential(augment.HorizontalFlip(), augment.VerticalFlip()), 0, 1),
+    "no rotation": (augment.Rotation(0), 1e-12, 1),
+    "rescale": (augment.Rescale(), 2e-3, 0.7),
+    "rotation": (augment.Rotation(30), 2e-3, 0.6),
+    "affine": (augment.Affine(), 3e-3, 0.5),
+    "resized crop": (augment.ResizedCrop(), 2e-3, 0.2),
+    "crop of everything": (augment.ResizedCrop(scale=(1, 1), ratio=(WIDTH / HEIGHT,) * 2), 1e-12, 1),
+    "crop and flip": (augment.Sequential(augment.ResizedCrop(), augment.HorizontalFlip()), 2e-3, 0.2),
+    "rotation and shear": (
+        augment.Sequential(augment.Rotation(20), augment.Affine(0, (0, 0), (1, 1), 20)),
+        2e-3,
+        0.5,
+    ),
+    "rotation, contrast, rescale": (
+        augment.Sequential(augment.Rotation(20), augment.Contrast(factor=(1, 1)), augment.Rescale()),
+        5e-3,
+        0.5,
+    ),
+    "nested": (
+        augment.Sequential(
+            augment.Rotation(20), augment.Sequential(augment.VerticalFlip(), augment.Rescale())
+        ),
+        2e-3,
+        0.5,
+    ),
+    "contrast": (augment.Contrast(factor=(1, 1)), 0, 1),
+    "identity": (augment.Identity(), 0, 1),
+}
+round_trips = pytest.mark.parametrize(("aug", "tolerance", "share"), ROUND_TRIPS.values(), ids=ROUND_TRIPS)
+
+
+@round_trips
+def test_round_trip(aug, tolerance, share):
+    maps = smooth()
+    params = aug.make_params(maps, generator(2))
+    back, valid = aug.inverse(aug.images(maps, params), params)
+    assert ((back - maps).abs() * valid).max() <= tolerance
+    assert valid.double().mean() >= share
+
+
+@round_trips
+def test_carry_moves_maps_as_images(aug, tolerance, share):
+    maps = smooth()
+    params = aug.make_params(maps, generator(3))
+    carried, valid = aug.carry(maps, params)
+    assert_close(carried[valid], aug.images(maps, params)[valid])
+    # ones stay ones exactly where nothing filled in was read
+    ones = aug.images(torch.ones_like(maps), params)
+    assert ones[valid].min() > 1 - 1e-9
+    if "crop" not in str(aug).lower():  # a crop reads its outer pixels again instead of zeros
+        assert torch.equal(valid, ones > 1 - 1e-9)
+
+
+@round_trips
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(seed=st.integers(0, 10_000), dtype=st.sampled_from([torch.float32, torch.float64]))
+def test_valid_never_marks_a_filled_in_pixel(aug, tolerance, share, seed, dtype):
+    maps = smooth(dtype=dtype)
+    params = aug.make_params(maps, generator(seed))
+    new = aug.images(maps, params)
+    filled = aug.images(torch.ones_like(maps), params) < 1 - 1e-3
+    back, valid = aug.inverse(new.masked_fill(filled, torch.nan), params)
+    assert back[valid].isfinite().all()
+    # and ones come back as ones: nothing that was filled in has any weight
+    back, again = aug.inverse(aug.images(torch.ones_like(maps), params), params)
+    assert torch.equal(again, valid)
+    assert (back[valid] - 1).abs().max() <= 100 * RELATIVE[dtype]
+
+
+def test_valid_excludes_what_left_the_frame_between_two_resamplings():
+    """Enlarging and then shrinking by the same factor is no movement, but the rim is lost on the way."""
+    larger, smaller = augment.Rescale((2, 2)), augment.Rescale((0.5, 0.5))
+    maps = smooth()
+    apart = augment.Sequential(larger, augment.Contrast(factor=(1, 1)), smaller)
+    joined = augment.Sequential(larger, smaller)
+    middle = torch.zeros_like(maps, dtype=torch.bool)
+    middle[..., 11:-11, 15:-15] = True
+    for aug, expected in ((joined, 1.0), (apart, 0.25)):
+        params = aug.make_params(maps)
+        back, valid = aug.inverse(aug.images(maps, params), params)
+        assert ((back - maps).abs() * valid).max() < 5e-3
+        assert valid.double().mean() == pytest.approx(expected, abs=0.05)
+        assert valid[middle].all()
+    _, carried = apart.carry(maps, params := apart.make_params(maps))
+    assert torch.equal(carried, apart.images(torch.ones_like(maps), params) > 1 - 1e-9)
+
+
+def test_geometric_steps_in_a_row_are_one_resampling(monkeypatch):
+    calls = []
+    sample = torch.nn.functional.grid_sample
+    monkeypatch.setattr(
+        kernels.F,
+        "grid_sample",
+        lambda images, *rest, **named: calls.append(1) or sample(images, *rest, **named),
+    )
+    aug = augment.Sequential(
+        augment.HorizontalFlip(),
+        augment.Rotation(),
+        augment.Sequential(augment.Rescale(), augment.Affine()),
+        augment.Contrast(),
+    )
+    maps = smooth()
+    params = aug.make_params(maps)
+    new = aug.images(maps, params)
+    assert len(calls) == 1
+    aug.inverse(new, params)
+    assert len(calls) == 2
+    flips = augment.Sequential(augment.HorizontalFlip(), augment.Contrast(), augment.VerticalFlip())
+    flips(maps).align(maps, maps)
+    assert len(calls) == 2
+
+
+def test_one_resampling_is_sharper_than_two():
+    maps = smooth()
+    turn, back = augment.Rotation((17, 17)), augment.Rotation((-17, -17))
+    joined = augment.Sequential(turn, back)
+    params = joined.make_params(maps)
+    assert_close(joined.images(maps, params), maps)
+    apart = back.images(turn.images(maps, params.steps[0]), params.steps[1])
+    assert (apart - maps)[..., 12:-12, 12:-12].abs().max() > 1e-5
+
+
+def test_sequence_is_its_steps_in_order():
+    maps = smooth()
+    steps = (augment.Affine(), augment.ResizedCrop(), augment.HorizontalFlip(), augment.Rotation())
+    aug = augment.Sequential(*steps)
+    params = aug.make_params(maps, generator(4))
+    one_by_one, real = maps, torch.ones_like(maps)
+    for step, drawn in zip(steps, params.steps, strict=True):
+        one_by_one, real = step.images(one_by_one, drawn), step.images(real, drawn)
+    # where no step filled anything in, resampling once or four times differs by a little blur only
+    assert ((aug.images(maps, params) - one_by_one).abs() * (real > 1 - 1e-9)).max() < 1e-2
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(
+    kinds=st.lists(
+        st.sampled_from(["affine", "crop", "flip", "rescale", "rotation"]), min_size=1, max_size=4
+    ),
+    seed=st.integers(0, 1000),
+)
+def test_inverse_of_a_composition_is_the_inverses_in_reverse(kinds, seed):
+    build = {
+        "affine": augment.Affine,
+        "crop": lambda: augment.ResizedCrop(scale=(0.6, 1)),
+        "flip": augment.VerticalFlip,
+        "rescale": augment.Rescale,
+        "rotation": augment.Rotation,
+    }
+    steps = [build[kind]() for kind in kinds]
+    aug, new = augment.Sequential(*steps), smooth()
+    params = aug.make_params(new, generator(seed))
+    pulled, valid = aug.inverse(new, params)
+    step_by_step, ones = new, torch.ones_like(new)
+    for step, drawn in zip(steps[::-1], params.steps[::-1], strict=True):
+        step_by_step, _ = step.inverse(step_by_step, drawn)
+        ones, step_valid = step.inverse(ones, drawn)
+        ones = ones * step_valid
+    both = valid & (ones > 1 - 1e-9)
+    assert ((pulled - step_by_step).abs() * both).max() < 2e-2
+
+
+@floats
+@pytest.mark.parametrize("angle", [0, 12.5, -30, 90, 200])
+def test_rotation_agrees_with_torchvision(angle, dtype):
+    images = vignette(1, dtype)
+    ours = augment.Rotation().images(images, affine_params(dtype, angle=angle))
+    theirs = tv.rotate(images, angle, interpolation=InterpolationMode.BILINEAR)
+    assert_close(ours, theirs)
+
+
+@floats
+@pytest.mark.parametrize(
+    ("angle", "shift", "scale", "shear"),
+    [
+        (0, (3, -5), 1, (0, 0)),
+        (0, (0, 0), 1.3, (0, 0)),
+        (0, (0, 0), 1, (15, 0)),
+        (0, (0, 0), 1, (0, -20)),
+        (25, (-4, 7), 0.7, (10, -15)),
+    ],
+    ids=["shift", "scale", "shear x", "shear y", "all"],
+)
+def test_affine_agrees_with_torchvision(angle, shift, scale, shear, dtype):
+    images = vignette(1, dtype)
+    fraction = (shift[0] / WIDTH, shift[1] / HEIGHT)
+    params = affine_params(torch.float64, angle=angle, scale=scale, translate=fraction, shear=shear)
+    # torchvision's affine turns clockwise, its rotate does not
+    theirs = tv.affine(images, -angle, list(shift), scale, list(shear), InterpolationMode.BILINEAR)
+    assert_close(augment.Affine().images(images, params), theirs)
+
+
+@floats
+@pytest.mark.parametrize("loop", [False, True], ids=["at once", "one by one"])
+def test_resized_crop_agrees_with_torchvision(loop, dtype, monkeypatch):
+    monkeypatch.setattr(geometric, "SMALL_IMAGE", 0 if loop else math.inf)
+    images = vignette(dtype=dtype)
+    aug = augment.ResizedCrop()
+    params = aug.make_params(images, generator(5))
+    theirs = [
+        tv.resized_crop(image, *box, size=[HEIGHT, WIDTH], antialias=False)
+        for image, box in zip(images, params.box.tolist(), strict=True)
+    ]
+    assert_close(aug.images(images, params), torch.stack(theirs))
+
+
+@floats
+def test_rotation_agrees_with_kornia(dtype):
+    images = vignette(dtype=dtype)
+    aug = augment.Rotation()
+    params = aug.make_params(images, generator(6))
+    theirs = kornia.RandomRotation(30.0, p=1.0, align_corners=False)
+    drawn = theirs.forward_parameters(images.shape) | {"degrees": params.angle}
+    assert_close(aug.images(images, params), theirs(images, params=drawn))
+
+
+@floats
+def test_affine_agrees_with_kornia(dtype):
+    images = vignette(dtype=dtype)
+    aug = augment.Affine(shear=0)  # kornia shears in another order
+    params = aug.make_params(images, generator(7))
+    theirs = kornia.RandomAffine(30.0, (0.1, 0.1), (0.8, 1.2), p=1.0)
+    drawn = theirs.forward_parameters(images.shape) | {
+        "angle": -params.angle,  # kornia's RandomAffine turns clockwise
+        "scale": params.scale[:, None].expand(-1, 2),
+        "translations": params.translate * torch.tensor([WIDTH, HEIGHT]),
+    }
+    assert_close(aug.images(images, params), theirs(images, params=drawn))
+
+
+def test_positive_angles_turn_counter_clockwise():
+    images = torch.zeros(1, 1, 5, 5, dtype=torch.float64)
+    images[0, 0, 2, 4] = 1  # to the right of the centre
+    turned = augment.Rotation().images(images, affine_params(angle=90.0))
+    assert turned[0, 0, 0, 2] == pytest.approx(1)  # now above it
+
+
+@pytest.mark.parametrize(("degrees", "turns"), [(90.0, 1), (180.0, 2), (270.0, 3)])
+def test_quarter_turns_of_a_square_are_exact_and_valid_everywhere(degrees, turns):
+    images = torch.rand(1, 3, 9, 9, dtype=torch.float64)
+    params = affine_params(angle=degrees)
+    turned = augment.Rotation().images(images, params)
+    assert_close(turned, images.rot90(turns, (2, 3)), 1e-12)
+    back, valid = augment.Rotation().inverse(turned, params)
+    assert_close(back, images, 1e-12)
+    assert valid.all()
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 7), (6, 1), (2, 3)])
+def test_small_frames(height, width):
+    images = torch.rand(4, 3, height, width)
+    for aug in (augment.Affine(), augment.ResizedCrop(), augment.HorizontalFlip()):
+        new = aug(images)
+        assert new.images.isfinite().all()
+        assert new.align(images[:, :1], new.images[:, :1])[2].shape == (4, 1, height, width)
+
+
+def test_cutting_one_by_one_has_the_gradient_of_cutting_at_once(monkeypatch):
+    images = smooth().requires_grad_()
+    aug = augment.ResizedCrop()
+    params = aug.make_params(images, generator(12))
+    gradients = []
+    for small in (0, math.inf):
+        monkeypatch.setattr(geometric, "SMALL_IMAGE", small)
+        gradients += torch.autograd.grad(aug.images(images, params).square().sum(), images)
+    assert_close(*gradients)
+
+
+def test_crop_boxes_fit_and_follow_the_ranges():
+    aug = augment.ResizedCrop(scale=(0.3, 0.5), ratio=(0.8, 1.25))
+    top, left, height, width = aug.make_params(torch.rand(500, 3, 64, 48), generator(8)).box.unbind(-1)
+    assert min(top.min(), left.min()) >= 0
+    assert (top + height).max() <= 64
+    assert (left + width).max() <= 48
+    area, ratio = height * width / (64 * 48), width / height
+    assert 0.28 < area.min() < 0.32 < 0.48 < area.max() < 0.52
+    assert 0.77 < ratio.min() < ratio.max() < 1.3
+
+
+def test_crop_where_no_box_fits_takes_the_middle():
+    aug = augment.ResizedCrop(scale=(1, 1), ratio=(1, 1))
+    box = aug.make_params(torch.rand(2, 3, 20, 30)).box
+    assert box.tolist() == [[0, 5, 20, 20]] * 2
+
+
+def test_flips_are_exact_in_any_precision():
+    images = torch.rand(8, 3, 6, 7, dtype=torch.bfloat16)
+    params = augment.FlipParams(torch.arange(8) % 2 == 0)
+    new = augment.HorizontalFlip().images(images, params)
+    assert torch.equal(new[::2], images[::2].flip(-1))
+    assert torch.equal(new[1::2], images[1::2])
+    upside_down = augment.VerticalFlip().images(images, params)
+    assert torch.equal(upside_down[::2], images[::2].flip(-2))
+
+
+def test_ranges_are_used_in_full():
+    params = augment.Affine(20, (0.1, 0.2), (0.5, 2), 5).make_params(torch.rand(2000, 1, 2, 2), generator(9))
+    bounds = {"angle": (-20, 20), "scale": (0.5, 2), "shear": (-5, 5)}
+    for name, (low, high) in bounds.items():
+        values = getattr(params, name)
+        assert low <= values.min() < low + 0.02 * (high - low)
+        assert high - 0.02 * (high - low) < values.max() <= high
+    assert params.translate.abs().amax(0).tolist() == pytest.approx([0.1, 0.2], rel=0.02)
+
+
+def test_autocast_does_not_move_pixels():
+    maps = smooth(dtype=torch.float32)
+    aug = augment.Sequential(augment.Affine(), augment.Rotation())
+    params = aug.make_params(maps, generator(10))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = aug.images(maps, params)
+    assert_close(inside, aug.images(maps, params))
+
+
+def test_wrong_way_back_is_noticed():
+    """Turned by the wrong sign, the maps differ by far more than by the right one."""
+    maps = smooth()
+    aug = augment.Rotation((20, 20))
+    params = aug.make_params(maps)
+    new = aug.images(maps, params)
+    right, valid = aug.inverse(new, params)
+    wrong, also = aug.inverse(new, replace(params, angle=-params.angle))
+    both = valid & also
+    assert (
+        math.sqrt(((right - maps)[both] ** 2).mean())
+        < 1e-3
+        < 0.1
+        < math.sqrt(((wrong - maps)[both] ** 2).mean())
+    )

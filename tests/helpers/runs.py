@@ -1,0 +1,173 @@
+"""Runs of a few steps on twenty real images, in this process or in one that can be killed."""
+
+import contextlib
+import json
+import multiprocessing
+import os
+import signal
+import time
+from functools import partial
+
+from salnb.train.config import Config
+
+# imported once by the server from which the processes are forked: a start takes milliseconds, not seconds
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["salnb.train", "datasets", "tests.helpers.runs"])
+
+# eighteen training images: four steps in an epoch
+DEFAULTS = {"data": "cifar10", "batch_size": 4, "epochs": 3, "device": "cpu", "save_minutes": 0}
+
+
+def settings(out, **changes):
+    return Config(out=str(out), **DEFAULTS | changes)
+
+
+def rows(out):
+    """The lines of a run's metrics."""
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_times(rows):
+    """The same, as they should be however often the run was stopped."""
+    return [{k: v for k, v in row.items() if k not in ("seconds", "images_per_second")} for row in rows]
+
+
+def silent(line):
+    pass
+
+
+def start(config, *, cache, inject=None):
+    """Start a run, or go on with it, in a process of its own.
+
+    Args:
+        config: the settings.
+        cache: the folder of the data.
+        inject: is called in that process before the run, with its end of the pipe.
+
+    Returns:
+        The process, and our end of a pipe on which it reports: each line that it logs, and last its summary
+        or its error.
+    """
+    return start_call(partial(_fit, config), cache=cache, inject=inject)
+
+
+def start_call(call, *, cache, inject=None):
+    """The same for any function that takes `log`."""
+    ours, theirs = _CONTEXT.Pipe()
+    process = _CONTEXT.Process(target=_run, args=(call, str(cache), inject, theirs))
+    process.start()
+    theirs.close()
+    return process, ours
+
+
+def finish(process, pipe):
+    """What a process reports last."""
+    last = None
+    try:
+        while True:
+            last = pipe.recv()
+    except EOFError:
+        process.join(60)
+    return last
+
+
+def _fit(config, log):
+    from salnb.train import fit
+
+    return fit(config, resume=True, log=log)
+
+
+def _run(call, cache, inject, pipe):
+    os.environ["SALNB_CACHE"] = cache
+    import torch
+
+    from salnb.train import Interrupted
+
+    torch.set_num_threads(1)
+    if inject is not None:
+        inject(pipe)
+    pipe.send("started")
+    try:
+        pipe.send(call(log=pipe.send))
+    except (Exception, Interrupted) as error:
+        pipe.send(error)
+
+
+# --- what can be injected: each stops a process at a point where it is then killed ---------------------------
+
+
+def stop_while_writing_a_checkpoint(pipe):
+    """In the middle of the file, at the third checkpoint."""
+    from salnb._common import files as _files
+
+    saves, write = _count_saves(), _files._Hashing.write
+
+    def stop(self, content):
+        if len(saves) == 3 and self.file.tell() > 100_000:
+            self.file.flush()
+            _report_and_wait(pipe)
+        return write(self, content)
+
+    _files._Hashing.write = stop
+
+
+def stop_before_a_checkpoint_has_its_name(pipe):
+    """When all is written, at the third checkpoint."""
+    from salnb._common import files as _files
+
+    place = _files._place
+    saves = _count_saves()
+
+    def stop(file, path):
+        if len(saves) == 3:
+            _report_and_wait(pipe)
+        return place(file, path)
+
+    _files._place = stop
+
+
+def stop_before_old_checkpoints_are_removed(pipe):
+    """When the newest has its name and those before it are still there."""
+    from salnb.train import checkpoint
+
+    saves, newest = _count_saves(), checkpoint._newest_first
+
+    def stop(folder):
+        if len(saves) == 3:
+            _report_and_wait(pipe)
+        return newest(folder)
+
+    checkpoint._newest_first = stop
+
+
+def _count_saves():
+    from salnb.train import checkpoint
+
+    save, saves = checkpoint.save_hashed, []
+
+    def counted(*args):
+        saves.append(args)
+        return save(*args)
+
+    checkpoint.save_hashed = counted
+    return saves
+
+
+def _report_and_wait(pipe):
+    pipe.send("here")
+    time.sleep(60)
+
+
+def wait_for(pipe, word):
+    """Read reports until one of them is the word."""
+    while (report := pipe.recv()) != word:
+        assert not isinstance(report, BaseException), report
+
+
+def kill(process):
+    """Kill a process; gives whether it was still running."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(process.pid, signal.SIGKILL)
+    process.join(60)
+    assert process.exitcode in (0, -signal.SIGKILL), process.exitcode
+    return process.exitcode != 0

@@ -1,0 +1,53 @@
+"""A study without a device: rows that are made up, in records as `salnb time` writes them."""
+
+import os
+
+import torch
+
+from salnb import timing
+from salnb.timing import runner
+
+SECONDS = {"mean": 0.02, "median": 0.02, "p5": 0.018, "p95": 0.022, "min": 0.017, "max": 0.023}
+
+
+def made_up(case, device="cpu", *, iterations=8, left=None, factor=1.0):
+    """What `timing.measure` might return: a step with saliency takes three times its baseline."""
+    factor *= 3 if case.method else 1
+    flops = 1000 * case.batch * (2 if case.method else 1)
+    return case.to_dict() | {
+        "iterations": iterations,
+        "averaged": iterations // 2,
+        "seconds": {name: factor * value for name, value in SECONDS.items()},
+        "parts": {"forward": 0.005 * factor, "backward": 0.015 * factor},
+        "kinds": {"convolution": 0.01, "batch norm": 0.0},
+        "first_step_seconds": 1.0,
+        "held_bytes": 1000,
+        "peak_bytes": 5000,
+        "flops": flops,
+        "convolution_flops": flops // 2,
+        "peak_share": None,
+        "clocks_mhz": None,
+        "time": "2026-01-01T00:00:00+00:00",
+    }
+
+
+def settings(**changes):
+    """A study of a small network on the CPU, with nothing compiled."""
+    usual = {"device": "cpu", "networks": ["small"], "size": 32, "batch": 2, "budget": 60, "modes": ["eager"]}
+    return timing.Settings(**usual | changes)
+
+
+def silent(line):
+    """A log that nobody reads."""
+
+
+def out_of_memory(*args, **kwargs):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 7.00 GiB.\nSee the manual")
+
+
+def without_waiting(monkeypatch):
+    """Rows that are made up leave nothing to free, and need not reach the disk; gives what would be freed."""
+    freed = []
+    monkeypatch.setattr(runner.gc, "collect", lambda: freed.append(True))
+    monkeypatch.setattr(os, "fsync", lambda fd: None)
+    return freed

@@ -1,0 +1,106 @@
+"""Bad settings, batches and models: each is named in one clear error."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from salnb import Objective
+from salnb.augment import Identity
+from tests.helpers.networks import conv_bn
+
+TARGET = torch.tensor([0, 1, 2, 3])
+
+
+def images():
+    return torch.rand(4, 3, 8, 8)
+
+
+BAD_SETTINGS = {
+    "alpha-negative": ({"alpha": -1.0}, ValueError, "alpha must be a finite number of at least 0, got -1"),
+    "gamma-nan": ({"gamma": math.nan}, ValueError, "gamma must be .* got nan"),
+    "beta-infinite": ({"beta": math.inf, "layers": ["0"]}, ValueError, "beta must be .* got inf"),
+    "method": ({"method": "gradcam"}, ValueError, r"method 'gradcam' is unknown \(did you mean 'grad_cam'\?\)"),
+    "normalize": ({"normalize": "min"}, ValueError, "normalize 'min' is unknown"),
+    "distance": ({"distance": "l3"}, ValueError, "distance 'l3' is unknown"),
+    "layer-distance": ({"layer_distance": "l0"}, ValueError, "layer_distance 'l0' is unknown"),
+    "every": ({"every": 0}, ValueError, "every must be at least 1, got 0"),
+    "warmup": ({"warmup": -1}, ValueError, "warmup must be at least 0, got -1"),
+    "layer": ({"beta": 1.0, "layers": ["conv"]}, ValueError, "layers 'conv' is unknown; known: 0, 1"),
+    "beta-alone": ({"beta": 1.0}, ValueError, "beta and layers go together"),
+    "layers-alone": ({"layers": ["0"]}, ValueError, "beta and layers go together"),
+    "option": ({"method_options": {"layer": "3"}}, ValueError, "method_options of vanilla_gradient 'layer' is unknown"),
+    "cam-layer": ({"method": "grad_cam", "method_options": {"layer": "33"}}, ValueError, "layer '33' is unknown"),
+    "augmentation": ({"augmentation": torch.nn.Identity()}, TypeError, "augmentation must be one of salnb.augment, got Identity"),
+    "model": ({"model": lambda x: x}, TypeError, "model must be an nn.Module, got function"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_SETTINGS)
+def test_bad_settings_are_named(case):
+    settings, error, message = BAD_SETTINGS[case]
+    with pytest.raises(error, match=message):
+        Objective(**{"model": conv_bn(), "augmentation": Identity(), **settings})
+
+
+BAD_BATCHES = {
+    "integers": (lambda x: ((x * 255).byte(), TARGET), TypeError, r"images must be .* floating-point"),
+    "three-dimensions": (lambda x: (x[0], TARGET), ValueError, "images must have four dimensions"),
+    "no-target": (
+        lambda x: (x, None),
+        ValueError,
+        r"target must be a tensor \(4,\) or \(4, K\), got NoneType",
+    ),
+    "target-too-short": (
+        lambda x: (x, TARGET[:3]),
+        ValueError,
+        r"target must be a tensor \(4,\).*got \(3,\)",
+    ),
+    "target-floats": (
+        lambda x: (x, TARGET.double()),
+        TypeError,
+        "must hold integer labels, got torch.float64",
+    ),
+    "label-too-high": (lambda x: (x, TARGET + 1), ValueError, "target must lie in 0 … 3, got 4"),
+    "label-negative": (lambda x: (x, TARGET - 1), ValueError, "target must lie in 0 … 3, got -1"),
+    "weights-misfit": (
+        lambda x: (x, torch.rand(4, 7)),
+        ValueError,
+        r"weights must be \(4, 4\), got \(4, 7\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_BATCHES)
+def test_bad_batches_are_named(case):
+    change, error, message = BAD_BATCHES[case]
+    with pytest.raises(error, match=message):
+        Objective(conv_bn(), Identity(), num_classes=4)(*change(images()))
+
+
+class Unused(nn.Sequential):
+    def forward(self, x):
+        return self[8](x.mean((2, 3)).repeat(1, 2))
+
+
+def test_bad_models_are_named():
+    x = images()
+    with pytest.raises(ValueError, match=r"model must return logits \(2N, K\) = \(8, 7\), got \(8, 4\)"):
+        Objective(conv_bn(), Identity(), num_classes=7)(x, TARGET)
+    with pytest.raises(ValueError, match=r"model must return logits \(2N, K\).*got \(8, 3, 8, 8\)"):
+        Objective(nn.Identity(), Identity())(x, TARGET)
+    with pytest.raises(ValueError, match="the forward pass of the model never calls its module '3'"):
+        Objective(Unused(*conv_bn()), Identity(), beta=1.0, layers=["3"])(x, TARGET)
+    with pytest.raises(TypeError, match="'0' must return a tensor, got tuple"):
+        Objective(nn.Sequential(Pair(), First(), *conv_bn()), Identity(), beta=1.0, layers=["0"])(x, TARGET)
+
+
+class Pair(nn.Module):
+    def forward(self, x):
+        return x, x
+
+
+class First(nn.Module):
+    def forward(self, pair):
+        return pair[0]

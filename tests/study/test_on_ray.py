@@ -1,0 +1,213 @@
+"""Studies on Ray: a real cluster on this machine, workers that die, every record once."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from salnb import results, study
+from salnb.study import grids, on_ray
+from salnb.study.grids import Scale, trainings
+from salnb.study.on_ray import OnRay
+from salnb.study.runner import here
+from tests.helpers import ray_worker
+
+ray = pytest.importorskip("ray")
+# twelve steps, each saved
+TRAINING = {"batch_size": 4, "epochs": 3, "device": "cpu", "save_minutes": 0}
+
+
+def scale_of(**changes):
+    values = {"data": ["cifar10"], "networks": ["small"], "seeds": [0, 1], "training": TRAINING}
+    return Scale(name="twenty", **values | changes)
+
+
+def run(folder, scale=None, **options):
+    return study.run(
+        "table3", scale or scale_of(), folder, **{"execute": OnRay(), "display": io.StringIO()} | options
+    )
+
+
+def hashes(records):
+    assert {record["status"] for record in records} == {"done"}, records
+    return {record["name"]: record["result"]["parameters_sha256"] for record in records}
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory, cache):
+    """Two workers, which note down what they do; a busy machine may need more than one try to start Ray."""
+    with pytest.MonkeyPatch.context() as patch:
+        notes = tmp_path_factory.mktemp("notes")
+        patch.setenv("SALNB_TEST_NOTES", str(notes))
+        # jsonschema would build a grammar in each of Ray's processes, which then start thrice as slowly
+        stub = tmp_path_factory.mktemp("stub")
+        (stub / "rfc3987_syntax.py").write_text("raise ImportError")
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(stub), *filter(None, sys.path)]))
+        for _ in range(5):
+            try:
+                ray.init(
+                    num_cpus=2,
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    logging_level="error",
+                    runtime_env={"worker_process_setup_hook": ray_worker.prepare},
+                )
+                break
+            except Exception:
+                ray.shutdown()
+        yield notes
+        ray.shutdown()
+
+
+@pytest.fixture
+def notes(cluster):
+    """The folder of the workers' notes, emptied."""
+    for path in cluster.iterdir():
+        path.unlink()
+    return cluster
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory, cache):
+    """What the trainings come to in this process, uninterrupted."""
+    return hashes(run(tmp_path_factory.mktemp("here"), execute=here))
+
+
+def attempts(notes):
+    """Each beginning of a training: its seed, the step it goes on from, its process."""
+    return [tuple(map(int, line.split())) for line in (notes / "attempts").read_text().splitlines()]
+
+
+def when_it_waits(notes, seed, act):
+    """Let the first training of a seed wait after its fifth step, and then do something to its process."""
+    (notes / f"stop-{seed}").write_text("5")
+
+    def wait():
+        report = notes / f"pid-{seed}"
+        while not (report.exists() and report.read_text()):
+            time.sleep(0.02)
+        act(int(report.read_text()))
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+# --- with a cluster ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM"])
+def test_a_training_whose_worker_dies_goes_on_in_another(tmp_path, notes, expected, name):
+    killed = []
+
+    def kill(pid):
+        killed.append(pid)
+        os.kill(pid, signal.Signals[name])
+
+    when_it_waits(notes, 1, kill)
+    records = run(tmp_path)
+    assert hashes(records) == expected
+    assert sorted(p.stem for p in (tmp_path / "table3").iterdir()) == sorted(expected)
+    began = attempts(notes)
+    # six trainings and one that was gone on with, from where it was, in another process
+    assert sorted(step for _, step, _ in began)[:6] == [0] * 6
+    (again,) = [(seed, step, pid) for seed, step, pid in began if step]
+    assert again[0] == 1
+    # told to stop, it finishes its step and saves; killed, it has what it had saved
+    assert again[1] == {"SIGKILL": 5, "SIGTERM": 6}[name]
+    assert again[2] not in killed
+    assert killed[0] in {pid for _, _, pid in began}
+
+
+def test_a_failed_training_leaves_its_error_and_the_others_go_on(tmp_path, notes, expected):
+    broken = trainings("table3", scale_of(), *grids.UNCHOSEN)[2]
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / os.path.basename(broken.config("").out)).write_text("no folder")
+    records = run(tmp_path)
+    assert [r["status"] for r in records] == ["done", "done", "failed", "done", "done", "done"]
+    assert records[2]["error"].startswith("NotADirectoryError: out must be a folder, got the file")
+    assert results.read_record(tmp_path / "table3" / f"{broken.name}.json") == records[2]
+    assert hashes([r for r in records if r["status"] == "done"]).items() < expected.items()
+
+
+def test_a_worker_that_dies_again_and_again_is_a_failure(cluster):
+    (training, *_) = trainings("table3", scale_of(), *grids.UNCHOSEN)
+    reference = ray.remote(max_retries=0)(lambda: os._exit(1)).remote()
+    record = on_ray._record(ray, training, reference)
+    assert (record["status"], record["factors"]) == ("failed", training.factors)
+    assert record["error"].startswith("WorkerCrashedError: ")
+
+
+def test_a_share_that_no_machine_has(tmp_path, cluster):
+    with pytest.raises(
+        ValueError, match="share must be at most 2, the CPUs of a machine in the cluster, got 3"
+    ):
+        run(tmp_path, execute=OnRay(share=3))
+
+
+# --- without one -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_command_is_stopped_and_goes_on(tmp_path, cache, expected):
+    """With a cluster of its own, which it starts and ends."""
+    scale, out = tmp_path / "twenty.yml", tmp_path / "out"
+    values = {"data": ["cifar10"], "networks": ["small"], "seeds": [0, 1], "training": TRAINING}
+    scale.write_text(json.dumps({"scale": values}))
+    command = [sys.executable, "-m", "salnb", "study", "table3", "--scale", str(scale), "--out", str(out)]
+    for number in (signal.SIGINT, signal.SIGKILL):
+        process = subprocess.Popen([*command, "--on", "ray"], stderr=subprocess.PIPE, text=True)
+        there = len(list(out.glob("table3/*.json")))
+        while len(list(out.glob("table3/*.json"))) == there:
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.01)
+        process.send_signal(number)
+        _, error = process.communicate(timeout=120)
+        assert process.returncode == (130 if number == signal.SIGINT else -signal.SIGKILL)
+        assert ("table3: stopped; to go on" in error) == (number == signal.SIGINT)
+        time.sleep(10)  # the cluster ends with the process that started it
+        before = {p: p.stat().st_mtime_ns for p in out.rglob("*.*")}
+        time.sleep(3)
+        assert {p: p.stat().st_mtime_ns for p in out.rglob("*.*")} == before
+        assert there < len(list(out.glob("table3/*.json"))) < 6
+    subprocess.run([*command, "--on", "ray"], check=True)
+    assert hashes(study.read(out, "table3")) == expected
+    assert all(p.stat().st_mtime_ns == time for p, time in before.items() if p.parent.name == "table3")
+
+
+class Machines:
+    """A cluster of so many machines, with so much each."""
+
+    def __init__(self, *resources):
+        self.resources = resources
+
+    def nodes(self):
+        there = [{"Alive": True, "Resources": resources} for resources in self.resources]
+        return [*there, {"Alive": False, "Resources": {"CPU": 64.0, "GPU": 8.0}}]
+
+
+@pytest.mark.parametrize(
+    ("machines", "kind", "share", "places"),
+    [
+        ([{"CPU": 2.0}], "CPU", 1, 2),
+        ([{"CPU": 2.0}], "CPU", 0.5, 4),
+        ([{"CPU": 3.0}, {"CPU": 3.0}], "CPU", 2, 2),  # one on each, and not three
+        ([{"GPU": 1.0, "CPU": 2.0}, {"CPU": 8.0}], "GPU", 0.25, 4),
+        ([{"GPU": 0.3}], "GPU", 0.1, 3),
+        ([], "CPU", 1, 0),
+    ],
+)
+def test_trainings_at_a_time(machines, kind, share, places):
+    assert OnRay(share=share)._places(Machines(*machines), kind) == places
+
+
+def test_without_ray_its_name_is_given(tmp_path, cache, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(
+        ModuleNotFoundError, match=r"on ray needs the package ray: pip install 'salnb\[ray\]'"
+    ):
+        run(tmp_path)

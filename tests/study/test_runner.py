@@ -1,0 +1,374 @@
+"""Studies in one process: every training once, whatever stops them; the choice of weights; what is shown."""
+
+import functools
+import io
+import os
+import signal
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+import salnb.losses
+from salnb import data, models, results, statistics, study
+from salnb.augment import Affine
+from salnb.objective import Objective
+from salnb.study import choose_gammas, grids, match_weight, runner
+from salnb.study.grids import Scale, trainings
+from salnb.study.runner import run_training
+from salnb.train import Interrupted, fit
+from salnb.train.setup import derived_seed
+from tests.helpers import runs
+
+pytestmark = pytest.mark.usefixtures("cache")
+
+# four trainings of eight steps
+TRAINING = {"batch_size": 4, "epochs": 2, "device": "cpu", "save_minutes": 0}
+
+
+def scale_of(**changes):
+    values = {"data": ["cifar10"], "networks": ["small"], "seeds": [0, 1], "training": TRAINING}
+    return Scale(name="twenty", **values | changes)
+
+
+def run(folder, name="table2", scale=None, **options):
+    return study.run(name, scale or scale_of(), folder, **{"display": io.StringIO()} | options)
+
+
+def hashes(records):
+    return {record["name"]: record["result"]["parameters_sha256"] for record in records}
+
+
+def files(folder):
+    """Each file but the lock, with when it was written."""
+    return {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, cache):
+    """A study that nothing interrupts: its folder and its records."""
+    folder = tmp_path_factory.mktemp("finished")
+    return folder, run(folder)
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """The folders of the trainings that are run."""
+    seen = []
+    monkeypatch.setattr(
+        runner, "fit", lambda config, **options: seen.append(config.out) or fit(config, **options)
+    )
+    return seen
+
+
+# --- records -----------------------------------------------------------------------------------------------
+
+
+def test_each_training_has_its_record(finished):
+    folder, records = finished
+    planned = trainings("table2", scale_of(), *grids.UNCHOSEN)
+    assert [r["name"] for r in records] == [t.name for t in planned]
+    for training, record in zip(planned, records, strict=True):
+        assert record == results.read_record(folder / "table2" / f"{training.name}.json")
+        assert (record["study"], record["scale"], record["status"]) == ("table2", "twenty", "done")
+        assert (record["factors"], record["warnings"]) == (training.factors, [])
+        assert training.config(folder).differences(record["result"]["config"]) == ""
+        assert record["result"]["provenance"]["versions"]["torch"] == torch.__version__
+    assert {r["name"]: r for r in study.read(folder, "table2")} == {r["name"]: r for r in records}
+    assert len(set(hashes(records).values())) == 4
+    (comparison,) = statistics.compare(records)
+    assert comparison.n == 2
+
+
+def test_a_record_holds_what_the_training_alone_gives(finished, tmp_path):
+    folder, records = finished
+    place = Path(records[2]["result"]["config"]["out"])
+    assert not place.is_absolute(), "a published record would tell of this machine's folders"
+    assert (folder / place / "summary.json").exists()
+    alone = fit(
+        runs.settings(tmp_path / "run", augmentation="simclr", seed=1, gamma=0, epochs=2), log=runs.silent
+    )
+    assert records[2]["factors"] == {
+        "data": "cifar10", "network": "small", "augmentation": "simclr", "strategy": "reference", "seed": 1,
+    }  # fmt: skip
+    assert records[2]["result"]["parameters_sha256"] == alone["parameters_sha256"]
+
+
+def test_reference_and_saliency_see_the_same(finished, tmp_path):
+    """They start from the same weights and go through the same batches: with next to no weight, they are one."""
+    with_it = run(tmp_path, scale=scale_of(seeds=[0], gammas=[1e-30]))
+    reference, saliency = (record["result"] for record in with_it)
+    assert saliency["saliency_loss"] > 0
+    assert reference["saliency_loss"] == 0
+    assert saliency["parameters_sha256"] == reference["parameters_sha256"]
+
+
+def test_records_that_are_not_there(tmp_path):
+    with pytest.raises(
+        FileNotFoundError, match=r"there is no record of table1 in .*: run `salnb study table1`"
+    ):
+        study.read(tmp_path, "table1")
+
+
+def test_finished_trainings_are_never_repeated(finished, counted):
+    folder, records = finished
+    before = files(folder)
+    assert run(folder) == records
+    assert counted == []
+    assert files(folder) == before
+    # even where only the records are left
+    assert len(before) > 8
+
+
+def test_more_seeds_run_only_what_is_new(finished, counted, tmp_path):
+    folder, records = finished
+    os.rename(folder, tmp_path / "more")
+    try:
+        more = run(tmp_path / "more", scale=scale_of(seeds=[0, 1, 2]))
+    finally:
+        os.rename(tmp_path / "more", folder)
+    assert len(counted) == 2
+    assert more[:4] == records
+    assert [r["factors"]["seed"] for r in more[4:]] == [2, 2]
+    for record in more[4:]:
+        (folder / "table2" / f"{record['name']}.json").unlink()
+
+
+# --- what stops a study ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_stopped_study_goes_on_where_it_was(tmp_path, finished, monkeypatch, counted, name):
+    step_generator, calls = salnb.train.step_generator, []
+
+    def stop(at_run):
+        calls.append(at_run.step)
+        if len(calls) == 8 + 6:  # within the second training
+            signal.raise_signal(signal.Signals[name])
+        return step_generator(at_run)
+
+    monkeypatch.setattr("salnb.train.loop.step_generator", stop)
+    with pytest.raises(Interrupted) as stopped:
+        run(tmp_path)
+    assert stopped.value.signal == signal.Signals[name]
+    assert len(study.read(tmp_path, "table2")) == 1
+    before, done = files(tmp_path), counted[0]
+    assert hashes(run(tmp_path)) == hashes(finished[1])
+    # the first is left alone, the second goes on behind its sixth step
+    assert counted.count(done) == 1
+    assert counted[1] == counted[2]
+    assert calls == [*range(8), *range(6), 6, 7, *range(8), *range(8)]
+    after = files(tmp_path)
+    assert all(after[path] == time for path, time in before.items() if done in str(path))
+
+
+def _study(folder, log):
+    """A study in a process of its own, which reports each step of its second training."""
+    step_generator = salnb.train.step_generator
+
+    def reported(at_run):
+        log(f"seed {at_run.config.seed} gamma {at_run.config.gamma:g} step {at_run.step}")
+        return step_generator(at_run)
+
+    salnb.train.step_generator = reported
+    return hashes(run(folder))
+
+
+def test_a_killed_study_goes_on_where_it_was(tmp_path, cache, finished, monkeypatch):
+    monkeypatch.setattr("salnb._common.files._PATIENCE", 0.0)
+    process, pipe = runs.start_call(functools.partial(_study, tmp_path), cache=cache)
+    runs.wait_for(pipe, "seed 0 gamma 1 step 5")
+    # nobody else may work there meanwhile
+    with pytest.raises(FileExistsError, match=rf"out {tmp_path}: another process is at work there"):
+        run(tmp_path)
+    assert runs.kill(process)
+    before = files(tmp_path)
+    process, pipe = runs.start_call(functools.partial(_study, tmp_path), cache=cache)
+    steps = []
+    while not isinstance(report := pipe.recv(), dict):
+        assert not isinstance(report, BaseException), report
+        steps.append(report)
+    process.join(60)
+    assert report == hashes(finished[1])
+    assert steps[0] == "started"
+    begun = int(steps[1].removeprefix("seed 0 gamma 1 step "))
+    assert begun >= 5
+    assert len(steps) == 1 + (8 - begun) + 8 + 8
+    (record,) = (path for path in before if path.parent.name == "table2")
+    assert files(tmp_path)[record] == before[record]
+
+
+# --- what fails --------------------------------------------------------------------------------------------
+
+
+def test_a_failed_training_leaves_its_error_and_the_others_go_on(tmp_path, finished, monkeypatch):
+    loss = salnb.losses.saliency_loss
+    monkeypatch.setattr(
+        "salnb.objective.objective.saliency_loss", lambda *a, **k: loss(*a, **k) * float("nan")
+    )
+    display = io.StringIO()
+    records = run(tmp_path, display=display)
+    assert [r["status"] for r in records] == ["done", "failed", "done", "failed"]
+    failed = records[1]
+    assert failed["error"].startswith("NonFiniteError: saliency_loss is nan in step 1")
+    assert "in collect" in "".join(failed["trace"])
+    assert failed == results.read_record(tmp_path / "table2" / f"{failed['name']}.json")
+    assert f"{failed['name']}: NonFiniteError" in display.getvalue()
+    assert "2 of 4 done, 2 failed" in display.getvalue()
+    # when the study is started again, they are tried again, and only they
+    monkeypatch.undo()
+    before = files(tmp_path)
+    again = run(tmp_path)
+    assert hashes(again) == hashes(finished[1])
+    assert [a == b for a, b in zip(again, records, strict=True)] == [True, False, True, False]
+    for record in (records[0], records[2]):
+        path = tmp_path / "table2" / f"{record['name']}.json"
+        assert files(tmp_path)[path] == before[path]
+
+
+def test_a_record_of_other_settings_is_refused(finished, counted):
+    folder, _ = finished
+    scale = scale_of(training=TRAINING | {"learning_rate": 0.25, "epochs": 3})
+    with pytest.raises(
+        ValueError, match=r"other settings: .*epochs 2 \(now 3\), .*learning_rate 0.05 \(now 0.25\)"
+    ):
+        run(folder, scale=scale)
+    assert counted == []
+    # how it is run is no such setting
+    assert len(run(folder, scale=scale_of(training=TRAINING | {"device": "auto", "save_minutes": 5}))) == 4
+
+
+def test_mistakes_are_found_before_anything_is_run(tmp_path, counted):
+    with pytest.raises(ValueError, match="model 'resnet81' is unknown"):
+        run(tmp_path / "out", scale=scale_of(networks=["small", "resnet81"]))
+    with pytest.raises(ValueError, match=r"study 'tabel2' is unknown \(did you mean 'table2'\?\)"):
+        run(tmp_path / "out", "tabel2")
+    assert counted == []
+    assert not (tmp_path / "out").exists()
+
+
+def test_warnings_are_kept_and_nothing_is_printed(tmp_path, monkeypatch, capfd):
+    def warning(config, **options):
+        warnings.warn("a checkpoint is damaged", stacklevel=1)
+        warnings.warn("a checkpoint is damaged", stacklevel=1)
+        return fit(config, **options)
+
+    monkeypatch.setattr("salnb.study.runner.fit", warning)
+    training = trainings("table2", scale_of(), *grids.UNCHOSEN)[0]
+    record = run_training(training, tmp_path)
+    assert record["warnings"] == ["UserWarning: a checkpoint is damaged"]
+    assert capfd.readouterr() == ("", "")
+
+
+# --- weights -----------------------------------------------------------------------------------------------
+
+
+def gamma_record(gamma, seed, accuracy, data="svhn", **changes):
+    result = {"validation_accuracy": accuracy, "test_accuracy": 1 - accuracy}
+    factors = {"data": data, "network": "small", "gamma": f"{gamma:g}", "seed": seed}
+    return {"status": "done", "factors": factors, "result": result} | changes
+
+
+def failed(record):
+    return {k: v for k, v in record.items() if k != "result"} | {
+        "status": "failed",
+        "error": "MemoryError: 3",
+    }
+
+
+def test_the_weight_is_the_best_on_the_validation_split():
+    records = [
+        *(gamma_record(0, seed, 0.99) for seed in (7, 8)),  # the reference is no candidate
+        *(gamma_record(0.1, seed, 0.5) for seed in (7, 8)),
+        *(gamma_record(1, seed, accuracy) for seed, accuracy in ((7, 0.4), (8, 0.7))),
+        *(gamma_record(10, seed, 0.3) for seed in (7, 8)),
+        gamma_record(0.1, 7, 0.2, "cifar10"),
+        gamma_record(1, 7, 0.1, "cifar10"),
+    ]
+    assert choose_gammas(records) == {"svhn": 1.0, "cifar10": 0.1}
+    # of equals the smallest, in whatever order
+    equal = [gamma_record(gamma, 7, 0.5) for gamma in (3, 10, 0.3, 1)]
+    assert choose_gammas(equal) == {"svhn": 0.3}
+    assert choose_gammas([*equal, failed(gamma_record(0.1, 7, 0.9))]) == {"svhn": 0.3}
+
+
+def test_without_a_training_there_is_no_choice():
+    records = [gamma_record(0, 7, 0.5), failed(gamma_record(1, 7, 0.5)), gamma_record(1, 7, 0.5, "cifar10")]
+    with pytest.raises(
+        RuntimeError, match="no weight can be chosen for svhn, as all trainings failed: MemoryError: 3"
+    ):
+        choose_gammas(records)
+
+
+def test_a_study_chooses_its_weight_first_and_keeps_to_it(tmp_path, counted):
+    scale = scale_of(seeds=[0], gammas=[1e-9, 1e9], gamma_seeds=[7], training=TRAINING | {"epochs": 1})
+    records = run(tmp_path, "table2", scale)
+    chosen = choose_gammas(study.read(tmp_path, "gamma"))["cifar10"]
+    assert [r["result"]["config"]["gamma"] for r in records] == [0, chosen]
+    assert {r["factors"]["seed"] for r in study.read(tmp_path, "gamma")} == {7}
+    assert len(counted) == 3 + 2
+    before = files(tmp_path)
+    assert run(tmp_path, "table2", scale) == records
+    assert files(tmp_path) == before
+    # the papers' weights need no choice
+    run(tmp_path / "three", "table3", scale)
+    assert not (tmp_path / "three" / "gamma").exists()
+
+
+SETTINGS = {"data": "cifar10", "model": "small", "augmentation": "affine", "gamma": 2.0, **TRAINING}
+CHANGES = [
+    {"normalize": "sum"}, {"normalize": "none"}, {"distance": "cosine"}, {"pool": 4},
+    {"method": "guided_backprop"}, {"method": "grad_cam"}, {"method": "smoothgrad", "samples": 2},
+]  # fmt: skip
+
+
+def pull(settings, weight):
+    """The length of the gradient of the weighted term, by hand: over four batches of an untrained network."""
+    torch.manual_seed(derived_seed(0, "weights"))
+    options = {"n_samples": settings["samples"]} if "samples" in settings else None
+    objective = Objective(
+        models.build("small", 10), Affine(), alpha=0.0, gamma=weight, method_options=options,
+        **{k: settings[k] for k in ("method", "normalize", "distance", "pool") if k in settings},
+    )  # fmt: skip
+    split, generator, lengths = data.load("cifar10", 32).train, torch.Generator().manual_seed(0), []
+    for images, labels, _ in data.batches(split, 32, torch.device("cpu"), batch_size=4, seed=0):
+        objective.zero_grad()
+        objective(images, labels, generator).total.backward()
+        gradient = torch.cat([p.grad.flatten() for p in objective.parameters() if p.grad is not None])
+        lengths.append(gradient.norm().item())
+    assert len(lengths) == 4
+    return sum(lengths) / 4
+
+
+@pytest.mark.parametrize("changes", CHANGES, ids=str)
+def test_a_matched_term_pulls_as_strongly(changes):
+    changed = SETTINGS | changes
+    weight = match_weight(SETTINGS, changed)
+    assert pull(changed, weight) == pytest.approx(pull(SETTINGS, 2.0), rel=0.06)  # it has two digits
+    assert pull(changed, 2.0) != pytest.approx(pull(SETTINGS, 2.0), rel=0.06)
+
+
+def test_a_factor_on_the_loss_is_undone(monkeypatch):
+    assert match_weight(SETTINGS, SETTINGS) == 2.0
+    runner._gradient_length.cache_clear()
+    loss = salnb.losses.saliency_loss
+    monkeypatch.setattr(
+        "salnb.objective.objective.saliency_loss",
+        lambda *a, **k: loss(*a, **k) * (50.0 if k["pool"] == 2 else 1.0),
+    )
+    strong = match_weight(SETTINGS, SETTINGS | {"pool": 2})
+    monkeypatch.undo()
+    runner._gradient_length.cache_clear()
+    assert match_weight(SETTINGS, SETTINGS | {"pool": 2}) == pytest.approx(50 * strong, rel=0.05)
+
+
+def test_a_weight_is_matched_whatever_else_is_trained_with():
+    """Other terms, and when the term enters, do not count; the generators are left alone."""
+    other = {"beta": 0.5, "layers": ("network.stage1",), "alpha": 0.3, "warmup": 100, "every": 3, "seed": 5}
+    before = torch.random.get_rng_state()
+    changes = {"normalize": "sum"}
+    assert match_weight(SETTINGS | other, SETTINGS | other | changes) == match_weight(
+        SETTINGS, SETTINGS | changes
+    )
+    assert torch.equal(torch.random.get_rng_state(), before)

@@ -1,0 +1,281 @@
+"""Settings: the catalogue is true, and every mistake is answered at once, by name."""
+
+import json
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+
+from salnb.__main__ import COMMANDS, main
+from salnb._common import catalog
+from salnb.train.config import PRACTICAL, Config
+
+# --- the catalogue against the modules that own the things -------------------------------------------------
+
+
+def test_catalogue_names_what_there_is():
+    from salnb import augment, data, losses, saliency
+
+    assert list(catalog.AUGMENTATIONS) == list(augment.AUGMENTATIONS)
+    for name, least in catalog.AUGMENTATIONS.items():
+        assert augment.AUGMENTATIONS[name]().least_samples == least
+    assert list(catalog.METHODS) == list(saliency.METHODS)
+    assert set(catalog.NORMALIZATIONS) == losses.NORMALIZATIONS
+    assert set(catalog.DISTANCES) == losses.DISTANCES
+    assert {name.removesuffix("-streamed") for name in catalog.DATA} == {*data.PHOTOGRAPHS, *data.paper.HUB}
+
+
+def test_timm_names_are_those_that_timm_lists():
+    timm = pytest.importorskip("timm")
+    names = timm.list_models()
+    for name in names[:: max(1, len(names) // 100)]:
+        catalog.network(f"timm:{name}")
+
+
+# --- mistakes ----------------------------------------------------------------------------------------------
+
+UNKNOWN = [
+    ("data", "cifar-10", "cifar10"),
+    ("model", "resnet81", "resnet18"),
+    ("model", "timm:resnett18", "timm:resnet18"),
+    ("augmentation", "afine", "affine"),
+    ("method", "gradcam", "grad_cam"),
+    ("normalize", "zscor", "zscore"),
+    ("distance", "l11", "l1"),
+    ("optimizer", "adam", "adamw"),
+    ("schedule", "cosin", "cosine"),
+    ("precision", "fp61", "fp16"),
+]
+
+
+@pytest.mark.parametrize(("name", "given", "near"), UNKNOWN)
+def test_unknown_names_list_the_known_ones(name, given, near):
+    expected = rf"^{name} '{given}' is unknown \(did you mean '{near}'\?\); known: "
+    with pytest.raises(ValueError, match=expected):
+        Config(out="run", **{name: given})
+
+
+MISTAKES = [
+    ({"out": ""}, ValueError, "out must name a folder, got ''"),
+    ({"size": 0}, ValueError, "size must be at least 1, got 0"),
+    ({"size": 33}, ValueError, "size of digit-scenes must be one of 32, 64, 96, 224, got 33"),
+    ({"size": 16, "data": "svhn", "model": "vgg16_bn"}, ValueError, "size must be at least 32 for vgg16_bn, got 16"),
+    ({"size": 32.0}, TypeError, "size must be of type int, got 32.0"),
+    ({"epochs": 0}, ValueError, "epochs must be at least 1, got 0"),
+    ({"epochs": True}, TypeError, "epochs must be of type int, got True"),
+    ({"seed": -1}, ValueError, "seed must be at least 0, got -1"),
+    ({"pool": 0}, ValueError, "pool must be at least 1, got 0"),
+    ({"pool": 33}, ValueError, "pool must be at most 32, the size of the images, got 33"),
+    ({"pool": 2.0}, TypeError, "pool must be of type int, got 2.0"),
+    ({"samples": 0}, ValueError, "samples must be at least 1, got 0"),
+    ({"samples": None}, TypeError, "samples must be of type int, got None"),
+    ({"every": 0}, ValueError, "every must be at least 1, got 0"),
+    ({"warmup": -1}, ValueError, "warmup must be at least 0, got -1"),
+    ({"gamma": -0.5}, ValueError, "gamma must be at least 0, got -0.5"),
+    ({"beta": float("nan")}, ValueError, "beta must be a finite number, got nan"),
+    ({"alpha": 0, "gamma": 0}, ValueError, "one of alpha, beta and gamma must be positive"),
+    ({"alpha": "1"}, TypeError, "alpha must be of type float, got '1'"),
+    ({"learning_rate": 0}, ValueError, "learning_rate must be positive, got 0.0"),
+    ({"batch_size": 1, "augmentation": "mixup"}, ValueError, "batch_size must be at least 2 for mixup, which mixes"),
+    ({"batch_size": 6001}, ValueError, "batch_size must be at most 6000, the number of training images, got 6001"),
+    ({"batch_size": 9, "train_images": 8}, ValueError, "batch_size must be at most 8"),
+    ({"device": "gpu"}, ValueError, "device must be auto, cpu, cuda, cuda:N or mps, got 'gpu'"),
+    ({"device": "cpu", "precision": "fp16"}, ValueError, "precision fp16 is for GPUs: with device cpu, take 32 or"),
+    ({"method": "grad_cam", "model": "resnet18"}, ValueError, "method grad_cam needs a layer with more than one pixel, "
+     "which resnet18 lacks at size 32: take a size of at least 33"),
+    ({"layers": ("stage1",)}, ValueError, "layers are for the invariance loss, got stage1 with beta=0"),
+    ({"beta": 1, "model": "timm:resnet18"}, ValueError, "layers must be named for beta > 0 with timm:resnet18, got none"),
+    ({"layers": (1,), "beta": 1}, TypeError, r"layers must be names of layers, got \(1,\)"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "error", "message"), MISTAKES, ids=[m[2][:40] for m in MISTAKES])
+def test_mistakes_are_answered_by_name(changes, error, message):
+    with pytest.raises(error, match=message):
+        Config(**{"out": "run"} | changes)
+
+
+def test_grad_cam_needs_no_layer_where_the_saliency_loss_has_no_weight():
+    Config(out="run", method="grad_cam", model="resnet18", gamma=0)
+
+
+def test_layers_come_with_the_network():
+    assert Config(out="run", model="resnet18", beta=1).compared_layers == tuple(
+        f"network.layer{i}" for i in (1, 2, 3, 4)
+    )
+    assert Config(out="run").compared_layers == ()
+    assert Config(out="run", beta=1, layers=["a"]).compared_layers == ("a",)
+
+
+def test_numbers_are_one_configuration_however_they_are_written():
+    assert Config(out="run", gamma=1).to_dict() == Config(out="run", gamma=1.0).to_dict()
+    assert type(Config(out="run", gamma=1).gamma) is float
+
+
+# --- the folder --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def held(tmp_path):
+    """A folder with a run in it."""
+    config = Config(out=str(tmp_path / "run"), seed=1, learning_rate=0.1)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config.to_dict()))
+    return tmp_path / "run"
+
+
+def test_a_folder_with_another_run_is_refused(held):
+    config = Config(out=str(held), seed=2, learning_rate=0.1, model="small_groupnorm")
+    for resume in (False, True):
+        with pytest.raises(FileExistsError) as error:
+            config.check_run(resume=resume)
+        assert "model 'small' (now 'small_groupnorm'), seed 1 (now 2)" in str(error.value)
+        assert "learning_rate" not in str(error.value)
+
+
+def test_the_same_run_is_continued_only_when_asked(held):
+    config = Config(out=str(held), seed=1, learning_rate=0.1)
+    with pytest.raises(FileExistsError, match="holds this run already: resume it"):
+        config.check_run(resume=False)
+    config.check_run(resume=True)
+
+
+def test_practical_settings_may_change(held):
+    changes = {"device": "cpu", "workers": 0, "save_minutes": 1}
+    assert set(changes) | {"out"} == PRACTICAL
+    Config(out=str(held), seed=1, learning_rate=0.1, **changes).check_run(resume=True)
+
+
+def test_a_file_is_no_folder(tmp_path):
+    (tmp_path / "run").write_text("")
+    with pytest.raises(NotADirectoryError, match="out must be a folder, got the file"):
+        Config(out=str(tmp_path / "run")).check_run(resume=True)
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NotADirectoryError, match=r"out .*file/run cannot be written to: Not a directory"):
+        Config(out=str(tmp_path / "file" / "run")).check_run(resume=False)
+
+
+@pytest.mark.parametrize("content", ["", "[1]"])
+def test_a_configuration_of_something_else_is_left_alone(tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(FileExistsError, match=r"holds a config\.json that is not of a run"):
+        Config(out=str(tmp_path)).check_run(resume=True)
+    assert (tmp_path / "config.json").read_text() == content
+
+
+@pytest.mark.parametrize(
+    ("changes", "least"), [({"batch_size": 9}, 2), ({"batch_size": 2, "augmentation": "mixup"}, 4)]
+)
+def test_processes_must_share_a_batch(tmp_path, monkeypatch, changes, least):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(
+        ValueError, match=f"batch_size must be a multiple of the 2 processes and at least {least}"
+    ):
+        Config(out=str(tmp_path), **changes).check_run(resume=False)
+
+
+# --- the command line --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help(command, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([command, "--help"])
+    assert stopped.value.code == 0
+    assert COMMANDS[command].help in capsys.readouterr().out
+
+
+def test_every_setting_is_an_option(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    text = capsys.readouterr().out
+    for name in Config(out="run").to_dict():
+        assert f"--{name.replace('_', '-')}" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--out", "OUT", "--model", "resnet81"], "did you mean 'resnet18'"),
+        (["train", "--out", "OUT", "--model", "timm:resnett18"], "did you mean 'timm:resnet18'"),
+        (["train", "--out", "OUT", "--size", "100"], "size of digit-scenes must be one of"),
+        (["train", "--out", "OUT", "--augmentation", "cutmix", "--batch-size", "1"], "which mixes images"),
+        (["train", "--out", "OUT", "--model", "densenet121", "--method", "grad_cam"], "needs a layer"),
+        (["train", "--out", "HELD"], "holds a run of other settings"),
+        (["train", "--out", "OUT", "--pool", "64"], "pool must be at most 32, the size of the images"),
+        (["study", "tabel1", "--out", "OUT"], "study 'tabel1' is unknown .did you mean 'table1'"),
+        (["study", "table1", "--out", "OUT", "--scale", "labtop"], "did you mean 'laptop'"),
+        (["study", "table1", "--out", "OUT", "--scale", "SCALE"], "size must be of type int, got '32'"),
+        (["study", "table1", "--out", "OUT", "--on", "rai"], "on 'rai' is unknown .did you mean 'ray'"),
+        (["study", "table1", "--out", "OUT", "--on", "ray", "--share", "0"], "share must be positive, got 0"),
+        (["study", "table1", "--out", "OUT", "--device", "gpu"], "device must be auto, cpu, cuda"),
+        (
+            ["study", "table1", "--out", "OUT", "--scale", "colab", "--device", "cpu"],
+            "precision fp16 is for GPUs",
+        ),
+        (["data", "imagnet"], "did you mean 'imagenet'"),
+        (["data", "digit-scenes", "--size", "5"], "size of digit-scenes must be one of"),
+        (["data", "digit-scenes", "--size", "0"], "size of digit-scenes must be one of .*, got 0"),
+        (["data", "svhn", "--size", "32"], "size is for digit-scenes, got 32 with svhn"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_mistakes_are_answered_in_a_line_without_loading_torch(tmp_path, held, arguments, message):
+    scale = tmp_path / "scale.yml"
+    scale.write_text("scale: {data: [digit-scenes], networks: [small], seeds: [0], training: {size: '32'}}")
+    paths = {"OUT": str(tmp_path / "out"), "HELD": str(held), "SCALE": str(scale)}
+    arguments = [paths.get(word, word) for word in arguments]
+    program = (
+        "import sys; from salnb.__main__ import main; status = main(sys.argv[1:]); "
+        "print(sorted({'torch', 'numpy', 'datasets'} & set(sys.modules))); sys.exit(status)"
+    )
+    start = time.perf_counter()
+    answer = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True)
+    assert time.perf_counter() - start < 2
+    assert answer.returncode == 2
+    assert answer.stdout == "[]\n"
+    assert answer.stderr.startswith("salnb: error: ")
+    assert answer.stderr.count("\n") == 1
+    assert re.search(message, answer.stderr)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_module_answers_as_the_command_does():
+    """Started as ``python -m salnb`` its name is another, and its errors are answers all the same."""
+    answer = subprocess.run(
+        [sys.executable, "-m", "salnb", "data", "imagnet"], capture_output=True, text=True
+    )
+    assert answer.returncode == 2
+    assert answer.stderr.startswith("salnb: error: data 'imagnet' is unknown (did you mean 'imagenet'?)")
+
+
+def test_what_is_not_explained_shows_its_traceback(tmp_path, monkeypatch):
+    """An error of a library is a bug here, not an answer."""
+
+    def broken(args):
+        json.loads("{")
+
+    monkeypatch.setitem(COMMANDS, "data", COMMANDS["data"]._replace(run=broken))
+    with pytest.raises(json.JSONDecodeError):
+        main(["data", "svhn"])
+
+
+def test_ctrl_c_is_answered_in_a_line(monkeypatch, capsys):
+    def interrupted(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(COMMANDS, "data", COMMANDS["data"]._replace(run=interrupted))
+    assert main(["data", "svhn"]) == 130
+    assert capsys.readouterr().err == "salnb: stopped by Ctrl-C\n"
+
+
+def test_unknown_commands_and_options():
+    for arguments in (["trian"], ["train"], ["train", "--out", "x", "--gama", "1"]):
+        with pytest.raises(SystemExit) as stopped:
+            main(arguments)
+        assert stopped.value.code == 2

@@ -1,0 +1,339 @@
+"""Training loses nothing: killed, stopped, without room on the disk, with damaged files, with bad numbers."""
+
+import dataclasses
+import itertools
+import math
+import random
+import re
+import resource
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from salnb import results
+from salnb.train import Interrupted, NonFiniteError, fit
+from salnb.train.checkpoint import last_checkpoint, load_checkpoint
+from salnb.train.setup import noticed_signals
+from tests.helpers import runs
+from tests.helpers.runs import rows, settings, silent, without_times
+
+pytestmark = pytest.mark.usefixtures("cache")
+
+
+def check_same(out, whole):
+    """A run's folder holds what the uninterrupted run's does, to the last bit, and nothing else."""
+    folder, summary = whole
+    found = results.read_record(out / "summary.json")
+    assert found["parameters_sha256"] == summary["parameters_sha256"]
+    assert found["test_loss"] == summary["test_loss"]
+    assert without_times(rows(out)) == without_times(rows(folder))
+    steps = [path.name.split(".")[0] for path in sorted((out / "checkpoints").glob("*.pt"))]
+    # killed at the very end, older ones may be left
+    assert steps[-2:] == ["step-000000011", "step-000000012"]
+    assert not list(out.rglob(".draft-*"))
+
+
+# --- stopping and going on ---------------------------------------------------------------------------------
+
+STOPS = {
+    "while a checkpoint is written": runs.stop_while_writing_a_checkpoint,
+    "before a checkpoint has its name": runs.stop_before_a_checkpoint_has_its_name,
+    "before old checkpoints are removed": runs.stop_before_old_checkpoints_are_removed,
+}
+
+
+@pytest.mark.parametrize("when", STOPS)
+def test_killed_runs_end_as_if_nothing_had_happened(tmp_path, cache, whole, when):
+    config = settings(tmp_path / "run")
+    process, pipe = runs.start(config, cache=cache, inject=STOPS[when])
+    runs.wait_for(pipe, "here")
+    assert runs.kill(process)
+    assert not (tmp_path / "run" / "summary.json").exists()
+    fit(config, resume=True, log=silent)
+    check_same(tmp_path / "run", whole)
+
+
+def kill_at_random(folder, cache, whole, *, kills):
+    """Kill runs at random moments, each again and again until it is through, so many times in all."""
+    chance, killed = random.Random(kills), 0
+    for number in itertools.count():
+        config = settings(folder / str(number))
+        while True:
+            process, pipe = runs.start(config, cache=cache)
+            runs.wait_for(pipe, "started")
+            process.join(chance.uniform(0, whole[1]["seconds"] / 2))
+            if not runs.kill(process):
+                break
+            killed += 1
+        fit(config, resume=True, log=silent)
+        check_same(folder / str(number), whole)
+        if killed >= kills:
+            return
+
+
+def test_runs_killed_at_random_moments(tmp_path, cache, whole):
+    kill_at_random(tmp_path, cache, whole, kills=3)
+
+
+@pytest.mark.slow
+def test_runs_killed_at_random_moments_many_times(tmp_path, cache, whole):
+    kill_at_random(tmp_path, cache, whole, kills=40)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_signals_save_first(tmp_path, whole, name):
+    config = settings(tmp_path / "run", save_minutes=100)
+    number = signal.Signals[name]
+
+    def interrupt(line):
+        if line.startswith("epoch 1/"):
+            signal.raise_signal(number)
+
+    with pytest.raises(Interrupted, match=f"stopped by {name} after step 5.*--resume") as stopped:
+        fit(config, log=interrupt)
+    assert stopped.value.signal == number
+    assert isinstance(stopped.value, KeyboardInterrupt)  # not caught by `except Exception`
+    assert load_checkpoint(tmp_path / "run" / "checkpoints")["step"] == 5
+    fit(config, resume=True, log=silent)
+    found = results.read_record(tmp_path / "run" / "summary.json")
+    assert found["parameters_sha256"] == whole[1]["parameters_sha256"]
+    assert without_times(rows(tmp_path / "run")) == without_times(rows(whole[0]))
+
+
+def test_a_signal_while_evaluating_saves_first(tmp_path, whole, monkeypatch):
+    import salnb.train
+
+    evaluate, calls = salnb.train.evaluate, []
+
+    def interrupted(*args, **options):
+        calls.append(1)
+        if len(calls) == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return evaluate(*args, **options)
+
+    monkeypatch.setattr("salnb.train.loop.evaluate", interrupted)
+    config = settings(tmp_path / "run", save_minutes=100)
+    with pytest.raises(Interrupted, match="after step 8"):
+        fit(config, log=silent)
+    fit(config, resume=True, log=silent)
+    assert without_times(rows(tmp_path / "run")) == without_times(rows(whole[0]))
+
+
+@pytest.fixture
+def ctrl_c():
+    """Python's own handler, also where these tests run in the background of a shell, which has Ctrl-C ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_before_there_is_anything_to_save_a_signal_acts_at_once(tmp_path, monkeypatch, ctrl_c):
+    monkeypatch.setattr("salnb.data.load", lambda *args, **options: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        fit(settings(tmp_path / "run"), log=silent)
+    assert not isinstance(stopped.value, Interrupted)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_signal_that_comes_twice_at_once_is_one_request(monkeypatch, ctrl_c):
+    """torchrun passes on what a terminal or a scheduler sends to all processes anyhow."""
+    with noticed_signals() as seen:
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
+            signal.raise_signal(number)
+        assert seen == [signal.SIGTERM]
+        monkeypatch.setattr("salnb.train.setup._ONE_REQUEST", -1.0)
+        with pytest.raises(KeyboardInterrupt):  # whoever asks again later does not want to wait
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_two_processes_cannot_work_in_one_folder(tmp_path, cache, whole, monkeypatch):
+    config = settings(tmp_path / "run")
+    process, pipe = runs.start(config, cache=cache, inject=runs.stop_while_writing_a_checkpoint)
+    runs.wait_for(pipe, "here")
+    monkeypatch.setattr("salnb._common.files._PATIENCE", 0.0)
+    with pytest.raises(FileExistsError, match="another process is at work"):
+        fit(config, resume=True, log=silent)
+    runs.kill(process)
+    fit(config, resume=True, log=silent)
+    check_same(tmp_path / "run", whole)
+
+
+def test_the_command_saves_and_answers_with_the_signal(tmp_path, cache):
+    command = [
+        sys.executable,
+        "-m",
+        "salnb",
+        "train",
+        "--data",
+        "cifar10",
+        "--batch-size",
+        "4",
+        "--device",
+        "cpu",
+    ]
+    command += ["--epochs", "100000", "--out", str(tmp_path / "run")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline().startswith("epoch 1/100000: class_loss ")
+    process.terminate()
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert re.search(
+        r"stopped by SIGTERM after step \d+, saved in .*checkpoints: go on with --resume", stderr
+    )
+    assert "Traceback" not in stderr
+    step = int(re.search(r"step (\d+)", stderr)[1])
+    assert load_checkpoint(tmp_path / "run" / "checkpoints")["step"] == step
+
+
+@pytest.fixture
+def stopped(tmp_path):
+    """A run that was stopped after six of its steps."""
+    config = settings(tmp_path / "run")
+    seen = itertools.count(1)
+    with pytest.MonkeyPatch.context() as patch:
+        step = torch.optim.SGD.step
+
+        def interrupt(self, *args, **options):
+            if next(seen) == 6:
+                signal.raise_signal(signal.SIGTERM)
+            return step(self, *args, **options)
+
+        patch.setattr(torch.optim.SGD, "step", interrupt)
+        with pytest.raises(Interrupted):
+            fit(config, log=silent)
+    return config, tmp_path / "run"
+
+
+@pytest.mark.parametrize("how", ["flipped", "cut", "empty"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(stopped, whole, how):
+    config, out = stopped
+    older, newest = sorted((out / "checkpoints").iterdir())
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1
+    newest.write_bytes({"flipped": content, "cut": content[: len(content) // 2], "empty": b""}[how])
+    with pytest.warns(UserWarning, match=rf"{newest.name} is truncated or altered.*before it is used"):
+        state = load_checkpoint(out / "checkpoints")
+    assert f"step-{state['step']:09d}" == older.name.split(".")[0] == "step-000000006"
+    assert newest.with_suffix(".damaged").exists()
+    fit(config, resume=True, log=silent)
+    check_same(out, whole)
+
+
+def test_without_a_good_checkpoint_a_run_begins_again(stopped, whole):
+    config, out = stopped
+    for path in (out / "checkpoints").iterdir():
+        path.write_bytes(b"")
+    with pytest.warns(UserWarning, match="truncated or altered"):
+        fit(config, resume=True, log=silent)
+    check_same(out, whole)
+
+
+def test_a_finished_run_is_not_run_again(whole, monkeypatch):
+    out, summary = whole
+    monkeypatch.setattr("salnb.train.loop.train_epoch", None)
+    assert fit(settings(out), resume=True, log=silent) == summary
+
+
+def test_what_does_not_change_the_result_may_change(stopped, whole):
+    config, _ = stopped
+    changed = dataclasses.replace(config, save_minutes=7, workers=1)
+    assert fit(changed, resume=True, log=silent)["parameters_sha256"] == whole[1]["parameters_sha256"]
+
+
+# --- what can go wrong -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch, value):
+    import salnb.objective
+
+    loss, calls = salnb.objective.saliency_loss, itertools.count(1)
+    monkeypatch.setattr(
+        salnb.objective, "saliency_loss", lambda *a, **k: loss(*a, **k) * (value if next(calls) == 7 else 1)
+    )
+    out = tmp_path / "run"
+    with pytest.raises(NonFiniteError) as error:
+        fit(settings(out), log=silent)
+    last = last_checkpoint(out / "checkpoints")
+    assert str(error.value) == f"saliency_loss is {value} in step 7; the last good checkpoint is {last}"
+    assert load_checkpoint(out / "checkpoints")["step"] == 6
+    assert not (out / "summary.json").exists()
+
+
+def test_parameters_that_are_not_finite_are_not_saved(tmp_path, monkeypatch):
+    """The loss of the last step before a checkpoint may still be finite."""
+    step, calls = torch.optim.SGD.step, itertools.count(1)
+
+    def overflow(self, *args, **options):
+        step(self, *args, **options)
+        if next(calls) == 4:
+            self.param_groups[0]["params"][0].data.flatten()[0] = math.nan
+
+    monkeypatch.setattr(torch.optim.SGD, "step", overflow)
+    with pytest.raises(NonFiniteError, match=r"parameters are not finite after step 4; .*step-000000003"):
+        fit(settings(tmp_path / "run"), log=silent)
+    state = load_checkpoint(tmp_path / "run" / "checkpoints")
+    assert all(
+        tensor.isfinite().all() for name, tensor in state["objective"].items() if torch.is_tensor(tensor)
+    )
+
+
+def fill_the_disk(pipe):
+    """After the first epoch nothing of some length can be written any more."""
+    import salnb.train
+
+    finish_epoch = salnb.train.finish_epoch
+
+    def full(*args):
+        finish_epoch(*args)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
+
+    salnb.train.finish_epoch = full
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, cache, whole):
+    config = settings(tmp_path / "run")
+    error = runs.finish(*runs.start(config, cache=cache, inject=fill_the_disk))
+    assert isinstance(error, OSError)
+    assert "nothing more could be written after step 5: File too large" in str(error)
+    last = last_checkpoint(tmp_path / "run" / "checkpoints")
+    assert f"the last good checkpoint is {last}" in str(error)
+    assert load_checkpoint(tmp_path / "run" / "checkpoints")["step"] == 4
+    fit(config, resume=True, log=silent)
+    check_same(tmp_path / "run", whole)
+
+
+def test_a_batch_larger_than_the_files_hold(tmp_path):
+    with pytest.raises(
+        ValueError, match="batch_size must be at most 18, the number of training images, got 19"
+    ):
+        fit(settings(tmp_path / "run", batch_size=19), log=silent)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the device")
+def test_a_device_that_is_not_there(tmp_path):
+    for device in ("cuda:1", "mps"):
+        if device == "mps" and torch.backends.mps.is_available():
+            continue
+        with pytest.raises(ValueError, match=f"device {device} is not on this machine"):
+            fit(settings(tmp_path / "run", device=device), log=silent)
+
+
+def test_a_network_of_timm_that_cannot_take_the_size(tmp_path):
+    pytest.importorskip("timm")
+    with pytest.raises(ValueError, match=r"model timm:vit_tiny_patch16_224 cannot take images of size 32"):
+        fit(settings(tmp_path / "run", model="timm:vit_tiny_patch16_224"), log=silent)
+
+
+def test_a_network_of_timm_that_the_method_does_not_suit(tmp_path, monkeypatch):
+    pytest.importorskip("timm")
+    monkeypatch.setattr("salnb.data.load", None)  # it is told before that
+    with pytest.raises(
+        ValueError, match="method grad_cam at size 32: layer must have an output of more than"
+    ):
+        fit(settings(tmp_path / "run", model="timm:resnet18", method="grad_cam"), log=silent)
+    assert not (tmp_path / "run").exists()
