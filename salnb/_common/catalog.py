@@ -41,6 +41,28 @@ class Source(NamedTuple):
     training_images: int | None
 
 
+class MethodSpec(NamedTuple):
+    """What a saliency method is. All that treats methods by their names reads it here.
+
+    Attributes:
+        title: its name in headings and figures.
+        pixels: its map is made of the gradient with respect to the pixels, alone or beside a layer's.
+        layer: it looks at the output of a layer, which must keep more than one pixel.
+        rule: how ReLU passes a gradient back while the map is taken (eq. 4); None: as it always does.
+        options: its keyword arguments, apart from those that all methods have.
+        repeats: the one of them that says how many passes through the network it takes; None: one.
+        map_passes: what its maps add to a training step, for each of these passes, in forward passes.
+    """
+
+    title: str
+    pixels: bool
+    layer: bool
+    rule: str | None = None
+    options: tuple[str, ...] = ()
+    repeats: str | None = None
+    map_passes: int = 3  # the gradient, and the way back through both passes
+
+
 _STAGES = tuple(f"network.layer{i}" for i in range(1, 5))
 _BLOCKS = tuple(f"network.features.denseblock{i}" for i in range(1, 5))
 _VGG = Network(32, 32, ("network.features",))
@@ -97,14 +119,24 @@ AUGMENTATIONS = {
     "augmix": 1,
 }
 
-METHODS = (
-    "vanilla_gradient",
-    "deconvnet",
-    "guided_backprop",
-    "smoothgrad",
-    "grad_cam",
-    "guided_grad_cam",
-)
+METHODS = {
+    "vanilla_gradient": MethodSpec("vanilla gradient", pixels=True, layer=False),
+    "deconvnet": MethodSpec("DeconvNet", pixels=True, layer=False, rule="deconvnet"),
+    "guided_backprop": MethodSpec("guided backprop", pixels=True, layer=False, rule="guided_backprop"),
+    "smoothgrad": MethodSpec(
+        "SmoothGrad",
+        pixels=True,
+        layer=False,
+        options=("n_samples", "noise_level"),
+        repeats="n_samples",
+        map_passes=6,  # each noisy copy has a forward pass of its own
+    ),
+    # the layer that Grad-CAM looks at is next to the scores
+    "grad_cam": MethodSpec("Grad-CAM", pixels=False, layer=True, options=("layer",), map_passes=0),
+    "guided_grad_cam": MethodSpec(
+        "Guided Grad-CAM", pixels=True, layer=True, rule="guided_backprop", options=("layer",)
+    ),
+}
 NORMALIZATIONS = ("l2", "max", "none", "sum", "zscore")
 DISTANCES = ("cosine", "l1", "mse")
 OPTIMIZERS = ("sgd", "adamw")

@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
 from salnb import saliency
+from salnb._common.catalog import METHODS, MethodSpec
 from salnb._common.checks import check_images, check_second_derivative, unknown
 from salnb.augment import Augmentation
 from salnb.augment.mixing import both_targets
@@ -34,7 +35,7 @@ from salnb.losses import (
 from salnb.objective.compiled import CompiledStep
 from salnb.objective.precision import LossScale, autocast_dtype, full_precision
 from salnb.saliency.methods import as_written
-from salnb.saliency.recording import RECIPES, Watch, class_scores
+from salnb.saliency.recording import Watch, class_scores
 
 
 @dataclass
@@ -140,7 +141,7 @@ class Objective(nn.Module):
             if not 0 <= weight < float("inf"):
                 raise ValueError(f"{name} must be a finite number of at least 0, got {weight}")
         for name, value, known in (
-            ("method", method, saliency.METHODS),
+            ("method", method, METHODS),
             ("normalize", "none" if normalize is None else normalize, sorted(NORMALIZATIONS)),
             ("distance", distance, sorted(DISTANCES)),
             ("layer_distance", layer_distance, sorted(FEATURE_DISTANCES)),
@@ -212,6 +213,11 @@ class Objective(nn.Module):
             self.steps_done += 1
         return losses
 
+    @property
+    def spec(self) -> MethodSpec:
+        """What the saliency method is."""
+        return METHODS[self.method]
+
     def current_gamma(self) -> float:
         """The weight of the saliency term in the coming step: gamma, `every` times it, or zero."""
         if not self.training:
@@ -248,7 +254,7 @@ class Objective(nn.Module):
             if gamma:
                 stack.enter_context(torch.enable_grad())
                 stack.enter_context(_differentiable_twice())
-                if self.method in RECIPES:
+                if not self.spec.repeats:
                     watch = stack.enter_context(self._watch())
                     pixels.requires_grad_()
             features = stack.enter_context(self._features()) if self.beta else {}
@@ -293,8 +299,7 @@ class Objective(nn.Module):
             if half:
                 self.score_scale.update(maps.isfinite().all())
                 # each gradient among the factors of a map carries the scale once
-                recipe = RECIPES[self.method]
-                maps = maps / scale ** (recipe.pixels + recipe.layer)
+                maps = maps / scale ** (self.spec.pixels + self.spec.layer)
         if keep_graph and not self._second_derivative_checked:
             check_second_derivative(maps)
             self._second_derivative_checked = True
@@ -355,15 +360,10 @@ class Objective(nn.Module):
                 "model must not be wrapped in DistributedDataParallel: wrap the objective, "
                 "DistributedDataParallel(Objective(model, ...))"
             )
-        allowed = {
-            "grad_cam": {"layer"},
-            "guided_grad_cam": {"layer"},
-            "smoothgrad": {"n_samples", "noise_level"},
-        }
         for name in self.method_options:
-            if name not in allowed.get(self.method, ()):
-                raise unknown(f"method_options of {self.method}", name, sorted(allowed.get(self.method, ())))
-        if self.gamma and self.method in RECIPES:
+            if name not in self.spec.options:
+                raise unknown(f"method_options of {self.method}", name, sorted(self.spec.options))
+        if self.gamma and not self.spec.repeats:
             self._watch()  # finds the layer, or says that there is none
 
     def _check_call(self, images: Tensor, target: Tensor) -> None:

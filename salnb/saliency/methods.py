@@ -19,8 +19,9 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 
+from salnb._common import catalog
 from salnb._common.checks import check_finite, check_images, check_target
-from salnb.saliency.recording import RECIPES, Watch, class_scores, logits_of, reduce_channels
+from salnb.saliency.recording import Watch, class_scores, logits_of, reduce_channels
 
 
 def vanilla_gradient(
@@ -213,8 +214,8 @@ def _explain(
 ) -> Tensor:
     """One forward pass of `model`, and the map of `method` from it."""
     _check_arguments(images, reduce)
-    recipe = RECIPES[method]
-    frozen_stem = recipe.layer and not recipe.pixels and not create_graph
+    spec = catalog.METHODS[method]
+    frozen_stem = spec.layer and not spec.pixels and not create_graph
     with (
         torch.inference_mode(False),
         torch.set_grad_enabled(not frozen_stem),

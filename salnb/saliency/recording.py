@@ -2,31 +2,14 @@
 
 import warnings
 from contextlib import ExitStack
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from salnb._common.checks import unknown
+from salnb._common.catalog import METHODS, unknown
 from salnb.saliency.relu_rules import ReLURule
-
-
-class Recipe(NamedTuple):
-    """What a method takes from a forward pass."""
-
-    rule: str | None  # how ReLU passes a gradient back while the map is taken
-    pixels: bool  # uses the gradient with respect to the pixels
-    layer: bool  # uses a layer's output and the gradient with respect to it
-
-
-RECIPES = {
-    "vanilla_gradient": Recipe(None, pixels=True, layer=False),
-    "deconvnet": Recipe("deconvnet", pixels=True, layer=False),
-    "guided_backprop": Recipe("guided_backprop", pixels=True, layer=False),
-    "grad_cam": Recipe(None, pixels=False, layer=True),
-    "guided_grad_cam": Recipe("guided_backprop", pixels=True, layer=True),
-}
 
 
 def logits_of(model: nn.Module, images: Tensor) -> Tensor:
@@ -87,7 +70,7 @@ class Watch:
 
     Args:
         model: the network that will be run.
-        method: a key of `METHODS` other than "smoothgrad", which needs passes of its own.
+        method: a key of `METHODS`, of those that do not repeat the pass.
         layer: for the methods with Grad-CAM, see `grad_cam`.
         frozen_stem: no gradient is needed for anything before the layer, so nothing is stored for it.
     """
@@ -100,11 +83,11 @@ class Watch:
         *,
         frozen_stem: bool = False,
     ):
-        self.recipe = RECIPES[method]
-        self.layer = _find_layer(model, layer) if self.recipe.layer else None
+        self.spec = METHODS[method]
+        self.layer = _find_layer(model, layer) if self.spec.layer else None
         self.frozen_stem = frozen_stem
         self.activation: Tensor | None = None
-        self.relus = ReLURule(self.recipe.rule) if self.recipe.rule else None
+        self.relus = ReLURule(self.spec.rule) if self.spec.rule else None
         self._stack = ExitStack()
 
     def __enter__(self) -> "Watch":
@@ -135,16 +118,16 @@ class Watch:
         """The maps of `scores` (N,) with respect to `images`, both from the pass that was watched."""
         score = scores.sum()
         maps: list[Tensor] = []
-        if self.recipe.layer:
+        if self.spec.layer:
             if self.activation is None:
                 raise ValueError("layer is a module of the model that its forward pass never calls")
-            keep = create_graph or self.recipe.pixels
+            keep = create_graph or self.spec.pixels
             (slope,) = torch.autograd.grad(
                 score, self.activation, retain_graph=keep, create_graph=create_graph
             )
             activation = self.activation if create_graph else self.activation.detach()
             maps.append(_class_activation(activation, slope, images.shape[-2:]))
-        if self.recipe.pixels:
+        if self.spec.pixels:
             if self.relus is not None:
                 self.relus.open = True
             try:

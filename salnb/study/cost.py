@@ -24,9 +24,6 @@ __all__ = ["forward_flops", "markdown", "steps", "study_flops", "training_flops"
 _PUBLISHED = {"cifar10": 50_000, "cifar100": 50_000, "svhn": 73_257, "imagenet": 1_281_167}
 # forward passes that a step without saliency costs: one, and one each for the inputs and weights of layers
 _BASELINE = 3
-# what a map of each method adds: its gradient, and the way back through both passes; the layer that Grad-CAM
-# looks at is next to the scores
-_MAPS = dict.fromkeys(catalog.METHODS, 3) | {"grad_cam": 0}
 
 
 @functools.cache
@@ -70,8 +67,8 @@ def training_flops(config: Config) -> float:
     """
     total = steps(config)
     with_maps = math.ceil(max(total - config.warmup, 0) / config.every) if config.gamma else 0
-    # each noisy copy of SmoothGrad is a pass of its own
-    maps = 6 * config.samples if config.method == "smoothgrad" else _MAPS[config.method]
+    spec = catalog.METHODS[config.method]
+    maps = spec.map_passes * (config.samples if spec.repeats else 1)
     passes = _BASELINE * total + maps * with_maps
     forward = forward_flops(config.model, config.size, catalog.DATA[config.data].num_classes)
     return 2.0 * config.batch_size * forward * passes  # originals, and as many augmented ones

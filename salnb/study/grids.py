@@ -36,6 +36,9 @@ TABLE3_STRATEGIES: dict[str, dict[str, Any]] = {
     "all three": {"augmentation": "affine", "alpha": 1 / 3, "beta": 1 / 3, "gamma": 1 / 3},
 }
 
+# the methods that the study of open questions compares with the vanilla gradient
+OPEN_METHODS = ("deconvnet", "guided_backprop", "smoothgrad", "grad_cam", "guided_grad_cam")
+
 # the name of the full training set, in the study of open questions
 WHOLE = "all images"
 
@@ -341,9 +344,8 @@ def _variants(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     variants |= {f"warmup {share:.0%}": {"warmup": round(share * steps)} for share in (0.25, 0.5)}
     variants |= {f"every={k}": {"every": k} for k in (2, 4)}
     variants["originals fixed"] = {"detach_original": True}
-    for method in catalog.METHODS:
-        if method != "vanilla_gradient":
-            variants[method] = {"method": method} | ({"samples": 4} if method == "smoothgrad" else {})
+    for method in OPEN_METHODS:
+        variants[method] = {"method": method} | ({"samples": 4} if catalog.METHODS[method].repeats else {})
     return variants
 
 

@@ -11,6 +11,15 @@ from salnb._common import catalog
 TABLE_4 = ("vgg16", "vgg19", "resnet50", "densenet121", "densenet169")
 PRECISIONS = ("32", "tf32", "bf16")
 MODES = ("eager", "compiled")
+# the methods whose cost is compared, the dearest last
+TIMED_METHODS = (
+    "vanilla_gradient",
+    "deconvnet",
+    "guided_backprop",
+    "grad_cam",
+    "guided_grad_cam",
+    "smoothgrad",
+)
 
 
 @dataclass(frozen=True)
@@ -57,6 +66,12 @@ class Case:
         words += [self.method.replace("_", " ") if self.method else "baseline"]
         words += [f"every {self.every}"] * (self.every > 1)
         return ", ".join(words)
+
+    @property
+    def method_options(self) -> dict[str, int]:
+        """Options of the saliency method: how often it repeats a pass, where it does."""
+        repeats = catalog.METHODS[self.method].repeats if self.method else None
+        return {repeats: self.samples} if repeats and self.samples else {}
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON can hold them."""
@@ -144,7 +159,8 @@ def plan(settings: Settings) -> list[Case]:
 
 def _wanted(case: Case, settings: Settings) -> bool:
     known = catalog.NETWORKS[case.network]
-    smallest = known.smallest_for_cam if "grad_cam" in (case.method or "") else known.smallest
+    uses_layer = case.method is not None and catalog.METHODS[case.method].layer
+    smallest = known.smallest_for_cam if uses_layer else known.smallest
     return (
         (settings.precisions is None or case.precision in settings.precisions)
         and (settings.modes is None or case.mode in settings.modes)
@@ -159,12 +175,12 @@ def _cpu_cases(settings: Settings) -> Iterator[Case]:
     yield from (replace(first, network=name) for name in networks)
     yield from _every(first)
     yield from _batches(first, [2 * first.batch, 4 * first.batch, 8 * first.batch])
-    *cheap, smoothgrad = _methods(first, samples=5)
+    *cheap, repeated = _methods(first, samples=5)
     yield from cheap
     yield replace(first, channels_last=True)
     if not settings.networks:
         yield from (replace(first, network=name) for name in ("densenet169", "vgg16", "vgg19"))
-    yield smoothgrad
+    yield repeated
     if settings.precisions and "bf16" in settings.precisions:  # most CPUs have to emulate it
         yield from (replace(first, network=name, precision="bf16") for name in networks)
     # minutes, and nothing gained on a CPU: all networks only where it is asked for
@@ -216,9 +232,9 @@ def _batches(case: Case, batches: Sequence[int]) -> Iterator[Case]:
 
 
 def _methods(case: Case, samples: int) -> Iterator[Case]:
-    cheap_first = sorted(catalog.METHODS, key=lambda method: method == "smoothgrad")
-    for method in cheap_first:
-        yield replace(case, method=method, samples=samples if method == "smoothgrad" else 0)
+    for method in TIMED_METHODS:
+        repeated = catalog.METHODS[method].repeats
+        yield replace(case, method=method, samples=samples if repeated else 0)
 
 
 def counted(iterations: int, every: int) -> tuple[int, int]:

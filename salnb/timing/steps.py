@@ -102,10 +102,9 @@ class Step:
             self.network = torch.compile(model, dynamic=False) if case.compiled else model
             batch = [self.pixels, self.labels]
         else:
-            options = {"n_samples": case.samples} if case.samples else None
             with device:  # where the scales of float16 belong
                 self.objective = Objective(
-                    model, prepared, method=case.method, method_options=options, every=case.every
+                    model, prepared, method=case.method, method_options=case.method_options, every=case.every
                 )
             if case.compiled:
                 self.objective.compile()

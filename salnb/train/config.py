@@ -125,7 +125,7 @@ class Config:
 
     def _check_network(self, network: catalog.Network) -> None:
         catalog.check_size(self.model, self.size)
-        if self.gamma and "grad_cam" in self.method and self.size < network.smallest_for_cam:
+        if self.gamma and catalog.METHODS[self.method].layer and self.size < network.smallest_for_cam:
             raise ValueError(
                 f"method {self.method} needs a layer with more than one pixel, which {self.model} lacks at "
                 f"size {self.size}: take a size of at least {network.smallest_for_cam}, or another method"

@@ -62,6 +62,7 @@ def make_objective(config: Config, share: Share) -> Objective:
     augmentation = AUGMENTATIONS[config.augmentation]()
     if share.of > 1 and augmentation.least_samples == 1:
         _share_draws(augmentation, share)
+    repeats = catalog.METHODS[config.method].repeats
     objective = Objective(
         model,
         augmentation,
@@ -70,7 +71,7 @@ def make_objective(config: Config, share: Share) -> Objective:
         gamma=config.gamma,
         layers=config.compared_layers,
         method=config.method,
-        method_options={"n_samples": config.samples} if config.method == "smoothgrad" else None,
+        method_options={repeats: config.samples} if repeats else None,
         normalize=config.normalize,
         distance=config.distance,
         pool=config.pool,
