@@ -284,7 +284,7 @@ def batches(split: Split, size: int, device: torch.device, **epoch: Any) -> Iter
 
 
 def cache_folder() -> Path:
-    """Where data sets are kept: ``$SALNB_CACHE``, or ``~/.cache/salnb``."""
+    """Where data sets are kept: `$SALNB_CACHE`, or `~/.cache/salnb`."""
     return Path(os.environ.get("SALNB_CACHE") or Path.home() / ".cache" / "salnb")
 
 

@@ -135,7 +135,7 @@ def local_files(name: str) -> list[Path]:
 def verify(name: str) -> str:
     """Compare the files that were put there with their checksums.
 
-    The checksums stand in ``SHA256SUMS`` beside the files, as `sha256sum` writes and reads them. Where
+    The checksums stand in `SHA256SUMS` beside the files, as `sha256sum` writes and reads them. Where
     there are none yet, they are written down.
 
     Returns:

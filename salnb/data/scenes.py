@@ -76,7 +76,7 @@ def digit_scenes(size: int = 32, *, seed: int = 0, name: str = "digit-scenes") -
             those for training; `PHOTOGRAPHS` lists them.
 
     Returns:
-        The three splits, as uint8 `salnb.data.Arrays`; ``masks`` (N, 1, size, size) are true where the
+        The three splits, as uint8 `salnb.data.Arrays`; `masks` (N, 1, size, size) are true where the
         digit covers at least half of the pixel.
 
     Raises:
