@@ -7,7 +7,7 @@ import torch
 
 from benchmarks._ratio import medians, print_table
 from salnb import data
-from salnb.data.photographs import package_folder
+from salnb._common.packages import package_folder
 from salnb.train import make_run, train_epoch
 from salnb.train.config import Config
 from salnb.train.setup import make_fabric, make_objective, make_optimizer
