@@ -2,13 +2,13 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 
 
 def medians(
-    contenders: dict[str, Callable[[], object]], *, seconds: float = 8.0, least: int = 3
+    contenders: Mapping[str, Callable[[], object]], *, seconds: float = 8.0, least: int = 3
 ) -> dict[str, float]:
     """Median seconds of one call of each contender; see `durations`."""
     spent = durations(contenders, seconds=seconds, least=least)
@@ -16,7 +16,7 @@ def medians(
 
 
 def durations(
-    contenders: dict[str, Callable[[], object]], *, seconds: float, least: int
+    contenders: Mapping[str, Callable[[], object]], *, seconds: float, least: int
 ) -> dict[str, list[float]]:
     """Seconds of each call of each contender, the device's work included, round by round.
 

@@ -67,6 +67,21 @@ def test_readme_names_targets_that_exist():
         assert re.search(rf"^{target}:.*##", makefile, re.MULTILINE), f"make {target}"
 
 
+def test_pre_commit_runs_what_make_lint_runs():
+    makefile = (ROOT / "Makefile").read_text()
+    recipe = re.search(r"^lint:.*\n((?:\t.*\n)+)", makefile, re.MULTILINE)[1]
+    wanted = recipe.replace("$(BIN)", ".venv/bin").replace(" $(NOTEBOOKS)", "").split("\n")
+    (local,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    assert [hook["entry"] for hook in local["hooks"]] == [line.strip() for line in wanted if line]
+    assert {hook["language"] for hook in local["hooks"]} == {"system"}  # no download, the versions of .venv
+
+
+def test_changelog_begins_with_what_is_unreleased_and_names_this_version():
+    versions = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert versions[0] == "Unreleased"
+    assert PROJECT["version"] in versions
+
+
 def test_table_of_contents_names_every_chapter_and_page_once():
     toc = yaml.safe_load((ROOT / "_toc.yml").read_text())
     files = [toc["root"]] + [chapter["file"] for part in toc["parts"] for chapter in part["chapters"]]
