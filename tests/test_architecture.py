@@ -174,6 +174,19 @@ def test_public_modules_list_their_names(module):
     assert len(set(loaded.__all__)) == len(loaded.__all__)
 
 
+def test_the_reference_shows_every_public_room():
+    """Of a room's modules, those that it documents exist; their `__all__` says what the page shows."""
+    shown = re.findall(r"automodule:: (\S+)", (ROOT / "book" / "api.md").read_text())
+    assert set(shown) <= set(PUBLIC)
+    assert {room(name) for name in PUBLIC} - {room(name) for name in shown} == {"salnb"}
+
+
+def test_contributing_says_where_each_kind_of_change_goes():
+    table = (ROOT / "CONTRIBUTING.md").read_text().split("## Everyday work")[0]
+    named = set(re.findall(r"`(\w+)(?:/|\.py)`", table))
+    assert {room(name).removeprefix("salnb.") for name in SOURCES} - named == {"_version"}
+
+
 @pytest.mark.parametrize("path", FILES)
 def test_modules_stay_small(path):
     lines = len((ROOT / path).read_text().splitlines())
