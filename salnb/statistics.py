@@ -5,6 +5,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from salnb._common.tables import markdown_table
+
 __all__ = ["Comparison", "compare", "in_words", "markdown", "mean", "sign_test"]
 
 
@@ -131,13 +133,12 @@ def markdown(comparisons: Sequence[Comparison]) -> str:
     """A table of comparisons, in Markdown: accuracies and their differences in percent."""
     if not comparisons:
         return "nothing can be compared: no seed has both"
-    places = list(comparisons[0].where)
-    header = [*places, "compared", "seeds", "reference", "value", "difference", "95 % interval", "verdict"]
+    header = [*comparisons[0].where, "compared", "seeds", "reference", "value", "difference"]
     rows = [
         [
-            *map(str, c.where.values()),
+            *c.where.values(),
             c.what,
-            str(c.n),
+            c.n,
             f"{c.reference:.1%}",
             f"{c.value:.1%}",
             f"{c.difference:+.1%}",
@@ -146,7 +147,7 @@ def markdown(comparisons: Sequence[Comparison]) -> str:
         ]
         for c in comparisons
     ]
-    return "\n".join("| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows))
+    return markdown_table([*header, "95 % interval", "verdict"], rows)
 
 
 def mean(values: Sequence[float]) -> float:

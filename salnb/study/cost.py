@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from salnb import models
 from salnb._common import catalog
+from salnb._common.tables import markdown_table
 from salnb.data.paper import put_aside
 from salnb.study.grids import UNCHOSEN, Training, load_scale, trainings
 from salnb.train.config import Config
@@ -102,18 +103,17 @@ def markdown(study: str, rates: Mapping[str, float]) -> str:
     | study | scale | data | networks | trainings | operations, 10¹⁵ | rate, 10¹² / s | hours |
     """
     header = ("study", "scale", "data", "networks", "trainings", "operations, 10¹⁵")
-    rows: list[tuple[str, ...]] = [(*header, "rate, 10¹² / s", "hours")]
-    rows.append(("---",) * len(rows[0]))
+    rows = []
     for name, rate in rates.items():
         if not rate > 0:
             raise ValueError(f"rates must be positive, got {rate} for {name}")
         scale = load_scale(name).of(study)
         planned = trainings(study, scale, *UNCHOSEN)
         flops = study_flops(planned)
-        names = (", ".join(scale.data), ", ".join(scale.networks), str(len(planned)))
         costs = map(_digits, (flops / 1e15, rate / 1e12, flops / rate / 3600))
-        rows.append((study, name, *names, *costs))
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+        grid = (", ".join(scale.data), ", ".join(scale.networks), len(planned))
+        rows.append((study, name, *grid, *costs))
+    return markdown_table((*header, "rate, 10¹² / s", "hours"), rows)
 
 
 def _digits(number: float) -> str:
