@@ -12,11 +12,11 @@ __all__ = ["Comparison", "compare", "in_words", "markdown", "mean", "sign_test"]
 
 @dataclass(frozen=True)
 class Comparison:
-    """Trainings with something, against trainings of the same seeds without.
+    """Training runs with something, against runs of the same seeds without.
 
     Attributes:
         where: the factors that both have in common.
-        what: which trainings are compared with the reference.
+        what: which runs are compared with the reference.
         n: number of seeds of which both are there.
         reference: mean of the reference.
         value: mean of what is compared with it.
@@ -51,11 +51,11 @@ def compare(
 ) -> list[Comparison]:
     """Compare each value of a factor with the reference, seed by seed.
 
-    Trainings of one seed share the weights they start from, the split and the order of the batches; what all
+    Runs of one seed share the weights they start from, the split and the order of the batches; what all
     of that does to the accuracy cancels in the difference. The interval is that of a paired t-test.
 
     Args:
-        records: of a study, see `salnb.study.read`; failed trainings are left out.
+        records: of a study, see `salnb.study.read`; failed runs are left out.
         factor: what is compared.
         reference: the value that the others are compared with.
         metric: a number in the results.

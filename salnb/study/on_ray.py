@@ -1,4 +1,4 @@
-"""Run the trainings of a study on a Ray cluster: the cores or GPUs of this machine, or of many machines."""
+"""Training runs of a study on a Ray cluster: the cores or GPUs of this machine, or of many machines."""
 
 import importlib
 import os
@@ -13,25 +13,27 @@ from salnb.study.grids import Training
 from salnb.study.runner import run_training
 from salnb.train import Interrupted
 
-# how often a training is begun anew, from its checkpoint, when the process or the machine it ran on died
+__all__ = ["OnRay"]
+
+# how often a run is begun anew, from its checkpoint, when the process or the machine it ran on died
 _RETRIES = 5
 _POLL_SECONDS = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class OnRay:
-    """Trainings as tasks of Ray; an executor of `salnb.study.run`.
+    """Training runs as tasks of Ray; an executor of `salnb.study.run`.
 
-    A training whose worker died is begun again and goes on from its checkpoint. So the machines of a cluster
-    need a folder in common (and salnb with the extra `ray`); records are written here, each once.
+    A run whose worker died is begun again and goes on from its checkpoint. So the machines of a cluster need
+    a folder in common (and salnb with the extra `ray`); records are written here, each once.
 
-    A study that is stopped leaves the cluster, which ends the trainings under way; they go on from their last
-    checkpoint. Where this process had joined the cluster before, it stays, and they are trained to their end:
-    wait for that before the study is started again.
+    A study that is stopped leaves the cluster, which ends the runs under way; they go on from their last
+    checkpoint. If this process had joined the cluster before, it stays, and the runs are finished there: wait
+    for that before you start the study again.
 
     Attributes:
         address: "local" starts Ray on this machine; "auto" or "ray://HOST:PORT" join a cluster.
-        share: of a GPU, or of a core where the cluster has no GPU, that a training gets; above 1, several.
+        share: of a GPU, or of a core where the cluster has no GPU, that a run gets; above 1, several.
 
     Raises:
         ModuleNotFoundError: Ray is not installed.
@@ -45,7 +47,7 @@ class OnRay:
     def __call__(
         self, pending: Sequence[Training], runs: Path, started: Callable[[Training], None]
     ) -> Iterator[tuple[Training, dict[str, Any]]]:
-        """Run them; see `salnb.study.Executor`."""
+        """Make them; see `salnb.study.runner.Executor`."""
         if not pending:
             return
         ray = _ray()
@@ -83,9 +85,9 @@ class OnRay:
                 f"share must be at most {there:g}, the {kind}s of a machine in the cluster, "
                 f"got {self.share:g}"
             )
-        # the share of a GPU says how many trainings a machine runs, however many cores it has
+        # the share of a GPU says how many runs a machine makes, however many cores it has
         needs = {"num_gpus": self.share, "num_cpus": 0} if kind == "GPU" else {"num_cpus": self.share}
-        # Ray itself tries again where a worker dies; an error of the training is its record
+        # Ray itself tries again where a worker dies; an error of the run is its record
         task = ray.remote(max_retries=_RETRIES, retry_exceptions=False, **needs)(_attempt)
         waiting = list(reversed(pending))
         running: dict[Any, Training] = {}
@@ -114,7 +116,7 @@ def _machines(ray: Any) -> list[dict[str, float]]:
 
 
 def _attempt(training: Training, runs: Path) -> dict[str, Any]:
-    """Run a training in a worker, which dies where it is told to stop, so that Ray goes on elsewhere."""
+    """Make a run in a worker, which dies where it is told to stop, so that Ray goes on elsewhere."""
     try:
         return run_training(training, runs)
     except Interrupted as stopped:
