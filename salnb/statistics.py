@@ -83,9 +83,9 @@ def compare(
             if what == reference or not seeds:
                 continue
             pairs = tuple((base[seed], of_seed[seed]) for seed in seeds)
-            low, high = _interval([ours - theirs for theirs, ours in pairs])
-            theirs, ours = (mean([pair[i] for pair in pairs]) for i in (0, 1))
-            numbers = (len(seeds), theirs, ours, ours - theirs, low, high, pairs)
+            interval = _interval([ours - theirs for theirs, ours in pairs])
+            theirs, ours = map(mean, zip(*pairs, strict=True))
+            numbers = (len(seeds), theirs, ours, ours - theirs, *interval, pairs)
             found.append(Comparison(dict(where), what, *numbers))
     return found
 
@@ -117,16 +117,13 @@ def in_words(comparisons: Sequence[Comparison]) -> str:
     verdicts = [c.verdict for c in comparisons]
     better, worse, unclear = (verdicts.count(v) for v in ("better", "worse", "cannot tell"))
     positive, of, p = sign_test(comparisons)
+    n = len(verdicts)
     return (
-        f"Of {len(verdicts)} comparison{'s' * (len(verdicts) != 1)}, {better} {_say(better)} better, "
-        f"{worse} {_say(worse)} worse, and {unclear} cannot tell. The difference is positive in "
+        f"Of {n} comparison{'s' * (n != 1)}, {better} say{'s' * (better == 1)} better, {worse} "
+        f"say{'s' * (worse == 1)} worse, and {unclear} cannot tell. The difference is positive in "
         f"{positive} of {of}; if signs were a coin's toss, a count as uneven would come up with a "
         f"probability of {p:.2g} (sign test)."
     )
-
-
-def _say(count: int) -> str:
-    return "says" if count == 1 else "say"
 
 
 def markdown(comparisons: Sequence[Comparison]) -> str:
@@ -134,19 +131,11 @@ def markdown(comparisons: Sequence[Comparison]) -> str:
     if not comparisons:
         return "nothing can be compared: no seed has both"
     header = [*comparisons[0].where, "compared", "seeds", "reference", "value", "difference"]
-    rows = [
-        [
-            *c.where.values(),
-            c.what,
-            c.n,
-            f"{c.reference:.1%}",
-            f"{c.value:.1%}",
-            f"{c.difference:+.1%}",
-            f"{c.low:+.1%} to {c.high:+.1%}" if c.n > 1 else "unknown",
-            c.verdict,
-        ]
-        for c in comparisons
-    ]
+    rows = []
+    for c in comparisons:
+        interval = f"{c.low:+.1%} to {c.high:+.1%}" if c.n > 1 else "unknown"
+        numbers = (f"{c.reference:.1%}", f"{c.value:.1%}", f"{c.difference:+.1%}", interval)
+        rows.append((*c.where.values(), c.what, c.n, *numbers, c.verdict))
     return markdown_table([*header, "95 % interval", "verdict"], rows)
 
 

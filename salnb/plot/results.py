@@ -210,11 +210,8 @@ def _arrows(
     ax: Axes, values: Sequence[float], y: float, colour: str, limits: tuple[float, float], size: float
 ) -> None:
     """Arrows at the edges beyond which some of the values lie."""
-    for edge, marker, beyond in (
-        (limits[0], "<", min(values, default=limits[0]) < limits[0]),
-        (limits[1], ">", max(values, default=limits[1]) > limits[1]),
-    ):
-        if beyond:
+    for edge, marker in zip(limits, "<>", strict=True):
+        if any(value < edge if marker == "<" else value > edge for value in values):
             ax.plot(edge, y, marker, color=colour, markersize=size, clip_on=False, zorder=5)
 
 

@@ -170,7 +170,8 @@ def _open(scale: Scale, gammas: Gammas, match: Match) -> Cells:
                 )
         for images in dict.fromkeys(name for name in wanted if name in sizes):
             for variant, gamma in {"reference": 0.0, "default": gammas[data]}.items():
-                yield _open_factors(data, images, variant), {**shared, **sizes[images], "gamma": gamma}
+                factors = {"data": data, "images": images, "variant": variant}
+                yield factors, {**shared, **sizes[images], "gamma": gamma}
         for variant in (name for name in wanted if name in variants):
             changes = variants[variant]
             if Config(out="run", **{**whole, **changes}) == default:
@@ -178,11 +179,7 @@ def _open(scale: Scale, gammas: Gammas, match: Match) -> Cells:
             settings = {**shared, "gamma": gammas[data], **changes}
             if _UNITS & changes.keys():
                 settings["gamma"] = match(whole, {**whole, **changes})
-            yield _open_factors(data, ALL_IMAGES, variant), settings
-
-
-def _open_factors(data: str, images: str, variant: str) -> dict[str, Any]:
-    return {"data": data, "images": images, "variant": variant}
+            yield {"data": data, "images": ALL_IMAGES, "variant": variant}, settings
 
 
 def _training_sets(default: Config) -> dict[str, dict[str, Any]]:

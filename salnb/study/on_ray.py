@@ -1,16 +1,16 @@
 """Training runs of a study on a Ray cluster: the cores or GPUs of this machine, or of many machines."""
 
-import importlib
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from salnb._common.packages import require
 from salnb.study.grids import Training
-from salnb.study.runner import run_training
+from salnb.study.runner import Ended, Started, run_training
 from salnb.train import Interrupted
 
 __all__ = ["OnRay"]
@@ -44,13 +44,11 @@ class OnRay:
     address: str = "local"
     share: float = 1.0
 
-    def __call__(
-        self, pending: Sequence[Training], runs: Path, started: Callable[[Training], None]
-    ) -> Iterator[tuple[Training, dict[str, Any]]]:
+    def __call__(self, pending: Sequence[Training], runs: Path, started: Started) -> Ended:
         """Make them; see `salnb.study.runner.Executor`."""
         if not pending:
             return
-        ray = _ray()
+        ray = require("ray", "ray", what="on ray")
         ours = not ray.is_initialized()
         if ours:
             self._join(ray)
@@ -63,21 +61,15 @@ class OnRay:
     def _join(self, ray: Any) -> None:
         # what is in the environment here, such as the folder of the data, is to hold there, too
         variables = {name: value for name, value in os.environ.items() if name.startswith("SALNB_")}
-        options: dict[str, Any] = {"include_dashboard": False} if self.address == "local" else {}
+        options = {"log_to_driver": False, "logging_level": "error", "runtime_env": {"env_vars": variables}}
+        if self.address == "local":
+            options["include_dashboard"] = False
         try:
-            ray.init(
-                address=self.address,
-                log_to_driver=False,
-                logging_level="error",
-                runtime_env={"env_vars": variables},
-                **options,
-            )
+            ray.init(address=self.address, **options)
         except ConnectionError as error:
             raise ConnectionError(f"address {self.address!r}: no Ray cluster answers there") from error
 
-    def _tasks(
-        self, ray: Any, pending: Sequence[Training], runs: Path, started: Callable[[Training], None]
-    ) -> Iterator[tuple[Training, dict[str, Any]]]:
+    def _tasks(self, ray: Any, pending: Sequence[Training], runs: Path, started: Started) -> Ended:
         kind = "GPU" if ray.cluster_resources().get("GPU") else "CPU"
         there = max((machine.get(kind, 0) for machine in _machines(ray)), default=0)
         if there < self.share:
@@ -132,10 +124,3 @@ def _record(ray: Any, training: Training, reference: Any) -> dict[str, Any]:
     except ray.exceptions.RayError as error:
         failure = {"status": "failed", "error": f"{type(error).__name__}: {error}", "trace": []}
         return {"factors": training.factors} | failure
-
-
-def _ray() -> Any:
-    try:
-        return importlib.import_module("ray")
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("on ray needs the package ray: pip install 'salnb[ray]'") from error

@@ -26,12 +26,15 @@ from salnb.train import fit
 __all__ = ["Executor", "in_process", "read", "run", "run_training"]
 
 
+# what an executor calls when a run begins, and what it yields
+Started = Callable[[Training], None]
+Ended = Iterator[tuple[Training, dict[str, Any]]]
+
+
 class Executor(Protocol):
     """How training runs are made: yields each with its record when it is finished."""
 
-    def __call__(
-        self, pending: Sequence[Training], runs: Path, started: Callable[[Training], None]
-    ) -> Iterator[tuple[Training, dict[str, Any]]]:
+    def __call__(self, pending: Sequence[Training], runs: Path, started: Started) -> Ended:
         """Make them; `started` is to be called when one begins."""
 
 
@@ -153,9 +156,7 @@ def run_training(training: Training, runs: Path) -> dict[str, Any]:
     return {"factors": training.factors, **ended, "warnings": list(said)}
 
 
-def in_process(
-    pending: Sequence[Training], runs: Path, started: Callable[[Training], None]
-) -> Iterator[tuple[Training, dict[str, Any]]]:
+def in_process(pending: Sequence[Training], runs: Path, started: Started) -> Ended:
     """Make training runs in this process, one after the other."""
     for training in pending:
         started(training)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from salnb._common import catalog
+from salnb._common.packages import require
 from salnb.train.config import Config
 
 __all__ = ["STUDY_NAMES", "Scale", "load_scale"]
@@ -117,12 +118,7 @@ def load_scale(scale: str | Path | Mapping[str, Any]) -> Scale:
     path = files.get(str(scale), Path(scale))
     if path.suffix not in (".yml", ".yaml"):
         raise catalog.unknown("scale", str(scale), [*files, "FILE.yml"])
-    try:
-        import yaml
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"this needs the package {error.name}: pip install 'salnb[train]'"
-        ) from error
+    yaml = require("yaml", "train")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))["scale"]
     except (OSError, UnicodeError, KeyError, TypeError, yaml.YAMLError) as error:
