@@ -5,9 +5,11 @@ from typing import TYPE_CHECKING
 from salnb._common.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from salnb.timing.cases import TABLE_4, Case, Settings, plan
-    from salnb.timing.records import PAPER, case_of, check_record, compare, read_timing
-    from salnb.timing.runner import default_path, describe, measure, study
+    from salnb.timing.cases import PAPER, TABLE_4, Case, Settings, plan
+    from salnb.timing.comparison import compare, describe
+    from salnb.timing.measurement import measure
+    from salnb.timing.records import case_of, check_record, read_timing
+    from salnb.timing.runner import default_path, study
 
 __all__ = [
     "PAPER",
@@ -28,8 +30,10 @@ __all__ = [
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
-        "cases": ("TABLE_4", "Case", "Settings", "plan"),
-        "records": ("PAPER", "case_of", "check_record", "compare", "read_timing"),
-        "runner": ("default_path", "describe", "measure", "study"),
+        "cases": ("PAPER", "TABLE_4", "Case", "Settings", "plan"),
+        "comparison": ("compare", "describe"),
+        "measurement": ("measure",),
+        "records": ("case_of", "check_record", "read_timing"),
+        "runner": ("default_path", "study"),
     },
 )

@@ -6,29 +6,30 @@ import torch
 
 from salnb import timing
 from salnb.timing import runner
+from salnb.timing.records import Measured
 
 SECONDS = {"mean": 0.02, "median": 0.02, "p5": 0.018, "p95": 0.022, "min": 0.017, "max": 0.023}
 
 
 def made_up(case, device="cpu", *, iterations=8, left=None, factor=1.0):
-    """What `timing.measure` might return: a step with saliency takes three times its baseline."""
+    """What `measure_case` might return: a step with saliency takes three times its baseline."""
     factor *= 3 if case.method else 1
     flops = 1000 * case.batch * (2 if case.method else 1)
-    return case.to_dict() | {
-        "iterations": iterations,
-        "averaged": iterations // 2,
-        "seconds": {name: factor * value for name, value in SECONDS.items()},
-        "parts": {"forward": 0.005 * factor, "backward": 0.015 * factor},
-        "kinds": {"convolution": 0.01, "batch norm": 0.0},
-        "first_step_seconds": 1.0,
-        "held_bytes": 1000,
-        "peak_bytes": 5000,
-        "flops": flops,
-        "convolution_flops": flops // 2,
-        "peak_share": None,
-        "clocks_mhz": None,
-        "time": "2026-01-01T00:00:00+00:00",
-    }
+    return Measured(
+        iterations=iterations,
+        averaged=iterations // 2,
+        seconds={name: factor * value for name, value in SECONDS.items()},
+        parts={"forward": 0.005 * factor, "backward": 0.015 * factor},
+        kinds={"convolution": 0.01, "batch norm": 0.0},
+        first_step_seconds=1.0,
+        held_bytes=1000,
+        peak_bytes=5000,
+        flops=flops,
+        convolution_flops=flops // 2,
+        peak_share=None,
+        clocks_mhz=None,
+        time="2026-01-01T00:00:00+00:00",
+    )
 
 
 def settings(**changes):
