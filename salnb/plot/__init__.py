@@ -12,6 +12,7 @@ from salnb.plot.maps import (
     use_style,
 )
 from salnb.plot.results import VERDICTS, name_of, show_accuracies, show_differences
+from salnb.plot.timing import show_batches, show_memory, show_method_costs, show_parts, show_ratios
 
 __all__ = [
     "DIVERGING",
@@ -22,9 +23,14 @@ __all__ = [
     "name_of",
     "overlay",
     "show_accuracies",
+    "show_batches",
     "show_differences",
     "show_images",
     "show_maps",
+    "show_memory",
+    "show_method_costs",
     "show_numbers",
+    "show_parts",
+    "show_ratios",
     "use_style",
 ]

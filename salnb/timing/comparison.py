@@ -5,6 +5,7 @@ from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
+from salnb._common.tables import markdown_table
 from salnb.timing.cases import Case
 from salnb.timing.records import Row
 
@@ -45,7 +46,7 @@ def compare(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
         if (a and a.measured) or (b and b.measured):
             cells.append([_label(*key), *_cells(a, b)])
     header = ["step", "A ms", "B ms", "A / B", "ratio A", "ratio B", "arithmetic"]
-    return "\n".join([*lines, "", _markdown(header, cells)])
+    return "\n".join([*lines, "", markdown_table(header, cells, rule="---")])
 
 
 def _keyed(record: Mapping[str, Any]) -> dict[tuple[Case, Fraction], Row]:
@@ -77,8 +78,3 @@ def _cells(a: Row | None, b: Row | None) -> list[str]:
 
 def _number(value: float | None, missing: str = "–") -> str:
     return missing if value is None else f"{value:.2f}"
-
-
-def _markdown(header: list[str], rows: list[list[str]]) -> str:
-    rule = "|" + "---|" * len(header)
-    return "\n".join([f"| {' | '.join(header)} |", rule, *(f"| {' | '.join(row)} |" for row in rows)])

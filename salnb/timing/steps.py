@@ -160,9 +160,14 @@ class SaliencyStep(TimedStep):
         """The objective."""
         case = self.case
         assert case.method is not None
-        options = {"method": case.method, "method_options": case.method_options, "every": case.every}
         with self.device:  # where the scales of float16 belong
-            self.objective = Objective(self.model, augmentation, **options)
+            self.objective = Objective(
+                self.model,
+                augmentation,
+                method=case.method,
+                method_options=case.method_options,
+                every=case.every,
+            )
         if case.compiled:
             self.objective.compile()
         return [self.images, augmentation.new_images, self.target]
