@@ -47,7 +47,7 @@ def show_parts(pairs: Mapping[str, Pair]) -> Figure:
     """The time of a step by its parts and by the kind of its operations, in units of the baseline step.
 
     Args:
-        pairs: see `salnb.timing.pairs`; of each two bars the right one is the step with saliency.
+        pairs: see `salnb.timing.tables.pairs`; of each two bars the right one is the step with saliency.
     """
     fig, axes = plt.subplots(1, 2, figsize=(8.8, 3.8), layout="constrained")
     _stack(axes[0], pairs, "parts", dict(zip(_PARTS, _SHADES, strict=True)))
@@ -115,7 +115,7 @@ def show_method_costs(rows: Sequence[TimingRow]) -> Figure:
     """What a step costs on average in units of the baseline, and its arithmetic.
 
     Args:
-        rows: see `salnb.timing.method_rows`.
+        rows: see `salnb.timing.tables.method_rows`.
     """
     fig, ax = plt.subplots(figsize=(7.2, 3.2), layout="constrained")
     y, ratios, limits = range(len(rows)), [row["ratio"] for row in rows], [row["flops_ratio"] for row in rows]

@@ -5,22 +5,12 @@ from typing import TYPE_CHECKING
 from salnb._common.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from salnb.timing import tables
     from salnb.timing.cases import PAPER, TABLE_4, Case, Settings, plan
     from salnb.timing.comparison import compare, describe
     from salnb.timing.measurement import measure
     from salnb.timing.records import case_of, check_record, read_timing
     from salnb.timing.runner import default_path, study
-    from salnb.timing.tables import (
-        describe_record,
-        memory_table,
-        method_rows,
-        method_table,
-        pairs,
-        paper_table,
-        part_table,
-        rows_of,
-        unfinished_batches,
-    )
 
 __all__ = [
     "PAPER",
@@ -32,19 +22,11 @@ __all__ = [
     "compare",
     "default_path",
     "describe",
-    "describe_record",
     "measure",
-    "memory_table",
-    "method_rows",
-    "method_table",
-    "pairs",
-    "paper_table",
-    "part_table",
     "plan",
     "read_timing",
-    "rows_of",
     "study",
-    "unfinished_batches",
+    "tables",
 ]
 
 __getattr__, __dir__ = lazy_names(
@@ -55,16 +37,6 @@ __getattr__, __dir__ = lazy_names(
         "measurement": ("measure",),
         "records": ("case_of", "check_record", "read_timing"),
         "runner": ("default_path", "study"),
-        "tables": (
-            "describe_record",
-            "memory_table",
-            "method_rows",
-            "method_table",
-            "pairs",
-            "paper_table",
-            "part_table",
-            "rows_of",
-            "unfinished_batches",
-        ),
+        "tables": (),
     },
 )

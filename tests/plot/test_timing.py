@@ -12,6 +12,7 @@ import matplotlib.pyplot as plt
 
 from salnb import timing
 from salnb.plot import show_batches, show_memory, show_method_costs, show_parts, show_ratios
+from salnb.timing import tables
 from salnb.timing.profiler import KINDS
 from tests.helpers.timing_records import made_up_record
 
@@ -46,7 +47,7 @@ def test_ratios_lie_over_their_network_beside_the_papers(record):
     paper, ours = ax.lines[:2]
     assert list(paper.get_xdata()) == list(timing.TABLE_4)
     np.testing.assert_allclose(paper.get_ydata(), [b / a for a, b in timing.PAPER.values()])
-    expected = {row["network"]: row["ratio"] for row in timing.rows_of(record, method="vanilla_gradient")}
+    expected = {row["network"]: row["ratio"] for row in tables.rows_of(record, method="vanilla_gradient")}
     assert dict(zip(ours.get_xdata(), ours.get_ydata(), strict=True)) == expected
     assert {ours.get_linestyle(), paper.get_linestyle()} == {"None"}
     assert ax.get_ylim()[0] < min(expected.values())
@@ -67,7 +68,7 @@ def test_a_ratio_below_what_arithmetic_allows_is_on_the_axis(record):
 
 
 def test_parts_and_kinds_are_stacked_in_units_of_the_baseline(record):
-    pairs = timing.pairs(record)
+    pairs = tables.pairs(record)
     fig = show_parts(pairs)
     for ax, field in zip(fig.axes, ("parts", "kinds"), strict=True):
         expected = {}
@@ -81,7 +82,7 @@ def test_parts_and_kinds_are_stacked_in_units_of_the_baseline(record):
 
 
 def test_memory_has_a_line_at_what_is_held(record):
-    pairs = timing.pairs(record)
+    pairs = tables.pairs(record)
     (ax,) = show_memory(pairs).axes
     rows = [row for each in pairs.values() for row in each]
     assert list(heights(ax).values()) == pytest.approx([row["peak_bytes"] / 2**20 for row in rows])
@@ -108,7 +109,7 @@ def test_batches_that_were_too_large_are_left_out(record):
 
 
 def test_methods_are_bars_with_their_arithmetic(record):
-    rows = timing.method_rows(record)
+    rows = tables.method_rows(record)
     (ax,) = show_method_costs(rows).axes
     assert [bar.get_width() for bar in ax.patches] == [row["ratio"] for row in rows]
     assert list(ax.lines[0].get_xdata()) == [row["flops_ratio"] for row in rows]

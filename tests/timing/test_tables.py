@@ -21,7 +21,7 @@ def changed(record):
 
 
 def row_of(record, **wanted):
-    (row,) = timing.rows_of(record, **wanted)
+    (row,) = tables.rows_of(record, **wanted)
     return row
 
 
@@ -32,28 +32,28 @@ def without(row):
 
 
 def test_rows_are_as_in_the_paper_unless_asked_otherwise(record):
-    rows = timing.rows_of(record)
+    rows = tables.rows_of(record)
     assert rows
     for row in rows:
         assert (row["every"], row["precision"], row["status"]) == (1, "32", "ok")
         assert row["batch"] == record["protocol"]["batch"]
         assert (row["compiled"], row["channels_last"]) == (False, False)
-    assert [row["batch"] for row in timing.rows_of(record, batch=16)] == [16, 16]
-    assert timing.rows_of(record, network="vgg16") == []
+    assert [row["batch"] for row in tables.rows_of(record, batch=16)] == [16, 16]
+    assert tables.rows_of(record, network="vgg16") == []
 
 
 def test_a_network_is_a_pair_only_where_both_were_measured(record, changed):
-    pairs = timing.pairs(record)
+    pairs = tables.pairs(record)
     assert [row["method"] for row in pairs["resnet50"]] == [None, "vanilla_gradient"]
     without(row_of(changed, network="resnet50", method="vanilla_gradient"))
-    assert list(timing.pairs(changed)) == [name for name in pairs if name != "resnet50"]
+    assert list(tables.pairs(changed)) == [name for name in pairs if name != "resnet50"]
     assert tables.pair(record, "resnet18", batch=4)[1]["batch"] == 4
 
 
 def test_series_are_told_apart_by_precision_and_mode(record, changed):
     found = tables.ratio_series(record)
     assert list(found) == ["fp32 eager", "fp32 compiled"]
-    eager = timing.rows_of(record, method="vanilla_gradient")
+    eager = tables.rows_of(record, method="vanilla_gradient")
     assert found["fp32 eager"] == {row["network"]: row["ratio"] for row in eager}
     row_of(changed, network="resnet50", method="vanilla_gradient")["precision"] = "bf16"
     assert list(tables.ratio_series(changed)["bf16 eager"]) == ["resnet50"]
@@ -64,17 +64,17 @@ def test_batches_that_did_not_fit_are_told(record, changed):
     assert network == "resnet18"
     assert list(batches) == [2, 4, 8, 16]
     assert all(list(found) == [None, "vanilla_gradient"] for found in batches.values())
-    assert timing.unfinished_batches({"cpu": record}) == []
+    assert tables.unfinished_batches({"cpu": record}) == []
     without(row_of(changed, network="resnet18", method="vanilla_gradient", batch=16))
-    found = timing.unfinished_batches({"cpu": record, "other": changed})
+    found = tables.unfinished_batches({"cpu": record, "other": changed})
     assert found == ["other, resnet18, 16+16: out of memory"]
 
 
 def test_fewer_steps_come_before_the_methods(record):
-    rows = timing.method_rows(record)
+    rows = tables.method_rows(record)
     assert [row["every"] for row in rows][:3] == [4, 16, 1]
     assert {row["network"] for row in rows} == {"resnet18"}
-    assert timing.method_table(rows).splitlines()[0] == (
+    assert tables.method_table(rows).splitlines()[0] == (
         "every 4th step           4.20 measured   2.00 arithmetic"
     )
     copies = rows[-1] | {"method": "smoothgrad", "samples": 5}
@@ -82,7 +82,7 @@ def test_fewer_steps_come_before_the_methods(record):
 
 
 def test_a_record_is_described(record):
-    lines = timing.describe_record("cpu", record).splitlines()
+    lines = tables.describe_record("cpu", record).splitlines()
     assert lines[0] == "record 'cpu'"
     assert lines[1] == "  device      a CPU"
     assert lines[5] == "  batch       2 + 2 images of 64×64"
@@ -91,7 +91,7 @@ def test_a_record_is_described(record):
 
 def test_each_record_stands_below_the_paper(record, changed):
     without(row_of(changed, network="resnet50", method=None))
-    lines = timing.paper_table({"cpu": record, "other": changed}).splitlines()
+    lines = tables.paper_table({"cpu": record, "other": changed}).splitlines()
     at = next(i for i, line in enumerate(lines) if line.startswith("resnet50"))
     assert lines[at : at + 3] == [
         "resnet50         307.6 ms      2156.1 ms    7.01            the paper",
@@ -104,15 +104,15 @@ def test_each_record_stands_below_the_paper(record, changed):
 def test_parts_are_shares_of_the_mean(record, changed):
     row = row_of(changed, network="resnet50", method="vanilla_gradient")
     row["peak_share"] = 0.375
-    lines = timing.part_table(timing.pairs(changed)).splitlines()
+    lines = tables.part_table(tables.pairs(changed)).splitlines()
     assert lines[2].split() == ["resnet50", "20%", "10%", "5%", "65%"]
     assert lines[-1] == "resnet50: convolutions reach 38% of the peak"
-    assert len(timing.part_table(timing.pairs(record)).splitlines()) == 1 + len(timing.pairs(record))
+    assert len(tables.part_table(tables.pairs(record)).splitlines()) == 1 + len(tables.pairs(record))
 
 
 def test_memory_is_told_beyond_what_is_held(changed):
-    base, salient = timing.pairs(changed)["resnet18"]
+    base, salient = tables.pairs(changed)["resnet18"]
     base |= {"held_bytes": 100, "peak_bytes": 200}
     salient |= {"held_bytes": 100, "peak_bytes": 350}
-    lines = timing.memory_table(timing.pairs(changed)).splitlines()
+    lines = tables.memory_table(tables.pairs(changed)).splitlines()
     assert lines[0] == "resnet18     2.5 times the memory beyond parameters and batch"
