@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 
 import torch
 
+from salnb._common.tables import markdown_table
+
 
 def medians(
     contenders: Mapping[str, Callable[[], object]], *, seconds: float = 8.0, least: int = 3
@@ -47,8 +49,4 @@ def _clock() -> float:
 
 def print_table(title: str, header: list[str], rows: list[list[str]]) -> None:
     """Print a Markdown table under a title."""
-    print(f"\n## {title}\n")
-    print("| " + " | ".join(header) + " |")
-    print("|" + "---|" * len(header))
-    for row in rows:
-        print("| " + " | ".join(row) + " |", flush=True)
+    print(f"\n## {title}\n\n{markdown_table(header, rows, rule='---')}", flush=True)
