@@ -19,7 +19,7 @@ PACKAGE := $(shell find salnb -name '*.py')
 RECORDS := $(wildcard results/*.json notebooks/scales/*.yml)
 PAGES := _config.yml _toc.yml $(shell find book -type f -not -path '*/__pycache__/*')
 
-.PHONY: help env book test test-unit test-notebooks test-pages test-slow lint serve notebooks bench clean
+.PHONY: help env book test test-unit test-notebooks test-pages test-slow lint serve notebook notebooks bench clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
@@ -53,6 +53,12 @@ serve: book  ## show the site on port 8000 of this machine
 notebooks: $(EXECUTED)  ## run the chapters and write their outputs back into notebooks/
 	for executed in $(EXECUTED); do cp $$executed notebooks/; touch $$executed; done
 	$(BIN)/python -m tools.notebooks lint $(NOTEBOOKS)
+
+notebook: $(filter _build/source/notebooks/$(N)-%,$(EXECUTED))  ## make notebook N=06: the same for one chapter
+	test -n "$^" || { echo "which chapter? make notebook N=06"; exit 2; }
+	cp $^ notebooks/
+	touch $^
+	$(BIN)/python -m tools.notebooks lint notebooks/$(N)-*.ipynb
 
 # --- checks -----------------------------------------------------------------------------------------------
 

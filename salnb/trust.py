@@ -1,7 +1,7 @@
 """Measures of whether a saliency map can be trusted: four ways to put a map to the test.
 
 * Does it depend on what the network has learnt? `rank_correlation` compares two maps, such as those of a
-  trained and of a random network (Adebayo et al., 2018).
+  trained and of a random network (Adebayo et al., 2018); `correlation` compares them where both are valid.
 * Does the network need the pixels that it marks? `deletion_curve` and `insertion_curve` take them away, or
   give them back, in the map's order (Petsiuk et al., 2018).
 * Does it mark the object, where that is known? `share_on_object`, and `pointing_hit` for its maximum
@@ -95,13 +95,35 @@ def rank_correlation(maps: Tensor, others: Tensor) -> Tensor:
     -1.0
     """
     maps, others = _check_maps("maps", maps), _check_maps("others", others)
-    if maps.shape != others.shape:
-        raise ValueError(
-            f"others must have the shape of maps, {tuple(maps.shape)}, got {tuple(others.shape)}"
-        )
-    first, second = _centred_ranks("maps", maps), _centred_ranks("others", others)
-    lengths = first.norm(dim=1) * second.norm(dim=1)
-    return (first * second).sum(1) / lengths.where(lengths > 0, 1)
+    _check_same_shape(others, maps)
+    return _cosine(_centred_ranks("maps", maps), _centred_ranks("others", others))
+
+
+def correlation(maps: Tensor, others: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Pearson's correlation of two maps, on the pixels where they may be compared.
+
+    Args:
+        maps: (N, 1, H, W), of either sign.
+        others: maps of the same shape.
+        valid: (N, 1, H, W), bool: the pixels that count, such as `Augmentation.align` gives them; None: all.
+
+    Returns:
+        (N,), from -1 to 1, in float64; 0 where a map is constant on the pixels that count, or none counts.
+
+    Raises:
+        TypeError, ValueError: the maps or `valid` are not as described.
+
+    >>> maps, others = torch.tensor([[[[1.0, 2.0, 3.0]]]]), torch.tensor([[[[2.0, 4.0, 0.0]]]])
+    >>> round(correlation(maps, others, torch.tensor([[[[True, True, False]]]])).item(), 6)
+    1.0
+    """
+    check_images(maps, name="maps")
+    check_images(others, name="others")
+    _check_same_shape(others, maps)
+    if valid is None:
+        valid = torch.ones_like(maps, dtype=torch.bool)
+    _check_masks(valid, maps, name="valid")
+    return _cosine(_centred(maps, valid), _centred(others, valid))
 
 
 def deletion_curve(
@@ -219,6 +241,20 @@ def _centred_ranks(name: str, maps: Tensor) -> Tensor:
     return (below + not_above - flat.shape[1]).double() / 2
 
 
+def _centred(maps: Tensor, valid: Tensor) -> Tensor:
+    """The values (N, H·W) of valid pixels less their mean, in float64; 0 at the others."""
+    values, valid = maps.double().flatten(1), valid.flatten(1)
+    highest = values.where(valid, -torch.inf).amax(1, keepdim=True)
+    below = (values - highest).where(valid, 0)  # zero, without rounding, where a map is constant
+    return (below - below.sum(1, keepdim=True) / valid.sum(1, keepdim=True).clamp(min=1)).where(valid, 0)
+
+
+def _cosine(first: Tensor, second: Tensor) -> Tensor:
+    """Of the rows of two matrices; 0 where a row is zero."""
+    lengths = first.norm(dim=1) * second.norm(dim=1)
+    return (first * second).sum(1) / lengths.where(lengths > 0, 1)
+
+
 def _like_images(replacement: Tensor, images: Tensor) -> Tensor:
     if not isinstance(replacement, Tensor):
         raise TypeError(f"replacement must be a tensor, got {type(replacement).__name__}")
@@ -243,9 +279,16 @@ def _check_maps(name: str, maps: Tensor) -> Tensor:
     return maps.to(torch.promote_types(maps.dtype, torch.float32))
 
 
-def _check_masks(masks: Tensor, maps: Tensor) -> None:
+def _check_same_shape(others: Tensor, maps: Tensor) -> None:
+    if maps.shape != others.shape:
+        raise ValueError(
+            f"others must have the shape of maps, {tuple(maps.shape)}, got {tuple(others.shape)}"
+        )
+
+
+def _check_masks(masks: Tensor, maps: Tensor, name: str = "masks") -> None:
     if not isinstance(masks, Tensor) or masks.dtype is not torch.bool:
         got = masks.dtype if isinstance(masks, Tensor) else type(masks).__name__
-        raise TypeError(f"masks must be a tensor of booleans, got {got}")
+        raise TypeError(f"{name} must be a tensor of booleans, got {got}")
     if masks.shape != maps.shape:
-        raise ValueError(f"masks must have the shape of maps, {tuple(maps.shape)}, got {tuple(masks.shape)}")
+        raise ValueError(f"{name} must have the shape of maps, {tuple(maps.shape)}, got {tuple(masks.shape)}")

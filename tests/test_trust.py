@@ -105,6 +105,29 @@ def test_a_constant_map_correlates_with_nothing():
     assert_close(trust.rank_correlation(maps, maps), torch.tensor([1.0, 0.0]).double())
 
 
+@DTYPES
+def test_correlation_agrees_with_the_definition(dtype):
+    generator = torch.Generator().manual_seed(2)
+    maps, others = (torch.randn(4, 1, 5, 6, generator=generator).to(dtype) for _ in range(2))
+    valid = torch.rand(maps.shape, generator=generator) > 0.3
+    expected = [
+        torch.corrcoef(torch.stack([a[on], b[on]]).double())[0, 1]
+        for a, b, on in zip(maps, others, valid, strict=True)
+    ]
+    assert_close(trust.correlation(maps, others, valid), torch.stack(expected))
+    assert_close(trust.correlation(maps, others), trust.correlation(maps, others, torch.ones_like(valid)))
+
+
+def test_what_is_not_valid_does_not_correlate():
+    maps, others = torch.rand(2, 1, 3, 3), torch.rand(2, 1, 3, 3)
+    valid = torch.ones(maps.shape, dtype=torch.bool)
+    valid[:, :, 0] = False
+    expected = trust.correlation(maps, others, valid)
+    assert_close(trust.correlation(maps, others.masked_fill(~valid, torch.nan), valid), expected)
+    assert_close(trust.correlation(maps, others, torch.zeros_like(valid)), torch.zeros(2).double())
+    assert_close(trust.correlation(maps, torch.full_like(maps, 0.1)), torch.zeros(2).double())
+
+
 def test_expanded_maps_are_maps():
     one, others = torch.rand(1, 1, 4, 4), torch.rand(3, 1, 4, 4)
     assert_close(
@@ -239,6 +262,8 @@ BAD = {
     "masks-list": (lambda: trust.pointing_hit(M, [True]), TypeError, "masks must be .* booleans, got list"),
     "masks-misfit": (lambda: trust.pointing_hit(M, K[:1]), ValueError, r"masks .* \(2, 1, 4, 4\), got \(1, 1, 4, 4\)"),
     "others-misfit": (lambda: trust.rank_correlation(M, M[:1]), ValueError, r"others must .* got \(1, 1, 4, 4\)"),
+    "correlated-misfit": (lambda: trust.correlation(M, M[:1]), ValueError, r"others must .* got \(1, 1, 4, 4\)"),
+    "valid-floats": (lambda: trust.correlation(M, M, M), TypeError, "valid must be a tensor of booleans"),
     "others-nan": (lambda: trust.rank_correlation(M, NAN), ValueError, "others must be finite"),
     "images-integers": (lambda: remove(images=X.byte()), TypeError, "images must be of a floating-point"),
     "maps-misfit": (lambda: remove(maps=M[..., :2]), ValueError, r"maps must have shape \(2, 1, 4, 4\).*\(2, 1, 4, 2\)"),

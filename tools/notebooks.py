@@ -15,6 +15,7 @@ from pathlib import Path
 import nbformat
 
 LARGEST = 1_500_000  # bytes of a committed notebook
+WIDEST = 76  # characters of a line of code that a page does not clip; also in notebooks/ruff.toml
 _DIRECTIVE = re.compile(r"^\s*(```|:::)\{|\{[a-z-]+\}`", re.MULTILINE)
 _MACHINE_PATH = re.compile(r"(?<![\w.])/(home|root|tmp|work|Users|content)/\w+")
 
@@ -84,6 +85,8 @@ def _cell_problems(cell: nbformat.NotebookNode) -> list[str]:
         found.append("needs an id that can be read")
     if cell.cell_type == "markdown" and _DIRECTIVE.search(cell.source):
         found.append("has a directive or role, which Colab does not render")
+    if cell.cell_type == "code" and (wide := [ln for ln in cell.source.splitlines() if len(ln) > WIDEST]):
+        found.append(f"has a line of {max(map(len, wide))} characters, at most {WIDEST}: wrap it")
     outputs = cell.get("outputs", [])
     for output in outputs:
         data = output.get("data", {})

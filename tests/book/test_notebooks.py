@@ -1,12 +1,13 @@
 """The chapters as they are committed, and the tool that runs them."""
 
 import ast
+import tomllib
 from pathlib import Path
 
 import nbformat
 import pytest
 
-from tools.notebooks import execute, problems
+from tools.notebooks import WIDEST, execute, problems
 
 ROOT = Path(__file__).resolve().parents[2]
 CHAPTERS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -64,6 +65,11 @@ def test_chapter_has_its_parts(chapter):
     assert len(folded) >= 3, "set-up and two solutions"
 
 
+def test_the_formatter_wraps_where_the_page_clips():
+    settings = tomllib.loads((ROOT / "notebooks" / "ruff.toml").read_text())
+    assert settings["line-length"] == WIDEST
+
+
 def tiny(tmp_path, source):
     """A notebook that keeps the rules, with one cell of `source`."""
     notebook = nbformat.v4.new_notebook(
@@ -109,6 +115,7 @@ BROKEN = {
     "a directive": lambda nb: nb.cells.append(nbformat.v4.new_markdown_cell("{numref}`x`", id="prose")),
     "not executed": lambda nb: nb.cells[2].update(execution_count=None),
     "an unreadable id": lambda nb: nb.cells[2].update(id="0fc3a9b1"),
+    "a clipped line": lambda nb: nb.cells[2].update(source=f"n = {'1' * 73}"),
     "a warning": lambda nb: nb.cells[2].outputs.append(
         nbformat.v4.new_output("stream", name="stderr", text="!")
     ),

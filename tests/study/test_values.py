@@ -1,0 +1,55 @@
+"""Numbers out of records."""
+
+import pytest
+
+from salnb import results
+from salnb.statistics import compare
+from salnb.study import values
+
+
+def record(seed, variant="default", status="done", **result):
+    factors = {"data": "digit-scenes", "variant": variant, "seed": seed}
+    return {"status": status, "factors": factors, "result": result}
+
+
+RECORDS = [
+    record(0, "reference", test_accuracy=0.5, share=0.1),
+    record(0, test_accuracy=0.6, share=0.3),
+    record(1, "reference", test_accuracy=0.5, share=0.2),
+    record(1, test_accuracy=0.4, share=0.5),
+    record(2, status="failed"),
+]
+
+
+def test_published_records_are_read_by_scale_and_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "published", lambda: tmp_path)
+    paths = ["laptop/open/b.json", "laptop/open/c.json", "laptop-strong/open/a.json", "laptop/table1/a.json"]
+    for path in paths:
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        results.write_record(tmp_path / path, {"name": path})
+    assert [r["name"] for r in values.recorded("open")] == paths[:3]
+    assert values.recorded("table2") == []
+
+
+def test_failed_trainings_have_no_results():
+    assert values.done(RECORDS) == RECORDS[:4]
+    assert values.matching(RECORDS, variant="default") == [RECORDS[1], RECORDS[3]]
+    assert values.of_trainings(RECORDS, "test_accuracy", variant="default", seed=1) == [0.4]
+
+
+def test_differences_are_of_each_seed():
+    [comparison] = compare(RECORDS, "variant")
+    assert values.differences(comparison) == pytest.approx([0.1, -0.1])
+
+
+def test_joint_differences_belong_to_one_training():
+    found = values.joint_differences(RECORDS, "variant", "reference", ("share", "test_accuracy"))
+    assert found == [pytest.approx((0.2, 0.1)), pytest.approx((0.3, -0.1))]
+
+
+@pytest.mark.parametrize(
+    ("warmup", "every", "share"), [(0, 1, 1.0), (50, 1, 0.5), (0, 4, 0.25), (50, 2, 0.25)]
+)
+def test_share_of_steps_with_saliency(warmup, every, share):
+    one = record(0, config={"warmup": warmup, "every": every}, steps=100)
+    assert values.saliency_share(one) == share
