@@ -88,21 +88,24 @@ def _cell_problems(cell: nbformat.NotebookNode) -> list[str]:
     if cell.cell_type == "code" and (wide := [ln for ln in cell.source.splitlines() if len(ln) > WIDEST]):
         found.append(f"has a line of {max(map(len, wide))} characters, at most {WIDEST}: wrap it")
     outputs = cell.get("outputs", [])
-    for output in outputs:
-        data = output.get("data", {})
-        if output.output_type == "error":
-            found.append("holds an error")
-        if output.get("name") == "stderr":
-            found.append("writes to stderr")
-        if any("widget" in kind for kind in data):
-            found.append("holds a widget")
-        if _MACHINE_PATH.search(output.get("text", "") + "".join(data.get("text/plain", ""))):
-            found.append("shows a path of the machine it ran on")
+    found += [sentence for output in outputs for sentence in _output_problems(output)]
     if any(kind.startswith("image/") for output in outputs for kind in output.get("data", {})):
         mystnb = cell.metadata.get("mystnb", {})
         if not mystnb.get("figure", {}).get("caption") or not mystnb.get("image", {}).get("alt"):
             found.append("shows a picture without a caption or without alt text")
     return found
+
+
+def _output_problems(output: nbformat.NotebookNode) -> list[str]:
+    data = output.get("data", {})
+    text = output.get("text", "") + "".join(data.get("text/plain", ""))
+    faults = {
+        "holds an error": output.output_type == "error",
+        "writes to stderr": output.get("name") == "stderr",
+        "holds a widget": any("widget" in kind for kind in data),
+        "shows a path of the machine it ran on": _MACHINE_PATH.search(text),
+    }
+    return [sentence for sentence, there in faults.items() if there]
 
 
 def main() -> int:
