@@ -94,24 +94,6 @@ class Objective(nn.Module):
         num_classes: int | None = None,
     ):
         super().__init__()
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-        for name, weight in (("alpha", alpha), ("beta", beta), ("gamma", gamma)):
-            if not 0 <= weight < float("inf"):
-                raise ValueError(f"{name} must be a finite number of at least 0, got {weight}")
-        for name, value, known in (
-            ("method", method, METHODS),
-            ("normalize", "none" if normalize is None else normalize, sorted(NORMALIZATIONS)),
-            ("distance", distance, sorted(DISTANCES)),
-            ("layer_distance", layer_distance, sorted(FEATURE_DISTANCES)),
-        ):
-            if value not in known:
-                raise unknown(name, value, known)
-        for name, count, least in (("pool", pool, 1), ("every", every, 1), ("warmup", warmup, 0)):
-            if count < least:
-                raise ValueError(f"{name} must be at least {least}, got {count}")
-        if not isinstance(augmentation, Augmentation):
-            raise TypeError(f"augmentation must be one of salnb.augment, got {type(augmentation).__name__}")
         self.model = model
         self.augmentation = augmentation
         self.alpha, self.beta, self.gamma = alpha, beta, gamma
@@ -127,6 +109,7 @@ class Objective(nn.Module):
         self.score_scale, self.gradient_scale = LossScale(12, top=12), LossScale(14, top=24)
         self._compiled: CompiledStep | None = None
         self._second_derivative_checked = False
+        self._check_settings()
         self._check_model()
 
     # the number of steps decides when the saliency term enters: a resumed training needs it
@@ -202,8 +185,30 @@ class Objective(nn.Module):
             num_classes=self.num_classes,
         )
 
+    def _check_settings(self) -> None:
+        """What can be told from each argument alone."""
+        if not isinstance(self.model, nn.Module):
+            raise TypeError(f"model must be an nn.Module, got {type(self.model).__name__}")
+        for name in ("alpha", "beta", "gamma"):
+            if not 0 <= (weight := getattr(self, name)) < float("inf"):
+                raise ValueError(f"{name} must be a finite number of at least 0, got {weight}")
+        for name, value, known in (
+            ("method", self.method, METHODS),
+            ("normalize", "none" if self.normalize is None else self.normalize, sorted(NORMALIZATIONS)),
+            ("distance", self.distance, sorted(DISTANCES)),
+            ("layer_distance", self.layer_distance, sorted(FEATURE_DISTANCES)),
+        ):
+            if value not in known:
+                raise unknown(name, value, known)
+        for name, least in (("pool", 1), ("every", 1), ("warmup", 0)):
+            if (count := getattr(self, name)) < least:
+                raise ValueError(f"{name} must be at least {least}, got {count}")
+        if not isinstance(self.augmentation, Augmentation):
+            got = type(self.augmentation).__name__
+            raise TypeError(f"augmentation must be one of salnb.augment, got {got}")
+
     def _check_model(self) -> None:
-        """What can be told from model and settings before any step."""
+        """What can be told from the model and the arguments together."""
         names = [name for name, _ in self.model.named_modules() if name]
         for name in self.layers:
             if name not in names:
