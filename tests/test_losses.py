@@ -1,4 +1,4 @@
-"""The three losses: equations 5, 6 and 7 against their definitions, and what must not break them."""
+"""The three losses: eq. 5, 6 and 7 against their definitions, and what must not break them."""
 
 import itertools
 
@@ -33,7 +33,7 @@ def half_valid(n=4, h=5, w=6):
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Equation 5
+# eq. 5
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8], ids=str)
@@ -67,7 +67,7 @@ def test_class_loss_refuses(logits, target):
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Equation 6
+# eq. 6
 
 
 def features():
@@ -123,7 +123,7 @@ def test_invariance_loss_refuses(old, new, options, message):
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Equation 7
+# eq. 7
 
 
 def normalised_slowly(pixels, how):
@@ -327,13 +327,14 @@ ONES = torch.ones(2, 1, 3, 3)
     [
         ((ONES, ONES), {"normalize": "maximum"}, r"normalize must be one of \['l2', 'max', .*got 'maximum'"),
         ((ONES, ONES), {"distance": "l2"}, r"distance must be one of \['cosine', 'l1', 'mse'\], got 'l2'"),
+        ((ONES, ONES), {"distance": "mes"}, r"got 'mes' \(did you mean 'mse'\?\)"),
         ((ONES, ONES[:1]), {}, r"new_maps must have the shape \(2, 1, 3, 3\) of maps, got \(1, 1, 3, 3\)"),
         ((ONES[0], ONES[0]), {}, r"maps must be floating-point \(N, C, H, W\), got \(1, 3, 3\)"),
         ((ONES.long(), ONES.long()), {}, r"maps must be floating-point .* of torch.int64"),
         ((ONES, ONES, ONES), {}, r"valid must be bool .*got \(2, 1, 3, 3\) of torch.float32"),
         ((ONES, ONES, ONES[:1].bool()), {}, r"valid must be bool of \(2, 1, 3, 3\) .*got \(1, 1, 3, 3\)"),
     ],
-    ids=["normalize", "distance", "shapes", "dimensions", "integers", "mask type", "mask shape"],
+    ids=["normalize", "distance", "near", "shapes", "dimensions", "integers", "mask type", "mask shape"],
 )
 def test_saliency_loss_refuses(arguments, options, message):
     with pytest.raises(ValueError, match=message):

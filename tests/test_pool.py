@@ -11,6 +11,7 @@ from salnb import Objective, saliency
 from salnb.augment import Affine, Rotation
 from salnb.losses import normalize_maps, pool_maps, saliency_loss
 from tests.helpers.finite_differences import assert_gradient
+from tests.helpers.methods import cheap
 from tests.helpers.networks import conv_bn
 from tests.helpers.tolerances import assert_close
 
@@ -152,8 +153,9 @@ def step(objective, images):
 
 @pytest.mark.parametrize("method", saliency.METHODS)
 def test_gradient_of_the_pooled_term(method):
-    options = {"n_samples": 2} if method == "smoothgrad" else None
-    objective = Objective(conv_bn().double(), Rotation(20), method=method, method_options=options, pool=3)
+    objective = Objective(
+        conv_bn().double(), Rotation(20), method=method, method_options=cheap(method), pool=3
+    )
     images = torch.rand(4, 3, 8, 8, dtype=torch.float64)
 
     def loss():

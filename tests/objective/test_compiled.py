@@ -12,6 +12,7 @@ from torch import nn
 
 from salnb import Objective, saliency
 from salnb.augment import AUGMENTATIONS, Rotation
+from tests.helpers.methods import cheap
 from tests.helpers.networks import conv_bn
 from tests.helpers.tolerances import assert_close, relative_difference
 
@@ -70,6 +71,7 @@ def assert_same(eager, compiled, x, target=TARGET, tolerance=None):
     (expected, gradient), (found, found_gradient) = (step(o, x, target) for o in (eager, compiled))
     for field in ("total", "class_loss", "invariance_loss", "saliency_loss", "logits"):
         assert_close(getattr(found, field).detach(), getattr(expected, field).detach(), tolerance)
+    assert found.has_saliency == expected.has_saliency
     assert_close(found_gradient, gradient, tolerance)
     for buffer, other in zip(compiled.buffers(), eager.buffers(), strict=True):
         assert_close(buffer.double(), other.double(), tolerance)
@@ -94,9 +96,8 @@ def test_each_term_alone(term):
 @pytest.mark.parametrize("method", saliency.METHODS)
 @pytest.mark.usefixtures("traced")
 def test_every_method(method):
-    """A ReLU rule is open while the map's gradient is traced and closed while the parameters' are."""
-    options = {"n_samples": 2} if method == "smoothgrad" else {}
-    eager, compiled = pair(alpha=0.0, method=method, method_options=options)
+    """A ReLU rule acts while the map's gradient is traced and does not while the parameters' are."""
+    eager, compiled = pair(alpha=0.0, method=method, method_options=cheap(method))
     assert assert_same(eager, compiled, images()).saliency_loss > 0
 
 

@@ -16,6 +16,7 @@ from salnb import Objective, saliency
 from salnb.augment import Affine, HorizontalFlip, Identity, Rotation
 from salnb.objective.precision import LossScale
 from tests.helpers.finite_differences import assert_gradient
+from tests.helpers.methods import WITH_RULE, cheap
 from tests.helpers.networks import conv_bn
 from tests.helpers.tolerances import assert_close, relative_difference
 
@@ -116,10 +117,9 @@ def test_compiled_is_equal(architecture, monkeypatch):
 
 @pytest.mark.parametrize("method", saliency.METHODS)
 def test_bfloat16_autocast(method):
-    smooth = method in ("vanilla_gradient", "smoothgrad", "grad_cam")
-    options = {"n_samples": 2, "noise_level": 0.0} if method == "smoothgrad" else {}
+    smooth = method not in WITH_RULE
     model = conv_bn(nn.SiLU if smooth else nn.ReLU)
-    objective = Objective(model, Rotation(20), method=method, method_options=options)
+    objective = Objective(model, Rotation(20), method=method, method_options=cheap(method, still=True))
     x = images(size=12, dtype=torch.float32)
     expected = gradients(objective, x)
     objective.zero_grad()

@@ -10,15 +10,16 @@ import torch.nn.functional as F
 from torch import nn
 
 from salnb import Objective, losses, saliency
+from salnb._common.catalog import METHODS
 from salnb.augment import AUGMENTATIONS, Affine, HorizontalFlip, Identity, MixUp, Rotation
 from salnb.augment.base import everywhere
 from salnb.losses import DISTANCES, NORMALIZATIONS
 from tests.helpers.finite_differences import assert_gradient
+from tests.helpers.methods import ONE_PASS, WITH_RULE, cheap
 from tests.helpers.networks import conv_bn
 from tests.helpers.tolerances import assert_close
 
 TARGET = torch.tensor([0, 1, 2, 3])
-OPTIONS = {"smoothgrad": {"n_samples": 2}}
 
 
 def images(n=4, size=8, dtype=torch.float64):
@@ -31,7 +32,7 @@ def objective_of(method="vanilla_gradient", augmentation=None, model=None, **kwa
         model or conv_bn().double(),
         augmentation or Rotation(20),
         method=method,
-        method_options=OPTIONS.get(method),
+        method_options=cheap(method),
         **kwargs,
     )
 
@@ -122,9 +123,7 @@ def test_agrees_with_the_equations_written_out(detach_original, mode):
 # --- what must be zero or stay the same ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "method", ["vanilla_gradient", "deconvnet", "guided_backprop", "grad_cam", "guided_grad_cam"]
-)
+@pytest.mark.parametrize("method", ONE_PASS)
 def test_nothing_to_compare_under_the_identity(method):
     objective = objective_of(method, Identity(), beta=1.0, layers=["0", "6"])
     found = objective(images(), TARGET)
@@ -222,12 +221,12 @@ def test_weights_of_zero_cost_nothing(method):
     assert_close(found.total, F.cross_entropy(found.logits, torch.cat([TARGET, TARGET])))
 
 
-@pytest.mark.parametrize("method", ["vanilla_gradient", "guided_backprop", "grad_cam"])
+@pytest.mark.parametrize("method", ONE_PASS)
 def test_one_forward_pass_serves_all_terms(method):
     objective = objective_of(method, model=Spy(*conv_bn().double()), beta=1.0, layers=["3"])
     objective(images(), TARGET).total.backward()
     assert objective.model.calls == 1
-    assert objective.model.seen["hooks"] == 1 + (method == "grad_cam")
+    assert objective.model.seen["hooks"] == 1 + METHODS[method].layer
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
@@ -276,7 +275,9 @@ def weights_of(objective, steps):
     for _ in range(steps):
         seen.append(objective.current_gamma())
         found = objective(images(), TARGET)
-        assert (found.saliency_loss > 0) == (seen[-1] > 0)
+        assert (
+            (found.saliency_loss > 0) == found.has_saliency == found.detach().has_saliency == (seen[-1] > 0)
+        )
         assert_close(found.total, found.class_loss + seen[-1] * found.saliency_loss)
     return seen
 
@@ -323,7 +324,7 @@ def test_images_may_carry_a_graph():
     assert gradient.abs().max() > 0
 
 
-@pytest.mark.parametrize("method", ["guided_backprop", "deconvnet"])
+@pytest.mark.parametrize("method", WITH_RULE)
 def test_warns_where_a_rule_meets_no_relu(method):
     with pytest.warns(UserWarning, match="no ReLU was met"):
         Objective(conv_bn(nn.SiLU), Identity(), method=method)(images(dtype=torch.float32), TARGET)

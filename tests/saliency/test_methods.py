@@ -1,6 +1,7 @@
 """The six methods: against definitions, against other libraries, and their second derivatives."""
 
 import copy
+import inspect
 from contextlib import nullcontext
 
 import pytest
@@ -10,12 +11,15 @@ import torchvision
 from torch import nn
 
 from salnb import saliency
+from salnb._common.catalog import METHODS
 from tests.helpers.finite_differences import assert_gradient
+from tests.helpers.methods import WITH_RULE, cheap
 from tests.helpers.networks import FunctionalReLUs, conv_bn, without_inplace
 from tests.helpers.tolerances import assert_close, relative_difference
 
 GRADIENT_METHODS = ["vanilla_gradient", "deconvnet", "guided_backprop"]
-REDUCING = [*GRADIENT_METHODS, "smoothgrad", "guided_grad_cam"]
+# what all methods have, and `reduce`, which those that look at pixels have
+SHARED = ["model", "images", "target", "create_graph"]
 
 # dense, residual, plain, mobile; the layer is where Grad-CAM is compared
 ARCHITECTURES = {
@@ -51,9 +55,30 @@ def images(n=2, size=64, dtype=torch.float64):
 
 def explain(method, model, x, target=None, **kwargs):
     """Run a method with few, repeatable samples."""
-    if method == "smoothgrad":
-        kwargs.update(n_samples=3, generator=torch.Generator().manual_seed(5))
-    return saliency.METHODS[method](model, x, target, **kwargs)
+    if "generator" in parameters(method):
+        kwargs.update(generator=torch.Generator().manual_seed(5))
+    return saliency.METHODS[method](model, x, target, **cheap(method, 3), **kwargs)
+
+
+def parameters(method):
+    return inspect.signature(saliency.METHODS[method]).parameters
+
+
+# --- the catalogue ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", saliency.METHODS)
+def test_the_catalogue_knows_what_a_method_takes(method):
+    spec, function = METHODS[method], saliency.METHODS[method]
+    assert function.__name__ == method
+    assert getattr(saliency, method) is function
+    assert method in saliency.__all__
+    options = [name for name in parameters(method) if name not in (*SHARED, "reduce", "generator")]
+    assert options == list(spec.options)
+    assert spec.repeats in (None, *options)
+    assert [name for name in SHARED if name in parameters(method)] == SHARED
+    assert ("reduce" in parameters(method)) == spec.pixels
+    assert ("layer" in options) == spec.layer
 
 
 # --- against others -----------------------------------------------------------------------------------------
@@ -128,7 +153,7 @@ def test_grad_cam_agrees_with_pytorch_grad_cam(architecture):
 
 
 def slow_relu_rule(weights, x, target, rule):
-    """Eq. 3 and 4 by hand for FunctionalReLUs: every layer's transpose written out, no autograd through ReLU."""
+    """eq. 3 and 4 by hand for FunctionalReLUs: every layer's transpose written out, no autograd through ReLU."""
     activations, signal = [], x
     convolutions = [weights.first, weights.second, weights.third, weights.fourth]
     for convolution in convolutions:
@@ -211,7 +236,7 @@ def test_shapes_and_dtypes(method):
     assert explain(method, model, x).shape == (3, 1, 12, 12)
     assert explain(method, model, x).dtype == torch.float32
     assert not explain(method, model, x).requires_grad
-    if method in REDUCING:
+    if METHODS[method].pixels:
         signed = explain(method, model, x, reduce=None)
         assert signed.shape == x.shape
         assert_close(signed.abs().amax(1, keepdim=True), explain(method, model, x))
@@ -238,16 +263,10 @@ def test_targets(method):
 @pytest.mark.parametrize("method", saliency.METHODS)
 def test_a_batch_gives_what_each_image_gives_alone(method):
     model, x = conv_bn().double().eval(), images(3, 12)
-    together = explain(method, model, x, 1) if method != "smoothgrad" else None
-    if method == "smoothgrad":
-        together = saliency.smoothgrad(model, x, 1, n_samples=2, noise_level=0.0)
+    function, options = saliency.METHODS[method], cheap(method, still=True)
+    together = function(model, x, 1, **options)
     for i in range(3):
-        alone = (
-            saliency.smoothgrad(model, x[i : i + 1], 1, n_samples=2, noise_level=0.0)
-            if method == "smoothgrad"
-            else explain(method, model, x[i : i + 1], 1)
-        )
-        assert_close(together[i : i + 1], alone)
+        assert_close(together[i : i + 1], function(model, x[i : i + 1], 1, **options))
 
 
 @pytest.mark.parametrize("create_graph", [False, True], ids=["map", "map-with-graph"])
@@ -283,14 +302,14 @@ def test_works_where_gradients_are_off(method, context):
     assert_close(found, expected)
 
 
-@pytest.mark.parametrize("method", ["guided_backprop", "guided_grad_cam"])
+@pytest.mark.parametrize("method", WITH_RULE)
 def test_a_compiled_model_is_run_as_written(method):
     """Compiled, its ReLUs could not be seen, and the plain gradient would come out without a word."""
     model, x = conv_bn().eval(), images(2, 12, torch.float32)
     compiled = torch.compile(model, backend="eager")
     with torch.no_grad():
         compiled(x)
-    assert_close(explain(method, compiled, x, 1, **({"layer": model[3]} if "cam" in method else {})),
+    assert_close(explain(method, compiled, x, 1, **({"layer": model[3]} if METHODS[method].layer else {})),
                  explain(method, model, x, 1))  # fmt: skip
 
 
@@ -320,7 +339,7 @@ def test_smoothgrad_repeats_with_a_generator_and_without_noise_is_the_gradient()
     assert_close(still, saliency.vanilla_gradient(model, x, 1))
 
 
-@pytest.mark.parametrize("method", ["deconvnet", "guided_backprop", "guided_grad_cam"])
+@pytest.mark.parametrize("method", WITH_RULE)
 def test_warns_where_no_relu_is_met(method):
     model = conv_bn(nn.SiLU).eval()
     with pytest.warns(UserWarning, match="no ReLU"):
@@ -341,7 +360,7 @@ def test_bfloat16_autocast():
 def test_runs_on_the_accelerator(device):
     model, x = conv_bn().eval(), images(2, 12, torch.float32)
     for method in saliency.METHODS:
-        kwargs = {"n_samples": 2, "noise_level": 0.0} if method == "smoothgrad" else {}
+        kwargs = cheap(method, still=True)
         expected = saliency.METHODS[method](model, x, 1, **kwargs)
         found = saliency.METHODS[method](copy.deepcopy(model).to(device), x.to(device), 1, **kwargs)
         assert relative_difference(found.cpu(), expected) < 1e-4
