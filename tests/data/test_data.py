@@ -12,8 +12,8 @@ from PIL import Image
 
 from salnb import data
 from salnb._common.files import DRAFT
+from salnb._common.packages import package_folder
 from salnb.data import base, paper, scenes
-from salnb.data.photographs import package_folder
 from tests.helpers.paper_files import SCHEMAS, put_files
 
 hf = pytest.importorskip("datasets")

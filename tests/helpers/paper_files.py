@@ -1,7 +1,7 @@
 """Files with the schema of the Hub's, made of the real images that the package foolbox brings."""
 
+from salnb._common.packages import package_folder
 from salnb.data import paper
-from salnb.data.photographs import package_folder
 
 # name: photographs of foolbox, column of the image, column of the label, number of classes
 SCHEMAS = {
