@@ -1,10 +1,10 @@
-"""The three losses of Section 3.2 (equations 5, 6 and 7) as plain functions of tensors.
+"""The three losses of Sections 3.2 and 4 (eq. 5, 6 and 7) as plain functions of tensors.
 
 Nothing here knows about models, augmentations or batches of originals and transformed images;
-:class:`salnb.Objective` prepares the arguments and adds the three up (equation 8).
+`salnb.Objective` prepares the arguments and adds the three up (eq. 8).
 
 Every function has finite gradients wherever its arguments are finite, and consists of tensor operations only
-(no ``.item()``, no branch on values), so that ``make_fx`` and ``torch.compile`` see all of it.
+(no `.item()`, no branch on values), so that `make_fx` and `torch.compile` see all of it.
 """
 
 from __future__ import annotations
@@ -16,10 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from salnb._common.checks import at_least_float32, check_target_of_logits, did_you_mean
+
 T = TypeVar("T")
 
 __all__ = [
     "DISTANCES",
+    "FEATURE_DISTANCES",
     "NORMALIZATIONS",
     "class_loss",
     "invariance_loss",
@@ -29,53 +32,43 @@ __all__ = [
 ]
 
 NORMALIZATIONS = frozenset({"max", "sum", "l2", "zscore", "none"})
-"""How :func:`normalize_maps` can put each map on a scale of its own."""
+"""How `normalize_maps` can put each map on a scale of its own."""
 
 DISTANCES = frozenset({"mse", "l1", "cosine"})
-"""How :func:`saliency_loss` can compare two normalised maps."""
+"""How `saliency_loss` can compare two normalised maps."""
 
-_LABEL_TYPES = frozenset({torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64})
+FEATURE_DISTANCES = frozenset({"l1", "l2"})
+"""How `invariance_loss` can compare the activations of a layer."""
 
 # The smallest standard deviation that "zscore" divides by, as a share of the map's largest absolute value.
 # What is flatter is noise: a map constant up to rounding, divided by its deviation, has gradients of 1e8.
 _FLAT = 1e-3
 
-FEATURE_DISTANCES = frozenset({"l1", "l2"})
-"""How :func:`invariance_loss` can compare the activations of a layer."""
-
 
 def class_loss(logits: Tensor, target: Tensor) -> Tensor:
-    """Mean cross-entropy of the class strategy, equation 5.
+    """Mean cross-entropy of the class strategy (eq. 5).
 
     The paper adds the losses of original and transformed image: call this once on both, one behind the other.
 
     Args:
-        logits: Class scores, ``(N, K)``.
-        target: Labels ``(N,)`` of an integer type, or weights of the classes ``(N, K)`` for mixed images.
+        logits: class scores (N, K).
+        target: labels (N,) of an integer type, or weights of the classes (N, K) for mixed images.
 
     Returns:
         A scalar.
 
     Raises:
-        ValueError: If the shapes do not belong together.
+        ValueError: the shapes do not belong together.
 
-    Example:
-        >>> import torch
-        >>> from salnb.losses import class_loss
-        >>> class_loss(torch.zeros(4, 10), torch.tensor([0, 1, 2, 3]))
-        tensor(2.3026)
+    >>> class_loss(torch.zeros(4, 10), torch.tensor([0, 1, 2, 3]))
+    tensor(2.3026)
     """
     if logits.ndim != 2:
         raise ValueError(f"logits must be (N, K), got {tuple(logits.shape)}")
-    logits = _at_least_float32(logits)
-    if target.shape == logits.shape:
-        return F.cross_entropy(logits, target.to(logits.dtype))
-    if target.shape == logits.shape[:1] and target.dtype in _LABEL_TYPES:
-        return F.cross_entropy(logits, target.long())
-    raise ValueError(
-        f"target must be integer labels (N,) or weights (N, K) for logits {tuple(logits.shape)}, "
-        f"got {tuple(target.shape)} of {target.dtype}"
-    )
+    check_target_of_logits(target, logits)
+    logits = at_least_float32(logits)
+    target = target.long() if target.ndim == 1 else target.to(logits.dtype)
+    return F.cross_entropy(logits, target)  # eq. 5
 
 
 def invariance_loss(
@@ -85,32 +78,29 @@ def invariance_loss(
     distance: str = "l2",
     weights: Mapping[str, float] | Sequence[float] | None = None,
 ) -> Tensor:
-    """Distance between the activations of original and transformed images, equation 6.
+    """Distance between the activations of original and transformed images (eq. 6).
 
-    The distance of a layer is the **mean** over its elements, of absolute differences (``"l1"``) or squared
-    ones (``"l2"``). The paper leaves the scale open; a sum would let the layer with the most units outweigh
+    The distance of a layer is the **mean** over its elements, of absolute differences ("l1") or squared
+    ones ("l2"). The paper leaves the scale open; a sum would let the layer with the most units outweigh
     the others by orders of magnitude. The layers are summed, as in the paper.
 
     Args:
-        features: Activations of the originals, one tensor ``(N, ...)`` per layer, by name or in order.
-        new_features: Those of the transformed images, under the same names or in the same order.
-        distance: ``"l1"`` or ``"l2"``.
-        weights: Factor of each layer, by name or in order; ``None`` counts every layer once.
+        features: activations of the originals, one tensor (N, ...) per layer, by name or in order.
+        new_features: those of the transformed images, under the same names or in the same order.
+        distance: "l1" or "l2".
+        weights: factor of each layer, by name or in order; None counts every layer once.
 
     Returns:
         A scalar.
 
     Raises:
-        ValueError: If there is no layer, layers or shapes do not correspond, or ``distance`` is unknown.
+        ValueError: there is no layer, layers or shapes do not correspond, or `distance` is unknown.
 
-    Example:
-        >>> import torch
-        >>> from salnb.losses import invariance_loss
-        >>> old, new = {"conv": torch.zeros(2, 3, 4, 4)}, {"conv": torch.full((2, 3, 4, 4), 2.0)}
-        >>> invariance_loss(old, new), invariance_loss(old, new, distance="l1")
-        (tensor(4.), tensor(2.))
+    >>> old, new = {"conv": torch.zeros(2, 3, 4, 4)}, {"conv": torch.full((2, 3, 4, 4), 2.0)}
+    >>> invariance_loss(old, new), invariance_loss(old, new, distance="l1")
+    (tensor(4.), tensor(2.))
     """
-    _known("distance", distance, FEATURE_DISTANCES)
+    _check_known("distance", distance, FEATURE_DISTANCES)
     layers = _by_name("features", features)
     new_layers = _by_name("new_features", new_features)
     factors = dict.fromkeys(layers, 1.0) if weights is None else _by_name("weights", weights)
@@ -123,43 +113,40 @@ def invariance_loss(
     terms = []
     for name, old in layers.items():
         new = new_layers[name]
-        _same_shape(f"new_features[{name!r}]", new, f"features[{name!r}]", old)
-        terms.append(factors[name] * compare(_at_least_float32(new), _at_least_float32(old)))
-    return torch.stack(terms).sum()
+        _check_same_shape(f"new_features[{name!r}]", new, f"features[{name!r}]", old)
+        terms.append(factors[name] * compare(at_least_float32(new), at_least_float32(old)))
+    return torch.stack(terms).sum()  # eq. 6
 
 
 def normalize_maps(maps: Tensor, valid: Tensor | None = None, how: str | None = "max") -> Tensor:
     """Put every map on a scale of its own, so that only *where* it is high matters (Section 3.2).
 
-    ``"max"`` divides by the largest absolute value, ``"sum"`` by the sum of the absolute values, ``"l2"`` by
-    the root of the sum of squares; ``"zscore"`` takes away the mean and divides by the (population) standard
-    deviation; ``"none"`` or ``None`` changes nothing. The statistics are those of the valid pixels.
+    "max" divides by the largest absolute value, "sum" by the sum of the absolute values, "l2" by the root of
+    the sum of squares; "zscore" takes away the mean and divides by the (population) standard deviation;
+    "none" or None changes nothing. The statistics are those of the valid pixels.
 
     A constant factor on a map changes nothing, however small or large. The gradient is finite for every map:
-    a zero map stays zero, and ``"zscore"`` divides by no less than a thousandth of the map's largest absolute
+    a zero map stays zero, and "zscore" divides by no less than a thousandth of the map's largest absolute
     value, so that a constant map becomes zero.
 
     Args:
-        maps: ``(N, C, H, W)``; the channels of a sample share one scale.
-        valid: Where to look, ``(N, 1, H, W)`` or ``(N, C, H, W)`` of ``bool``; ``None`` is everywhere.
-        how: One of :data:`NORMALIZATIONS`, or ``None``.
+        maps: (N, C, H, W); the channels of a sample share one scale.
+        valid: where to look, (N, 1, H, W) or (N, C, H, W) of `bool`; None is everywhere.
+        how: one of `NORMALIZATIONS`, or None.
 
     Returns:
-        The normalised maps, ``(N, C, H, W)``, zero where not valid; half precision comes back as ``float32``.
+        The normalised maps, (N, C, H, W), zero where not valid; half precision comes back as float32.
 
     Raises:
-        ValueError: If ``how`` is unknown, or if a shape or type is wrong.
+        ValueError: `how` is unknown, or a shape or type is wrong.
 
-    Example:
-        >>> import torch
-        >>> from salnb.losses import normalize_maps
-        >>> normalize_maps(torch.tensor([[[[1.0, 2.0, 4.0]]]]))
-        tensor([[[[0.2500, 0.5000, 1.0000]]]])
+    >>> normalize_maps(torch.tensor([[[[1.0, 2.0, 4.0]]]]))
+    tensor([[[[0.2500, 0.5000, 1.0000]]]])
     """
     how = "none" if how is None else how
-    _known("how", how, NORMALIZATIONS)
+    _check_known("how", how, NORMALIZATIONS)
     _check_maps(maps, valid)
-    maps = _at_least_float32(maps)
+    maps = at_least_float32(maps)
     valid = torch.ones_like(maps, dtype=torch.bool) if valid is None else valid.expand_as(maps)
     # where() rather than a product: what is not valid may be infinite or not a number
     maps = torch.where(valid, maps, 0)
@@ -188,28 +175,25 @@ def pool_maps(maps: Tensor, valid: Tensor | None, size: int) -> tuple[Tensor, Te
     """The mean of each block of pixels, so that a coarser question is asked: which part, not which pixel.
 
     Args:
-        maps: ``(N, C, H, W)``.
-        valid: Where to look, ``(N, 1, H, W)`` or ``(N, C, H, W)`` of ``bool``; ``None`` is everywhere.
-        size: Side of a block in pixels; blocks at the right and lower rim may be smaller.
+        maps: (N, C, H, W).
+        valid: where to look, (N, 1, H, W) or (N, C, H, W) of `bool`; None is everywhere.
+        size: side of a block in pixels; blocks at the right and lower rim may be smaller.
 
     Returns:
-        The mean of each block's valid pixels, ``(N, C, h, w)``, zero where it has none, and which blocks have
-        one, of the shape of ``valid`` but for height and width, which are divided by ``size`` and rounded up.
+        The mean of each block's valid pixels, (N, C, h, w), zero where it has none, and which blocks have
+        one, of the shape of `valid` but for height and width, which are divided by `size` and rounded up.
 
     Raises:
-        ValueError: If a shape or type is wrong, or if ``size`` is not between 1 and the shorter side.
+        ValueError: a shape or type is wrong, or `size` is not between 1 and the shorter side.
 
-    Example:
-        >>> import torch
-        >>> from salnb.losses import pool_maps
-        >>> pool_maps(torch.tensor([[[[1.0, 3.0, 7.0], [1.0, 3.0, 5.0]]]]), None, 2)[0]
-        tensor([[[[2., 6.]]]])
+    >>> pool_maps(torch.tensor([[[[1.0, 3.0, 7.0], [1.0, 3.0, 5.0]]]]), None, 2)[0]
+    tensor([[[[2., 6.]]]])
     """
     _check_maps(maps, valid)
     if not 1 <= size <= min(maps.shape[-2:]):
         shorter = min(maps.shape[-2:])
         raise ValueError(f"pool must be between 1 and the shorter side of the maps, {shorter}, got {size}")
-    maps = _at_least_float32(maps)
+    maps = at_least_float32(maps)
     valid = torch.ones_like(maps[:, :1], dtype=torch.bool) if valid is None else valid
     # smaller blocks at the rim are averaged over what they have, in both, so that the quotient is right
     share = F.avg_pool2d(valid.to(maps.dtype), size, ceil_mode=True)
@@ -227,41 +211,38 @@ def saliency_loss(
     distance: str = "mse",
     pool: int = 1,
 ) -> Tensor:
-    """Distance between the saliency maps of original and transformed images, equation 7.
+    """Distance between the saliency maps of original and transformed images (eq. 7).
 
-    Both maps have to be in one frame already (``aug.align``). Each is pooled where that is asked for
-    (:func:`pool_maps`), normalised on its own (:func:`normalize_maps`), and the two are compared where they
-    are valid: by the mean over these pixels of the squared (``"mse"``, the paper's) or absolute (``"l1"``)
-    difference, or by one minus their cosine (``"cosine"``). The result is the mean over the samples that have
-    a valid pixel, zero if none has one.
+    Both maps have to be in one frame already (`aug.align`). Each is pooled where that is asked for
+    (`pool_maps`), normalised on its own (`normalize_maps`), and the two are compared where they are valid:
+    by the mean over these pixels of the squared ("mse", the paper's) or absolute ("l1") difference, or by one
+    minus their cosine ("cosine"). The result is the mean over the samples that have a valid pixel, zero if
+    none has one.
 
     The cosine distance is computed as half the squared distance between unit vectors. So it is exactly zero
     for equal maps, two zero maps are no distance apart, and a zero map is 0.5 away from any other.
 
     Args:
-        maps: Maps of the originals, ``(N, 1, H, W)`` or ``(N, C, H, W)``.
-        new_maps: Maps of the transformed images, of the same shape.
-        valid: Where to compare, ``(N, 1, H, W)`` or ``(N, C, H, W)`` of ``bool``; ``None`` is everywhere.
-        normalize: One of :data:`NORMALIZATIONS`; ``None`` is ``"none"``.
-        distance: One of :data:`DISTANCES`.
-        pool: Side of the blocks whose means are compared, in pixels; 1 compares pixels, as the paper does.
+        maps: maps of the originals, (N, 1, H, W) or (N, C, H, W).
+        new_maps: maps of the transformed images, of the same shape.
+        valid: where to compare, (N, 1, H, W) or (N, C, H, W) of `bool`; None is everywhere.
+        normalize: one of `NORMALIZATIONS`; None is "none".
+        distance: one of `DISTANCES`.
+        pool: side of the blocks whose means are compared, in pixels; 1 compares pixels, as the paper does.
 
     Returns:
         A scalar.
 
     Raises:
-        ValueError: If ``normalize`` or ``distance`` is unknown, or if ``pool``, a shape or a type is wrong.
+        ValueError: `normalize` or `distance` is unknown, or `pool`, a shape or a type is wrong.
 
-    Example:
-        >>> import torch
-        >>> from salnb.losses import saliency_loss
-        >>> maps = torch.tensor([[[[1.0, 2.0], [0.0, 4.0]]]])
-        >>> saliency_loss(maps, 10 * maps), saliency_loss(maps, maps.flip(-1))
-        (tensor(0.), tensor(0.5312))
+    >>> maps = torch.tensor([[[[1.0, 2.0], [0.0, 4.0]]]])
+    >>> saliency_loss(maps, 10 * maps), saliency_loss(maps, maps.flip(-1))
+    (tensor(0.), tensor(0.5312))
     """
-    _known("normalize", "none" if normalize is None else normalize, NORMALIZATIONS)
-    _known("distance", distance, DISTANCES)
-    _same_shape("new_maps", new_maps, "maps", maps)
+    _check_known("normalize", "none" if normalize is None else normalize, NORMALIZATIONS)
+    _check_known("distance", distance, DISTANCES)
+    _check_same_shape("new_maps", new_maps, "maps", maps)
     if pool != 1:
         new_maps, _ = pool_maps(new_maps, valid, pool)
         maps, valid = pool_maps(maps, valid, pool)
@@ -274,7 +255,8 @@ def saliency_loss(
     if distance == "cosine" and normalize != "zscore":
         each = (normalize_maps(a, valid, "l2") - normalize_maps(b, valid, "l2")).square().sum(pixels) / 2
     else:
-        each = ((a - b).abs() if distance == "l1" else (a - b).square()).sum(pixels) / count.clamp(min=1)
+        difference = (a - b).abs() if distance == "l1" else (a - b).square()
+        each = difference.sum(pixels) / count.clamp(min=1)  # eq. 7
         if distance == "cosine":  # z-scores have the length of sqrt(count), or less where it would be noise
             each = each / 2
     # a sample without a valid pixel has a distance of zero already
@@ -294,16 +276,17 @@ def _check_maps(maps: Tensor, valid: Tensor | None) -> None:
         )
 
 
-def _same_shape(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+def _check_same_shape(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
     if tensor.shape != other.shape:
         raise ValueError(
             f"{name} must have the shape {tuple(other.shape)} of {other_name}, got {tuple(tensor.shape)}"
         )
 
 
-def _known(argument: str, given: str, allowed: frozenset[str]) -> None:
+def _check_known(argument: str, given: str, allowed: frozenset[str]) -> None:
     if given not in allowed:
-        raise ValueError(f"{argument} must be one of {sorted(allowed)}, got {given!r}")
+        names = sorted(allowed)
+        raise ValueError(f"{argument} must be one of {names}, got {given!r}{did_you_mean(given, names)}")
 
 
 def _by_name(argument: str, given: Mapping[str, T] | Sequence[T]) -> dict[str, T]:
@@ -313,8 +296,3 @@ def _by_name(argument: str, given: Mapping[str, T] | Sequence[T]) -> dict[str, T
     if isinstance(given, Sequence):
         return {str(i): item for i, item in enumerate(given)}
     raise ValueError(f"{argument} must be a dict or a sequence, got {type(given).__name__}")
-
-
-def _at_least_float32(tensor: Tensor) -> Tensor:
-    """Half precision as single: squares and sums of it overflow soon."""
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor

@@ -14,14 +14,14 @@ map. A constant map prefers no pixel: it gets what a random one would get on ave
 import torch
 from torch import Tensor, nn
 
-from salnb._common.checks import check_finite, check_images, check_target
+from salnb._common.checks import at_least_float32, check_finite, check_images, check_target
 from salnb.saliency.recording import class_scores, logits_of
 
 
 def share_on_object(maps: Tensor, masks: Tensor) -> Tensor:
     """The part of a map's total that lies on the object.
 
-    To be held against the part that the object takes of the image, ``masks.float().mean((1, 2, 3))``.
+    To be held against the part that the object takes of the image, `masks.float().mean((1, 2, 3))`.
 
     Args:
         maps: (N, 1, H, W), not negative.
@@ -117,7 +117,7 @@ def deletion_curve(
     """The probability of a class while pixels are taken away, the most salient first (Petsiuk et al., 2018).
 
     The earlier it falls, the better the map knew what the network needs. The area under it,
-    ``torch.trapezoid(curve, dx=1 / steps)``, says it in one number.
+    `torch.trapezoid(curve, dx=1 / steps)`, says it in one number.
 
     Args:
         model: maps images to logits (N, K).
@@ -193,8 +193,7 @@ def _curve(
             mixed = torch.where(place * steps < step * place[0].numel(), end, start)
             logits = logits_of(model, mixed)
             check_target(target, *logits.shape)
-            at_least_float32 = torch.promote_types(logits.dtype, torch.float32)
-            curve.append(class_scores(logits.softmax(1, at_least_float32), target))
+            curve.append(class_scores(at_least_float32(logits).softmax(1), target))
     return torch.stack(curve, dim=1)
 
 
@@ -240,7 +239,7 @@ def _check_maps(name: str, maps: Tensor) -> Tensor:
         raise ValueError(f"{name} must have one channel, (N, 1, H, W), got {tuple(maps.shape)}")
     if (maps < 0).any():
         raise ValueError(f"{name} must not be negative, got {maps.min().item():.4g}: take absolute values")
-    return maps.to(torch.promote_types(maps.dtype, torch.float32))
+    return at_least_float32(maps)
 
 
 def _check_masks(masks: Tensor, maps: Tensor) -> None:

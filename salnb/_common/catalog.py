@@ -147,10 +147,14 @@ PRECISIONS = {"32": "32-true", "tf32": "32-true", "bf16": "bf16-mixed", "fp16": 
 def unknown(what: str, given: object, known: Iterable[str]) -> ValueError:
     """The error for a name that is not among the `known` ones, with the nearest of them suggested."""
     names = list(known)
-    near = difflib.get_close_matches(str(given), names, n=1)
-    hint = f" (did you mean {near[0]!r}?)" if near else ""
     listed = ", ".join(names) if len(names) <= 100 else f"{len(names)} names"
-    return ValueError(f"{what} {given!r} is unknown{hint}; known: {listed}")
+    return ValueError(f"{what} {given!r} is unknown{did_you_mean(given, names)}; known: {listed}")
+
+
+def did_you_mean(given: object, names: Iterable[str]) -> str:
+    """The nearest of the names as the end of an error message; nothing where none is near."""
+    near = difflib.get_close_matches(str(given), list(names), n=1)
+    return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 def network(name: str) -> Network:

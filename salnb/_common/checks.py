@@ -1,9 +1,10 @@
-"""Checks of arguments; each error names the argument, what came and what is allowed."""
+"""Checks of arguments, each of whose errors names the argument, what came and what is allowed; dtypes."""
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from salnb._common.catalog import did_you_mean as did_you_mean
 from salnb._common.catalog import unknown as unknown
 
 
@@ -17,13 +18,24 @@ def is_traced(tensor: Tensor) -> bool:
     )
 
 
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """The tensor itself, or float32 of what is less: squares and sums of half precision overflow soon."""
+    return tensor.to(at_least_float32_dtype(tensor.dtype))
+
+
+def at_least_float32_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype itself, or float32 for what is less."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 def check_images(images: Tensor, *, name: str = "images", unit_range: bool = False) -> None:
     """Raise unless `images` is a floating-point (N, C, H, W) tensor with at least one sample.
 
     Args:
         images: what the caller gave.
         name: how the caller knows it.
-        unit_range: also ask for values in [0, 1]; not looked at while tracing.
+        unit_range: also ask for values in [0, 1]. Only looked at on a CPU, as a GPU would have to be waited
+            for, and not while tracing.
 
     Raises:
         TypeError: not a tensor, or not of a floating-point dtype.
@@ -40,7 +52,7 @@ def check_images(images: Tensor, *, name: str = "images", unit_range: bool = Fal
             f"{name} must be of a floating-point dtype, got {images.dtype}: scale integer images to "
             "[0, 1], as torchvision.transforms.v2.functional.to_dtype(images, torch.float32, scale=True) does"
         )
-    if unit_range and not is_traced(images):
+    if unit_range and images.device.type == "cpu" and not is_traced(images):
         low, high = (value.item() for value in images.detach().aminmax())
         rounding = 8 * torch.finfo(images.dtype).eps  # resampling ones may give one and a bit
         if not (low >= -rounding and high <= 1 + rounding):  # the negation catches NaN too
@@ -78,21 +90,18 @@ def check_target(target: Tensor | int | None, n: int, num_classes: int) -> None:
         return
     if isinstance(target, bool) or not isinstance(target, int | Tensor):
         raise TypeError(f"target must be None, an int or a tensor, got {type(target).__name__}")
-    if isinstance(target, Tensor):
-        shape, weights = tuple(target.shape), target.is_floating_point()
-        if weights and shape != (n, num_classes):
-            raise ValueError(f"target weights must have shape ({n}, {num_classes}), (N, K), got {shape}")
-        if not weights and (target.dtype == torch.bool or target.is_complex()):
-            raise TypeError(f"target must hold integer classes or floating-point weights, got {target.dtype}")
-        if not weights and shape != (n,):
-            raise ValueError(f"target must have shape ({n},), one class per image, got {shape}")
-        if weights or is_traced(target):
-            return
-        low, high = int(target.min()), int(target.max())
-    else:
-        low = high = target
-    if low < 0 or high >= num_classes:
-        raise ValueError(f"target must lie in 0 … {num_classes - 1}, got {low if low < 0 else high}")
+    if not isinstance(target, Tensor):
+        _check_classes(target, target, num_classes)
+        return
+    shape, weights = tuple(target.shape), target.is_floating_point()
+    if weights and shape != (n, num_classes):
+        raise ValueError(f"target weights must have shape ({n}, {num_classes}), (N, K), got {shape}")
+    if not weights and not _is_integer(target):
+        raise TypeError(f"target must hold integer classes or floating-point weights, got {target.dtype}")
+    if not weights and shape != (n,):
+        raise ValueError(f"target must have shape ({n},), one class per image, got {shape}")
+    if not weights and not is_traced(target):
+        _check_classes(int(target.min()), int(target.max()), num_classes)
 
 
 def check_labels(target: Tensor, num_classes: int) -> None:
@@ -102,31 +111,63 @@ def check_labels(target: Tensor, num_classes: int) -> None:
     """
     if target.ndim == 2 and target.shape[1] != num_classes:
         raise ValueError(f"target weights must be ({len(target)}, {num_classes}), got {tuple(target.shape)}")
-    if target.ndim != 1 or target.device.type != "cpu" or is_traced(target):
+    if target.ndim == 1 and target.device.type == "cpu" and not is_traced(target):
+        _check_classes(int(target.min()), int(target.max()), num_classes)
+
+
+def check_training_target(target: Tensor, n: int) -> None:
+    """Raise unless `target` has labels (n,) or class weights (n, K); how many classes is not yet known.
+
+    Raises:
+        TypeError: labels that are not integers.
+        ValueError: not a tensor of such a shape.
+    """
+    if not isinstance(target, Tensor) or target.ndim not in (1, 2) or len(target) != n:
+        got = tuple(target.shape) if isinstance(target, Tensor) else type(target).__name__
+        raise ValueError(f"target must be a tensor ({n},) or ({n}, K), got {got}")
+    if target.ndim == 1 and (target.is_floating_point() or target.dtype is torch.bool):
+        raise TypeError(f"target of shape (N,) must hold integer labels, got {target.dtype}")
+
+
+def check_target_of_logits(target: Tensor, logits: Tensor) -> None:
+    """Raise a ValueError unless `target` has labels (N,) or weights (N, K) for `logits` (N, K)."""
+    if target.shape == logits.shape or (target.shape == logits.shape[:1] and _is_integer(target)):
         return
-    low, high = int(target.min()), int(target.max())
+    raise ValueError(
+        f"target must be integer labels (N,) or weights (N, K) for logits {tuple(logits.shape)}, "
+        f"got {tuple(target.shape)} of {target.dtype}"
+    )
+
+
+def check_labels_to_mix(target: Tensor, num_classes: int | None) -> int:
+    """K, unless `target` does not have labels (N,) or weights (N, K) to mix (this waits for the device).
+
+    Raises:
+        TypeError: labels that are not integers.
+        ValueError: no number of classes to make weights of, or labels or weights that do not agree with it.
+    """
+    if target.ndim == 2 and target.is_floating_point():
+        if num_classes not in (None, target.shape[1]):
+            raise ValueError(f"target has {target.shape[1]} class weights, but num_classes is {num_classes}")
+        return target.shape[1]
+    if target.ndim != 1 or target.is_floating_point() or target.is_complex():
+        raise TypeError(
+            "target must be integer labels (N,) or floating point class weights (N, K), "
+            f"got {target.dtype} of shape {tuple(target.shape)}"
+        )
+    if num_classes is None:
+        raise ValueError("num_classes must be given where integer labels are mixed, got None")
+    if not is_traced(target):
+        low, high = (value.item() for value in target.aminmax())
+        if low < 0 or high >= num_classes:
+            raise ValueError(f"target must hold labels from 0 to {num_classes - 1}, got {low} to {high}")
+    return num_classes
+
+
+def _is_integer(tensor: Tensor) -> bool:
+    return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype is torch.bool)
+
+
+def _check_classes(low: int, high: int, num_classes: int) -> None:
     if low < 0 or high >= num_classes:
         raise ValueError(f"target must lie in 0 … {num_classes - 1}, got {low if low < 0 else high}")
-
-
-def check_second_derivative(maps: Tensor) -> None:
-    """Raise a RuntimeError if an operation that `maps` were computed with cannot be differentiated again.
-
-    PyTorch would say so in the backward pass, in words that do not tell why; asked for the gradients of given
-    tensors only, it may leave the operation's share out without a word.
-    """
-    seen, ahead = set(), [maps.grad_fn]
-    while ahead:
-        node = ahead.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        ahead += [following for following, _ in node.next_functions]
-        if node.name() in ("torch::autograd::Error", "torch::autograd::NotImplemented"):
-            try:
-                node(*[None] * len(node._input_metadata))  # type: ignore[operator]
-            except RuntimeError as error:
-                raise RuntimeError(
-                    "the saliency term differentiates the model twice, and one of its operations has no "
-                    f"second derivative ({error}): replace the operation, or use gamma=0"
-                ) from None

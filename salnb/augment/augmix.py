@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from salnb._common.checks import at_least_float32, at_least_float32_dtype
 from salnb.augment.base import Augmentation, Draw, Params, apply_where, check_number, column
 from salnb.augment.photometric import check_channels
 from salnb.augment.warp import Warp, affine_matrix, compose, invert, resample, whole
@@ -51,7 +52,7 @@ def autocontrast(images: Tensor) -> Tensor:
 
 def equalize(images: Tensor) -> Tensor:
     """Spread the 256 grey levels of each channel of each image evenly, as Pillow does. It has no gradient."""
-    exact = images.detach().to(torch.promote_types(images.dtype, torch.float32))
+    exact = at_least_float32(images.detach())
     levels = (exact * 255.999).long().flatten(-2)
     histogram = torch.zeros(*images.shape[:2], 256, dtype=torch.long, device=images.device)
     histogram = histogram.scatter_add(-1, levels, torch.ones_like(levels[..., :1]).expand_as(levels))
@@ -118,7 +119,7 @@ def run_chain(images: Tensor, operation: Tensor, level: Tensor, *, colours: bool
         colours: whether photometric operations act; they do not on maps.
     """
     size = images.shape[-2:]
-    level = level.to(torch.promote_types(images.dtype, torch.float32))
+    level = level.to(at_least_float32_dtype(images.dtype))
     still = step_matrix(torch.full_like(operation[:, 0], NONE), level[:, 0], size)
     matrix, moved = still, torch.zeros_like(operation[:, 0], dtype=torch.bool)
 
@@ -185,7 +186,7 @@ class AugMix(Augmentation[AugMixParams]):
 
     def _carry(self, maps: Tensor, params: AugMixParams, valid: Tensor | None) -> tuple[Tensor, Tensor]:
         # in the maps' own half precision the mask could not tell a part filled in from none
-        known = maps.to(torch.promote_types(maps.dtype, torch.float32))
+        known = at_least_float32(maps)
         real = torch.ones_like(known[:, :1])
         if valid is not None:
             known, real = known.where(valid, 0), real.where(valid, 0)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from salnb._common.checks import check_images, is_traced
+from salnb._common.checks import at_least_float32_dtype, check_images, is_traced
 
 
 class NotInvertibleError(RuntimeError):
@@ -64,7 +64,7 @@ class Draw:
         self.generator = generator
         self.device = images.device
         self.source = images.device if generator is None else generator.device
-        self.dtype = torch.promote_types(images.dtype, torch.float32)
+        self.dtype = at_least_float32_dtype(images.dtype)
 
     def uniform(self, low: float, high: float, *shape: int) -> Tensor:
         """``(N, *shape)`` numbers from [low, high)."""

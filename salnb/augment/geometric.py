@@ -8,7 +8,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from salnb._common.checks import check_images, is_traced
+from salnb._common.checks import at_least_float32_dtype, check_images, is_traced
 from salnb.augment.base import (
     Augmentation,
     Draw,
@@ -129,7 +129,7 @@ def _flip_all(images: Tensor, steps: Sequence[Step]) -> Tensor:
 
 
 def _merged(steps: Sequence[Step], images: Tensor) -> Warp:
-    dtype = torch.promote_types(images.dtype, torch.float32)
+    dtype = at_least_float32_dtype(images.dtype)
     return reduce(merge, [step.warp(params, images.shape[-2:], dtype) for step, params in steps])
 
 

@@ -7,7 +7,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from salnb._common.checks import check_labels, is_traced
+from salnb._common.checks import check_labels, check_labels_to_mix
 from salnb.augment.base import Augmentation, Draw, Params, check_number
 
 
@@ -82,25 +82,11 @@ def class_weights(target: Tensor, num_classes: int | None, dtype: torch.dtype) -
     """Class weights ``(N, K)``: the target itself if it has them, else one-hot rows of its labels ``(N,)``.
 
     Raises:
-        TypeError: labels that are no integers.
-        ValueError: no number of classes to make weights of, or labels or weights that do not agree
-            with it.
+        TypeError, ValueError: the target cannot be mixed; see `check_labels_to_mix`.
     """
-    if target.ndim == 2 and target.is_floating_point():
-        if num_classes not in (None, target.shape[1]):
-            raise ValueError(f"target has {target.shape[1]} class weights, but num_classes is {num_classes}")
+    num_classes = check_labels_to_mix(target, num_classes)
+    if target.ndim == 2:
         return target
-    if target.ndim != 1 or target.is_floating_point() or target.is_complex():
-        raise TypeError(
-            "target must be integer labels (N,) or floating point class weights (N, K), "
-            f"got {target.dtype} of shape {tuple(target.shape)}"
-        )
-    if num_classes is None:
-        raise ValueError("num_classes must be given where integer labels are mixed, got None")
-    if not is_traced(target):
-        low, high = (value.item() for value in target.aminmax())
-        if low < 0 or high >= num_classes:
-            raise ValueError(f"target must hold labels from 0 to {num_classes - 1}, got {low} to {high}")
     return (target[:, None] == torch.arange(num_classes, device=target.device)).to(dtype)
 
 

@@ -1,8 +1,8 @@
-"""Functions with a hand-written first and second derivative; :mod:`salnb.double_backward` puts them in place.
+"""Functions with a hand-written first and second derivative; `salnb.double_backward` puts them in place.
 
-Names: ``y = f(x, w, b)`` is the forward pass; the first backward takes ``gy`` to ``gx``, ``gw`` and ``gb``.
-The second receives ``vx``, ``vw`` and ``vb``, the cotangents of these three, and returns ``ggy``, ``ggx`` and
-``ggw``, what they amount to for ``gy``, ``x`` and ``w``.
+Names: `y = f(x, w, b)` is the forward pass; the first backward takes `gy` to `gx`, `gw` and `gb`.
+The second receives `vx`, `vw` and `vb`, the cotangents of these three, and returns `ggy`, `ggx` and
+`ggw`, what they amount to for `gy`, `x` and `w`.
 """
 
 from __future__ import annotations
@@ -16,12 +16,23 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
+__all__ = [
+    "Affine",
+    "BatchNorm",
+    "Cat",
+    "Convolution",
+    "MatrixProduct",
+    "MaxPool2d",
+    "ReLU",
+    "check_second_derivative",
+]
+
 aten = torch.ops.aten
 Maybe = Tensor | None
 
 
 class _NoThirdDerivative(Function):
-    """Hands ``result`` on, and refuses to be differentiated with respect to the ``sources`` it comes from."""
+    """Hands `result` on, and refuses to be differentiated with respect to the `sources` it comes from."""
 
     @staticmethod
     def forward(ctx: Any, result: Tensor, *sources: Tensor) -> Tensor:
@@ -38,8 +49,8 @@ class _NoThirdDerivative(Function):
 def _last(backward: Callable) -> Callable:
     """Wrap the backward of a backward: its results are exact, and refuse to be differentiated again.
 
-    PyTorch's ``once_differentiable`` is not enough. Its refusal hangs on a leaf of its own, which
-    ``autograd.grad`` does not visit on its way to the inputs: the missing term would go unnoticed.
+    PyTorch's `once_differentiable` is not enough. Its refusal hangs on a leaf of its own, which
+    `autograd.grad` does not visit on its way to the inputs: the missing term would go unnoticed.
     """
 
     @functools.wraps(backward)
@@ -55,9 +66,9 @@ def _last(backward: Callable) -> Callable:
 
 
 def _wanted(ctx: Any, index: int) -> bool:
-    """Whether the backward pass that is running needs the gradient of input number ``index``.
+    """Whether the backward pass that is running needs the gradient of input number `index`.
 
-    ``ctx.needs_input_grad`` only knows that the input *could* have a gradient. The gradient with respect to
+    `ctx.needs_input_grad` only knows that the input *could* have a gradient. The gradient with respect to
     the images does not need those of the weights, which would cost as much again, and the engine knows it.
     """
     if not ctx.needs_input_grad[index]:
@@ -73,7 +84,7 @@ def _wanted(ctx: Any, index: int) -> bool:
 
 
 class Convolution:
-    """The arithmetic of a convolution with a given ``(stride, padding, dilation, False, [0, 0], groups)``."""
+    """The arithmetic of a convolution with a given `(stride, padding, dilation, False, [0, 0], groups)`."""
 
     def __init__(self, *geometry: Any) -> None:
         self.geometry = geometry
@@ -96,7 +107,7 @@ class MatrixProduct:
 
 
 class Affine(Function):
-    """``y = x * w + b``, where ``*`` is linear in both."""
+    """`y = x * w + b`, where `*` is linear in both."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor, b: Maybe, rule: Convolution | MatrixProduct) -> Tensor:
@@ -111,9 +122,9 @@ class Affine(Function):
 
 
 class _AffineBackward(Function):
-    """The gradients ``gx``, ``gw``, ``gb``, those of them that ``mask`` asks for.
+    """The gradients `gx`, `gw`, `gb`, those of them that `mask` asks for.
 
-    Each is linear in ``gy``; ``gx`` is linear in ``w`` and ``gw`` in ``x`` as well. So every second
+    Each is linear in `gy`; `gx` is linear in `w` and `gw` in `x` as well. So every second
     derivative is again the product or one of its gradients, with one argument replaced by a cotangent.
     """
 
@@ -153,7 +164,7 @@ def _add(a: Maybe, b: Tensor) -> Tensor:
 
 
 class BatchNorm(Function):
-    """``y = (x - mean) / std * w + b`` per channel; in training, with the mean and std of this batch."""
+    """`y = (x - mean) / std * w + b` per channel; in training, with the mean and std of this batch."""
 
     @staticmethod
     def forward(
@@ -173,18 +184,18 @@ class BatchNorm(Function):
 
 
 class _BatchNormBackward(Function):
-    """The gradients ``gx``, ``gw``, ``gb`` of batch norm, those of them that ``mask`` asks for.
+    """The gradients `gx`, `gw`, `gb` of batch norm, those of them that `mask` asks for.
 
-    Write ``x' = (x - mean) / std`` and ``<u>`` for the mean of u over a channel's n pixels. In training
+    Write `x' = (x - mean) / std` and `<u>` for the mean of u over a channel's n pixels. In training
 
         P(u) = u - <u> - x' <u x'>,    gx = w / std * P(gy),    gw = n <gy x'>,    gb = n <gy>.
 
-    P is symmetric, so that the cotangent v of gx reaches gy as ``w / std * P(v)``, which is what the first
+    P is symmetric, so that the cotangent v of gx reaches gy as `w / std * P(v)`, which is what the first
     backward's kernel computes. The derivatives through std and x' in gx add up to
 
         -w / std^2 * ( x' <v P(gy)> + <gy x'> P(v) + <v x'> P(gy) ),
 
-    a sum of ``gy``, ``x``, ``w / std * P(v)`` and a constant, with one factor each per channel. In evaluation
+    a sum of `gy`, `x`, `w / std * P(v)` and a constant, with one factor each per channel. In evaluation
     std is a constant and P the identity.
     """
 
@@ -254,7 +265,7 @@ class _BatchNormBackward(Function):
 def _batch_norm_kernel(
     ctx: Any, gy: Tensor, x: Tensor, w: Maybe, mean: Tensor, spread: Tensor, mask: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """PyTorch's first backward of batch norm: ``gx``, ``gw``, ``gb``."""
+    """PyTorch's first backward of batch norm: `gx`, `gw`, `gb`."""
     batch, running = ((mean, spread), (None, None)) if ctx.training else ((None, None), (mean, spread))
     return aten.native_batch_norm_backward(gy, x, w, *running, *batch, ctx.training, ctx.eps, mask)
 
@@ -264,7 +275,7 @@ def _batch_norm_kernel(
 
 
 class ReLU(Function):
-    """``y = max(x, 0)``, in place or not."""
+    """`y = max(x, 0)` (eq. 3), in place or not."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, inplace: bool) -> Tensor:
@@ -280,7 +291,7 @@ class ReLU(Function):
 
 
 class _ReLUBackward(Function):
-    """``gx = gy`` where ``y > 0``."""
+    """`gx = gy` where `y > 0` (eq. 4, gradient)."""
 
     @staticmethod
     def forward(ctx: Any, gy: Tensor, y: Tensor) -> Tensor:
@@ -294,7 +305,7 @@ class _ReLUBackward(Function):
 
 
 class MaxPool2d(Function):
-    """``y``, the largest ``x`` of each window."""
+    """`y`, the largest `x` of each window."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, window: tuple) -> Tensor:
@@ -310,7 +321,7 @@ class MaxPool2d(Function):
 
 
 class _MaxPool2dBackward(Function):
-    """``gx``, the sum of ``gy`` over the windows whose maximum a pixel is."""
+    """`gx`, the sum of `gy` over the windows whose maximum a pixel is."""
 
     @staticmethod
     def forward(ctx: Any, gy: Tensor, x: Tensor, indices: Tensor, window: tuple) -> Tensor:
@@ -350,3 +361,30 @@ class _Split(Function):
     @_last
     def backward(ctx: Any, *parts: Tensor) -> tuple:
         return torch.cat(parts, ctx.dim), None, None
+
+
+# ---------------------------------------------------------------------------------------------------------
+# What has no second derivative
+
+
+def check_second_derivative(maps: Tensor) -> None:
+    """Raise a RuntimeError if an operation that `maps` were computed with cannot be differentiated again.
+
+    PyTorch would say so in the backward pass, in words that do not tell why; asked for the gradients of given
+    tensors only, it may leave the operation's share out without a word.
+    """
+    seen, ahead = set(), [maps.grad_fn]
+    while ahead:
+        node = ahead.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        ahead += [following for following, _ in node.next_functions]
+        if node.name() in ("torch::autograd::Error", "torch::autograd::NotImplemented"):
+            try:
+                node(*[None] * len(node._input_metadata))  # type: ignore[operator]
+            except RuntimeError as error:
+                raise RuntimeError(
+                    "the saliency term differentiates the model twice, and one of its operations has no "
+                    f"second derivative ({error}): replace the operation, or use gamma=0"
+                ) from None

@@ -1,18 +1,18 @@
 """Fast, exact double backward for convolutional networks.
 
-Equation 7 compares input gradients, so training with it differentiates twice: once with respect to the
-images (``create_graph=True``), then once more with respect to the parameters. PyTorch's own second
-derivatives are right but slow, for reasons that have nothing to do with arithmetic:
+Training with eq. 7, which compares gradients with respect to the images, differentiates twice: once with
+respect to the images (`create_graph=True`), then once more with respect to the parameters. PyTorch's own
+second derivatives are right but slow, for reasons that have nothing to do with arithmetic:
 
 * the weight term of a convolution's double backward is computed as a forward convolution whose *kernel* is as
   large as the feature map. The same term is one ordinary weight gradient, with the cotangent of the input
-  gradient in the place of the input (the cure of StyleGAN's ``conv2d_gradfix``);
+  gradient in the place of the input (the cure of StyleGAN's `conv2d_gradfix`);
 * batch norm's double backward is some thirty elementwise passes, and has a closed form with five;
 * a linear layer's two weight gradients are added in a third tensor (0.4 GB in VGG-16), not in place;
 * ReLU and max pooling hand a tensor of zeros to their input, which then has to be added;
 * concatenation cuts its gradient into slices, and the backward of each slice is a full-size tensor of zeros.
 
-:func:`fast_double_backward` swaps these functions, while it is active, for ones whose backward is again a
+`fast_double_backward` swaps these functions, while it is active, for ones whose backward is again a
 function with a hand-written backward. The model is left alone: calls are caught on their way into PyTorch.
 """
 
@@ -48,13 +48,13 @@ class fast_double_backward(TorchFunctionMode):  # noqa: N801 (a context manager,
     """Context in which the functions of a convolutional network have a fast double backward.
 
     Only the forward pass has to run inside; what it recorded keeps the fast derivatives when
-    ``autograd.grad`` and ``backward`` are called later. Values, first and second derivatives and running
-    statistics are PyTorch's own; differentiating a third time raises ``RuntimeError``.
+    `autograd.grad` and `backward` are called later. Values, first and second derivatives and running
+    statistics are PyTorch's own; differentiating a third time raises `RuntimeError`.
 
-    Replaced are ``conv2d``, ``linear``, ``batch_norm``, ``relu``, ``max_pool2d`` and ``cat``, in every
-    spelling (module, functional, method, in-place), and ``hardsigmoid``, which PyTorch cannot differentiate
+    Replaced are `conv2d`, `linear`, `batch_norm`, `relu`, `max_pool2d` and `cat`, in every
+    spelling (module, functional, method, in-place), and `hardsigmoid`, which PyTorch cannot differentiate
     twice at all. Everything else goes on to PyTorch unchanged, as do calls that record no graph and inputs
-    that are not batches of dense floating-point images or vectors. Another ``TorchFunctionMode`` with a rule
+    that are not batches of dense floating-point images or vectors. Another `TorchFunctionMode` with a rule
     of its own for ReLU comes first, in whichever order the two are entered.
 
     Example:
@@ -73,7 +73,7 @@ class fast_double_backward(TorchFunctionMode):  # noqa: N801 (a context manager,
     def __torch_function__(
         self, func: Callable, types: Sequence[type], args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Run the replacement of ``func`` where there is one, and ``func`` itself otherwise."""
+        """Run the replacement of `func` where there is one, and `func` itself otherwise."""
         kwargs = kwargs or {}
         replacement = _REPLACEMENTS.get(func)
         # vmap and torch.func.grad ask more of a Function than those below offer: leave their calls alone
@@ -115,7 +115,7 @@ def _conv2d(
     dilation: Size = 1,
     groups: int = 1,
 ) -> Tensor:
-    """:func:`torch.nn.functional.conv2d` on a batch."""
+    """`torch.nn.functional.conv2d` on a batch."""
     if not _plain(input, weight, bias) or input.ndim != 4 or weight.ndim != 4:
         return NotImplemented
     stride, dilation = _pair(stride), _pair(dilation)
@@ -134,7 +134,7 @@ def _conv2d(
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Maybe = None) -> Tensor:
-    """:func:`torch.nn.functional.linear` of vectors ``(N, C)``."""
+    """`torch.nn.functional.linear` of vectors `(N, C)`."""
     if not _plain(input, weight, bias) or input.ndim != 2 or weight.ndim != 2:
         return NotImplemented
     return Affine.apply(*_autocast(input, weight, bias), MatrixProduct())
@@ -150,7 +150,7 @@ def _batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    """:func:`torch.nn.functional.batch_norm` of images ``(N, C, H, W)`` and vectors ``(N, C)``."""
+    """`torch.nn.functional.batch_norm` of images `(N, C, H, W)` and vectors `(N, C)`."""
     if not _plain(input, weight, bias) or input.ndim not in (2, 4):
         return NotImplemented
     if input.numel() == input.shape[1] if training else running_mean is None:
@@ -169,12 +169,12 @@ def _torch_batch_norm(
     eps: float,
     cudnn_enabled: bool,
 ) -> Tensor:
-    """:func:`torch.batch_norm`, which has the same arguments in another order."""
+    """`torch.batch_norm`, which has the same arguments in another order."""
     return _batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
 
 
 def _relu(input: Tensor, inplace: bool = False) -> Tensor:
-    """:func:`torch.nn.functional.relu`."""
+    """`torch.nn.functional.relu`."""
     # another mode, entered before this one, may have a rule of its own for ReLU's gradient: it goes first
     if not _plain(input) or torch._C._len_torch_function_stack() or (inplace and input._is_view()):
         return NotImplemented
@@ -190,7 +190,7 @@ def _max_pool2d(
     ceil_mode: bool = False,
     return_indices: bool = False,
 ) -> Tensor:
-    """:func:`torch.nn.functional.max_pool2d`."""
+    """`torch.nn.functional.max_pool2d`."""
     if not _plain(input) or input.ndim != 4 or return_indices:
         return NotImplemented
     kernel = _pair(kernel_size)
@@ -199,14 +199,14 @@ def _max_pool2d(
 
 
 def _cat(tensors: Sequence[Tensor], dim: int = 0, **options: Any) -> Tensor:
-    """:func:`torch.cat` of tensors of one type."""
+    """`torch.cat` of tensors of one type."""
     if options or not _plain(*tensors) or len({(t.dtype, t.ndim) for t in tensors}) > 1:
         return NotImplemented
     return Cat.apply(dim, *tensors)
 
 
 def _hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
-    """:func:`torch.nn.functional.hardsigmoid`, of which PyTorch has no second derivative."""
+    """`torch.nn.functional.hardsigmoid`, of which PyTorch has no second derivative."""
     if not _plain(input):
         return NotImplemented
     result = F.relu6(input + 3) / 6

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,19 +24,19 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils import _pytree as pytree
 
-from salnb._common.checks import check_labels
+from salnb._common.checks import at_least_float32_dtype, check_labels
 from salnb.objective.precision import autocast_dtype, full_precision
+from salnb.objective.terms import Losses, StepInputs, StepModules, TermSettings, step_losses
 
-if TYPE_CHECKING:
-    from salnb.objective import Objective
+__all__ = ["CompiledStep"]
 
 
 class CompiledStep:
     """Runs steps of an objective as compiled graphs, one for each kind of step that it meets.
 
-    A graph holds for the shapes, types and strides of the batch, the settings of the objective, which of its
-    weights are zero (`every` and `warmup` make two kinds of steps), which parameters are trained, which
-    modules are in train mode, and autocast. Where one of these is new, a graph is traced and compiled.
+    A graph holds for the shapes, types and strides of the batch, the settings of the terms and which of them
+    there are (`every` and `warmup` make two kinds of steps), which parameters are trained, which modules are
+    in train mode, and autocast. Where one of these is new, a graph is traced and compiled.
 
     Args:
         **options: for `torch.compile`.
@@ -52,43 +52,38 @@ class CompiledStep:
 
     def __call__(
         self,
-        objective: Objective,
-        images: Tensor,
-        new_images: Tensor,
-        target: Tensor,
-        params: Any,
-        gamma: float,
-    ) -> tuple[Tensor, ...]:
-        """The fields of what `objective.losses` returns; the first can be called `backward()` on."""
+        modules: StepModules,
+        inputs: StepInputs,
+        weights: tuple[float, float, float],
+        settings: TermSettings,
+    ) -> Losses:
+        """What `step_losses` returns, but that only the total can be called `backward()` on."""
+        images = inputs.images
         if images.requires_grad:
             raise ValueError(
                 "images must not require a gradient after compile(): only the parameters' are computed"
             )
-        drawn, spec = pytree.tree_flatten(params)
-        batch = [images, new_images, target, *drawn]
-        parameters = [p for p in objective.parameters() if p.requires_grad]
-        state = dict(objective.named_parameters()) | dict(objective.named_buffers())
-        tensors = [*batch, *(tensor.detach() for tensor in state.values())]
+        given, structure = pytree.tree_flatten(inputs)
+        step = _TracedStep(modules, settings, structure, len(given))
+        state = dict(step.named_parameters()) | dict(step.named_buffers())
         # written by the device itself, which a copy from the host would have to wait for
-        number = partial(
-            torch.full, (), dtype=torch.promote_types(images.dtype, torch.float32), device=images.device
-        )
-        weights = [number(weight) for weight in (objective.alpha, objective.beta, gamma)]
+        scalar = partial(torch.full, (), dtype=at_least_float32_dtype(images.dtype), device=images.device)
+        tensors = [*map(scalar, weights), *given, *(tensor.detach() for tensor in state.values())]
 
-        kind = _kind(objective, batch, spec, gamma)
-        if kind not in self._graphs:
-            step = _Step(objective, spec, gamma, len(batch))
-            self._graphs[kind] = _compile(step, [*weights, *tensors], self.options)
-        graph = self._graphs[kind]
-        check_labels(target, graph.num_classes)
+        key = _graph_key(step, given)
+        if key not in self._graphs:
+            self._graphs[key] = _compile(step, tensors, self.options)
+        graph = self._graphs[key]
+        check_labels(inputs.target, graph.num_classes)
 
         with torch.no_grad(), full_precision(images):  # all casts are in the graph
-            results = graph.run(*weights, *tensors)
+            results = graph.run(*tensors)
             values, gradients, buffers = pytree.tree_unflatten(results, graph.outputs)
             for name, value in buffers.items():
                 state[name].copy_(value)
-        total = _HandOut.apply(values[0], gradients, *parameters)
-        return total, *values[1:]
+        value, classes, invariance, salience, logits = values
+        total = _ReturnPrecomputedGradients.apply(value, gradients, *step.trained())
+        return Losses(total, classes, invariance, salience, logits, settings.has_saliency)
 
 
 class _Graph(NamedTuple):
@@ -99,39 +94,44 @@ class _Graph(NamedTuple):
     num_classes: int
 
 
-class _Step(nn.Module):
-    """One step as a function of tensors, to be traced."""
+class _TracedStep(nn.ModuleDict):
+    """One step as a function of tensors, to be traced; its parameters and buffers are those of `modules`."""
 
-    def __init__(self, objective: Objective, spec: pytree.TreeSpec, gamma: float, batch_length: int):
-        super().__init__()
-        self.objective = objective
-        self.spec, self.gamma, self.batch_length = spec, gamma, batch_length
+    def __init__(
+        self, modules: StepModules, settings: TermSettings, structure: pytree.TreeSpec, given_length: int
+    ):
+        super().__init__(modules._asdict())
+        self.step_modules, self.settings = modules, settings
+        self.structure, self.given_length = structure, given_length
 
-    def forward(self, weights: tuple[Tensor, ...], batch: tuple[Tensor, ...]) -> tuple[list, list]:
-        """The fields of `Losses` and the gradients, with the parameters and buffers of the moment."""
-        images, new_images, target, *drawn = batch
-        params = pytree.tree_unflatten(drawn, self.spec)
-        losses = self.objective.losses(images, new_images, target, params, self.gamma)
-        terms = (losses.class_loss, losses.invariance_loss, losses.saliency_loss)
-        total = torch.stack([w * term for w, term in zip(weights, terms, strict=True)]).sum()
-        trained = [p for p in self.objective.parameters() if p.requires_grad]
+    def trained(self) -> list[nn.Parameter]:
+        """The parameters that gradients are computed of."""
+        return [p for p in self.parameters() if p.requires_grad]
+
+    def forward(self, weights: tuple[Tensor, Tensor, Tensor], given: tuple[Tensor, ...]) -> tuple[list, list]:
+        """The tensors of `Losses` and the gradients, with the parameters and buffers of the moment."""
+        inputs = pytree.tree_unflatten(given, self.structure)
+        losses = step_losses(self.step_modules, inputs, weights, self.settings)
+        trained = self.trained()
         # a GradScaler only sees what leaves the graph
-        half = torch.float16 in (autocast_dtype(images), *(p.dtype for p in trained))
-        scale = self.objective.gradient_scale.value if half else 1.0
-        with full_precision(images):  # as the user's backward() would be
-            gradients = list(torch.autograd.grad(total * scale, trained, allow_unused=True))
+        half = torch.float16 in (autocast_dtype(inputs.images), *(p.dtype for p in trained))
+        gradient_scale = self.step_modules.gradient_scale
+        scale = gradient_scale.value if half else 1.0
+        with full_precision(inputs.images):  # as the user's backward() would be
+            gradients = list(torch.autograd.grad(losses.total * scale, trained, allow_unused=True))
         if half:
             gradients = [None if g is None else g / scale for g in gradients]
             finite = [g.isfinite().all() for g in gradients if g is not None]
-            self.objective.gradient_scale.update(torch.stack(finite).all())
-        return [result.detach() for result in (total, *terms, losses.logits)], gradients
+            gradient_scale.update(torch.stack(finite).all())
+        terms = (losses.total, losses.class_loss, losses.invariance_loss, losses.saliency_loss, losses.logits)
+        return [term.detach() for term in terms], gradients
 
     def with_state(self, *tensors: Tensor) -> list[Tensor | None]:
-        """Values, gradients and new buffers in a flat list, from weights, batch, parameters and buffers."""
-        weights, batch, rest = (
+        """Values, gradients and new buffers in a flat list, from weights, inputs, parameters and buffers."""
+        weights, given, rest = (
             tensors[:3],
-            tensors[3 : 3 + self.batch_length],
-            tensors[3 + self.batch_length :],
+            tensors[3 : 3 + self.given_length],
+            tensors[3 + self.given_length :],
         )
         parameters, buffers = dict(self.named_parameters()), [name for name, _ in self.named_buffers()]
         state = {
@@ -140,15 +140,15 @@ class _Step(nn.Module):
             else tensor.clone()
             for name, tensor in zip([*parameters, *buffers], rest, strict=True)
         }
-        values, gradients = torch.func.functional_call(self, state, (weights, batch))
-        updated = {name.removeprefix("objective."): state[name] for name in buffers}
+        values, gradients = torch.func.functional_call(self, state, (weights, given))
+        updated = {name: state[name] for name in buffers}
         # what the caller of make_fx gets to see is a flat list only
         self.num_classes = values[-1].shape[1]
         flat, self.outputs = pytree.tree_flatten((values, gradients, updated))
         return flat
 
 
-def _compile(step: _Step, tensors: list[Tensor], options: dict[str, Any]) -> _Graph:
+def _compile(step: _TracedStep, tensors: list[Tensor], options: dict[str, Any]) -> _Graph:
     """Trace a step and hand it to the compiler."""
     try:
         # one thread: the modes that trace and that swap functions belong to it
@@ -163,22 +163,20 @@ def _compile(step: _Step, tensors: list[Tensor], options: dict[str, Any]) -> _Gr
     return _Graph(run, step.outputs, step.num_classes)
 
 
-def _kind(objective: Objective, batch: list[Tensor], spec: pytree.TreeSpec, gamma: float) -> Hashable:
+def _graph_key(step: _TracedStep, given: list[Tensor]) -> Hashable:
     """All that a graph was made for, apart from the values of its tensors."""
-    images = batch[0]
     return (
-        tuple((t.shape, t.dtype, t.device, t.stride()) for t in batch),
-        spec,
-        bool(gamma),
-        objective.settings(),
-        tuple((p.dtype, p.device, p.requires_grad) for p in objective.parameters()),
-        tuple(module.training for module in objective.modules()),
-        autocast_dtype(images),
+        tuple((t.shape, t.dtype, t.device, t.stride()) for t in given),
+        step.structure,
+        step.settings,
+        tuple((p.dtype, p.device, p.requires_grad) for p in step.parameters()),
+        tuple(module.training for module in step.modules()),
+        autocast_dtype(given[0]),
     )
 
 
-class _HandOut(torch.autograd.Function):
-    """The total, whose backward pass hands out gradients that are known already."""
+class _ReturnPrecomputedGradients(torch.autograd.Function):
+    """The total, whose backward pass returns gradients that are known already."""
 
     @staticmethod
     def forward(ctx: Any, total: Tensor, gradients: list[Tensor | None], *parameters: Tensor) -> Tensor:

@@ -1,66 +1,25 @@
-"""The whole objective (eq. 8): a module that owns the model and turns a batch into losses.
+"""`Objective`: a module that owns the model and turns a batch into losses.
 
-One batch holds the originals and their augmented copies, and one forward pass serves all three terms:
-
-    class_loss       eq. 5   cross-entropy of both halves
-    invariance_loss  eq. 6   distance between the activations of the halves
-    saliency_loss    eq. 7   distance between the saliency maps of the halves, brought into one frame
-    total            eq. 8   alpha · class_loss + beta · invariance_loss + gamma · saliency_loss
+Here are its arguments, their checks, the schedule of the saliency term and the call; the losses themselves
+are in `salnb.objective.terms`.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
-from salnb import saliency
-from salnb._common.catalog import METHODS, MethodSpec
-from salnb._common.checks import check_images, check_second_derivative, unknown
+from salnb._common.catalog import METHODS
+from salnb._common.checks import check_images, check_training_target, unknown
 from salnb.augment import Augmentation
-from salnb.augment.mixing import both_targets
-from salnb.double_backward import fast_double_backward
-from salnb.losses import (
-    DISTANCES,
-    FEATURE_DISTANCES,
-    NORMALIZATIONS,
-    class_loss,
-    invariance_loss,
-    saliency_loss,
-)
+from salnb.losses import DISTANCES, FEATURE_DISTANCES, NORMALIZATIONS
 from salnb.objective.compiled import CompiledStep
-from salnb.objective.precision import LossScale, autocast_dtype, full_precision
-from salnb.saliency.methods import as_written
-from salnb.saliency.recording import Watch, class_scores
+from salnb.objective.precision import LossScale, full_precision
+from salnb.objective.terms import Losses, StepInputs, StepModules, TermSettings, step_losses
 
-
-@dataclass
-class Losses:
-    """What one call of the objective found.
-
-    Attributes:
-        total: eq. 8, to call `backward()` on.
-        class_loss: eq. 5, unweighted.
-        invariance_loss: eq. 6, unweighted; zero where beta is zero.
-        saliency_loss: eq. 7, unweighted; zero in steps without it.
-        logits: (2N, K), of the originals and then of the augmented images, detached.
-
-    After `Objective.compile()` only `total` carries a graph.
-    """
-
-    total: Tensor
-    class_loss: Tensor
-    invariance_loss: Tensor
-    saliency_loss: Tensor
-    logits: Tensor
-
-    def detach(self) -> "Losses":
-        """The same values without a graph."""
-        return Losses(*(getattr(self, field.name).detach() for field in fields(self)))
+__all__ = ["Objective"]
 
 
 class Objective(nn.Module):
@@ -200,23 +159,25 @@ class Objective(nn.Module):
         self._check_call(images, target)
         keep_graph = torch.is_grad_enabled()
         with torch.inference_mode(False), torch.set_grad_enabled(keep_graph):
-            images, target = (t.clone() if t.is_inference() else t for t in (images, target))
+            # what inference mode made can take part in no graph
+            images = images.clone() if images.is_inference() else images
+            target = target.clone() if target.is_inference() else target
             with full_precision(images):
                 params = self.augmentation.make_params(images, generator)
                 new_images = self.augmentation.images(images, params)
-            batch = (images, new_images, target, params, self.current_gamma())
+            modules = StepModules(self.model, self.augmentation, self.score_scale, self.gradient_scale)
+            inputs = StepInputs(images, new_images, target, params)
+            weights = (self.alpha, self.beta, self.current_gamma())
+            settings = self._term_settings()
             if self._compiled and keep_graph:
-                losses = Losses(*self._compiled(self, *batch))
+                losses = self._compiled(modules, inputs, weights, settings)
             else:
-                losses = self.losses(*batch)
+                check = not self._second_derivative_checked
+                losses = step_losses(modules, inputs, weights, settings, check_derivative=check)
+                self._second_derivative_checked |= losses.has_saliency and keep_graph
         if self.training:
             self.steps_done += 1
         return losses
-
-    @property
-    def spec(self) -> MethodSpec:
-        """What the saliency method is."""
-        return METHODS[self.method]
 
     def current_gamma(self) -> float:
         """The weight of the saliency term in the coming step: gamma, `every` times it, or zero."""
@@ -225,125 +186,21 @@ class Objective(nn.Module):
         since = self.steps_done - self.warmup
         return self.gamma * self.every if since >= 0 and since % self.every == 0 else 0.0
 
-    def settings(self) -> tuple:
-        """What the losses are computed with, apart from the strength of the terms."""
-        return (
-            *(bool(weight) for weight in (self.alpha, self.beta)),
-            *(tuple(options.items()) for options in (self.layers, self.method_options)),
-            *(self.layer_distance, self.method, self.normalize, self.distance, self.pool),
-            self.detach_original,
+    def _term_settings(self) -> TermSettings:
+        """The terms of the coming step."""
+        return TermSettings(
+            has_invariance=bool(self.beta),
+            has_saliency=bool(self.current_gamma()),
+            layers=tuple(self.layers.items()),
+            layer_distance=self.layer_distance,
+            method=self.method,
+            method_options=tuple(self.method_options.items()),
+            normalize=self.normalize,
+            distance=self.distance,
+            pool=self.pool,
+            detach_original=self.detach_original,
+            num_classes=self.num_classes,
         )
-
-    def losses(self, images: Tensor, new_images: Tensor, target: Tensor, params: Any, gamma: float) -> Losses:
-        """Eq. 5 to 8 for images and what the augmentation made of them.
-
-        Args:
-            images: (N, C, H, W), the originals.
-            new_images: (N, C, H, W), augmented.
-            target: (N,) labels or (N, K) weights of the originals.
-            params: what the augmentation drew.
-            gamma: weight of the saliency term in this step.
-        """
-        n = len(images)
-        keep_graph = torch.is_grad_enabled()
-        pixels = torch.cat([images, new_images])
-        if _is_channels_last(images):
-            pixels = pixels.contiguous(memory_format=torch.channels_last)
-        with ExitStack() as stack:
-            watch = None
-            if gamma:
-                stack.enter_context(torch.enable_grad())
-                stack.enter_context(_differentiable_twice())
-                if not self.spec.repeats:
-                    watch = stack.enter_context(self._watch())
-                    pixels.requires_grad_()
-            features = stack.enter_context(self._features()) if self.beta else {}
-            # a model may work in place on its input, which a leaf of the graph does not allow
-            logits = self.model(pixels.clone() if watch else pixels)
-            k = self._num_classes(logits, 2 * n)
-            targets = both_targets(target, self.augmentation.targets(target, params, k), k)
-            salience = logits.new_zeros((), dtype=torch.promote_types(logits.dtype, torch.float32))
-            maps = self._maps(watch, pixels, logits, targets, keep_graph) if gamma else None
-        with full_precision(images):
-            classes = class_loss(logits, targets)
-            invariance = self._invariance(features, n) if self.beta else torch.zeros_like(salience)
-            if maps is not None:
-                first = maps[:n].detach() if self.detach_original else maps[:n]
-                maps, new_maps, valid = self.augmentation.align(first, maps[n:], params)
-                salience = saliency_loss(
-                    maps,
-                    new_maps,
-                    valid,
-                    normalize=self.normalize,
-                    distance=self.distance,
-                    pool=self.pool,
-                )
-            total = self.alpha * classes + self.beta * invariance + gamma * salience
-        losses = Losses(total, classes, invariance, salience, logits.detach())
-        return losses if keep_graph else losses.detach()
-
-    def _maps(
-        self, watch: Watch | None, pixels: Tensor, logits: Tensor, targets: Tensor, keep_graph: bool
-    ) -> Tensor:
-        """The saliency maps of all 2N images, each for its own target."""
-        if watch is None:
-            maps = saliency.METHODS[self.method](
-                self.model, pixels.detach(), targets, create_graph=keep_graph, **self.method_options
-            )
-        else:
-            half = torch.float16 in (autocast_dtype(pixels), logits.dtype)
-            scale = self.score_scale.value if half else 1.0
-            with full_precision(pixels):
-                maps = watch.maps(pixels, scale * class_scores(logits, targets), create_graph=keep_graph)
-            maps = maps.to(torch.promote_types(maps.dtype, torch.float32))
-            if half:
-                self.score_scale.update(maps.isfinite().all())
-                # each gradient among the factors of a map carries the scale once
-                maps = maps / scale ** (self.spec.pixels + self.spec.layer)
-        if keep_graph and not self._second_derivative_checked:
-            check_second_derivative(maps)
-            self._second_derivative_checked = True
-        return maps
-
-    def _watch(self) -> Watch:
-        return Watch(self.model, self.method, self.method_options.get("layer"))
-
-    def _invariance(self, features: dict[str, Tensor], n: int) -> Tensor:
-        for name in self.layers:
-            if name not in features:
-                raise ValueError(f"layers: the forward pass of the model never calls its module {name!r}")
-        halves = ({name: out[half] for name, out in features.items()} for half in (slice(n), slice(n, None)))
-        return invariance_loss(*halves, distance=self.layer_distance, weights=self.layers)
-
-    @contextmanager
-    def _features(self) -> Iterator[dict[str, Tensor]]:
-        """Collects the outputs of `layers` in the forward pass that runs inside."""
-        features: dict[str, Tensor] = {}
-
-        def keep(name: str) -> Callable:
-            def hook(module: nn.Module, args: Any, output: Any) -> Tensor:
-                if not isinstance(output, Tensor):
-                    raise TypeError(f"layers: {name!r} must return a tensor, got {type(output).__name__}")
-                features[name] = output
-                return output.clone()  # what follows may work in place
-
-            return hook
-
-        handles = [self.model.get_submodule(name).register_forward_hook(keep(name)) for name in self.layers]
-        try:
-            yield features
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _num_classes(self, logits: Any, samples: int) -> int:
-        shape = tuple(logits.shape) if isinstance(logits, Tensor) else ()
-        if len(shape) != 2 or shape[0] != samples or self.num_classes not in (None, shape[1]):
-            got = shape or type(logits).__name__
-            raise ValueError(
-                f"model must return logits (2N, K) = ({samples}, {self.num_classes or 'K'}), got {got}"
-            )
-        return shape[1]
 
     def _check_model(self) -> None:
         """What can be told from model and settings before any step."""
@@ -360,19 +217,16 @@ class Objective(nn.Module):
                 "model must not be wrapped in DistributedDataParallel: wrap the objective, "
                 "DistributedDataParallel(Objective(model, ...))"
             )
+        allowed = METHODS[self.method].options
         for name in self.method_options:
-            if name not in self.spec.options:
-                raise unknown(f"method_options of {self.method}", name, sorted(self.spec.options))
-        if self.gamma and not self.spec.repeats:
-            self._watch()  # finds the layer, or says that there is none
+            if name not in allowed:
+                raise unknown(f"method_options of {self.method}", name, sorted(allowed))
+        if self.gamma:
+            self._term_settings().recorder(self.model)  # finds the layer, or says that there is none
 
     def _check_call(self, images: Tensor, target: Tensor) -> None:
         check_images(images)
-        if not isinstance(target, Tensor) or target.ndim not in (1, 2) or len(target) != len(images):
-            got = tuple(target.shape) if isinstance(target, Tensor) else type(target).__name__
-            raise ValueError(f"target must be a tensor ({len(images)},) or ({len(images)}, K), got {got}")
-        if target.ndim == 1 and (target.is_floating_point() or target.dtype is torch.bool):
-            raise TypeError(f"target of shape (N,) must hold integer labels, got {target.dtype}")
+        check_training_target(target, len(images))
         if not self.gamma or not torch.is_grad_enabled():
             return
         wrapper = DistributedDataParallel._active_ddp_module
@@ -386,14 +240,3 @@ class Objective(nn.Module):
                 "nn.SyncBatchNorm has no second derivative, which the saliency term needs: "
                 "use nn.BatchNorm2d, or gamma=0"
             )
-
-
-@contextmanager
-def _differentiable_twice() -> Iterator[None]:
-    """Fast second derivatives, and neither compiled modules nor fused attention kernels, which have none."""
-    with as_written(), sdpa_kernel(SDPBackend.MATH), fast_double_backward():
-        yield
-
-
-def _is_channels_last(images: Tensor) -> bool:
-    return not images.is_contiguous() and images.is_contiguous(memory_format=torch.channels_last)

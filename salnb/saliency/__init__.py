@@ -1,21 +1,4 @@
 """Saliency methods: which pixels a network's decision depends on (Section 2 of the paper, eq. 1–4)."""
 
-from salnb.saliency.methods import (
-    METHODS,
-    deconvnet,
-    grad_cam,
-    guided_backprop,
-    guided_grad_cam,
-    smoothgrad,
-    vanilla_gradient,
-)
-
-__all__ = [
-    "METHODS",
-    "deconvnet",
-    "grad_cam",
-    "guided_backprop",
-    "guided_grad_cam",
-    "smoothgrad",
-    "vanilla_gradient",
-]
+from salnb.saliency.methods import *  # noqa: F403
+from salnb.saliency.methods import __all__ as __all__

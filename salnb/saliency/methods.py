@@ -1,6 +1,6 @@
-"""Saliency methods: which pixels a network's decision hangs on (Section 2 of the paper, eq. 1–4).
+"""Saliency methods: which pixels a network's decision depends on (Section 2 of the paper, eq. 1–4).
 
-Six functions with one signature. Each takes a model, a batch of images and the class that each image
+Functions with one signature. Each takes a model, a batch of images and the class that each image
 is asked about, and returns one map per image:
 
 * gradients with respect to the pixels: `vanilla_gradient`, `deconvnet`, `guided_backprop`, `smoothgrad`;
@@ -21,7 +21,17 @@ from torch import Tensor, nn
 
 from salnb._common import catalog
 from salnb._common.checks import check_finite, check_images, check_target
-from salnb.saliency.recording import Watch, class_scores, logits_of, reduce_channels
+from salnb.saliency.recording import ForwardRecorder, class_scores, logits_of, reduce_channels
+
+__all__ = [
+    "METHODS",
+    "deconvnet",
+    "grad_cam",
+    "guided_backprop",
+    "guided_grad_cam",
+    "smoothgrad",
+    "vanilla_gradient",
+]
 
 
 def vanilla_gradient(
@@ -70,7 +80,7 @@ def deconvnet(
     create_graph: bool = False,
     reduce: str | None = "max",
 ) -> Tensor:
-    """DeconvNet: each ReLU passes back what is positive in the *gradient* (eq. 3; Zeiler & Fergus, 2014).
+    """DeconvNet: each ReLU passes back what is positive in the *gradient* (eq. 4; Zeiler & Fergus, 2014).
 
     Arguments, result and errors are those of `vanilla_gradient`. A network in which no ReLU is met
     gives the plain gradient, with a warning.
@@ -192,15 +202,8 @@ def guided_grad_cam(
     return _explain("guided_grad_cam", model, images, target, layer, create_graph, reduce)
 
 
-#: The six methods by name.
-METHODS: dict[str, Callable[..., Tensor]] = {
-    "vanilla_gradient": vanilla_gradient,
-    "deconvnet": deconvnet,
-    "guided_backprop": guided_backprop,
-    "smoothgrad": smoothgrad,
-    "grad_cam": grad_cam,
-    "guided_grad_cam": guided_grad_cam,
-}
+#: The methods by name: those of the catalogue, each a function of this module.
+METHODS: dict[str, Callable[..., Tensor]] = {name: globals()[name] for name in catalog.METHODS}
 
 
 def _explain(
@@ -218,16 +221,17 @@ def _explain(
     frozen_stem = spec.layer and not spec.pixels and not create_graph
     with (
         torch.inference_mode(False),
-        torch.set_grad_enabled(not frozen_stem),
+        torch.enable_grad(),
         as_written(),
-        Watch(model, method, layer, frozen_stem=frozen_stem) as watch,
+        ForwardRecorder(model, method, layer, frozen_stem=frozen_stem) as recorder,
     ):
         pixels = images.clone() if images.is_inference() else images.detach()
         if not frozen_stem:
             pixels.requires_grad_()
         logits = logits_of(model, pixels)
         check_target(target, *logits.shape)
-        return watch.maps(pixels, class_scores(logits, target), create_graph=create_graph, reduce=reduce)
+        scores = class_scores(logits, target)
+        return recorder.maps(pixels, scores, create_graph=create_graph, reduce=reduce)
 
 
 def as_written() -> AbstractContextManager:

@@ -1,7 +1,9 @@
-"""One watched forward pass, and the maps taken from it: the common ground of all saliency methods."""
+"""One recorded forward pass, and the maps taken from it: the common ground of all saliency methods."""
 
 import warnings
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,7 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from salnb._common.catalog import METHODS, unknown
+from salnb._common.checks import at_least_float32
 from salnb.saliency.relu_rules import ReLURule
+
+__all__ = ["ForwardRecorder", "class_scores", "logits_of", "recorded_outputs", "reduce_channels"]
 
 
 def logits_of(model: nn.Module, images: Tensor) -> Tensor:
@@ -41,7 +46,7 @@ def class_scores(logits: Tensor, target: Tensor | int | None) -> Tensor:
 
     Values of `target` are not looked at, so that no device is waited for.
     """
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = at_least_float32(logits)
     if target is None:
         target = logits.detach().argmax(1)
     if isinstance(target, int):
@@ -56,14 +61,37 @@ def reduce_channels(gradient: Tensor, reduce: str | None = "max") -> Tensor:
     if reduce is None:
         return gradient
     magnitude = gradient.abs()
-    # max hands its gradient to one channel, as eq. 2 says; amax, which is faster, would split it among ties
-    return (
-        magnitude.max(1, keepdim=True).values if magnitude.requires_grad else magnitude.amax(1, keepdim=True)
-    )
+    # max passes its gradient to one channel; amax, which is faster, would split it among ties
+    if magnitude.requires_grad:
+        return magnitude.max(1, keepdim=True).values  # eq. 2
+    return magnitude.amax(1, keepdim=True)  # eq. 2
 
 
-class Watch:
-    """Watches one forward pass, then takes the maps of a method from it.
+@contextmanager
+def recorded_outputs(
+    layers: Mapping[str, nn.Module], accept: Callable[[str, Any], Tensor]
+) -> Iterator[dict[str, Tensor]]:
+    """Collects the outputs of layers, by name, in the forward pass that runs inside.
+
+    Args:
+        layers: modules of the network, by name.
+        accept: given name and output, returns what is recorded and passed on, or says what is wrong with it.
+    """
+    outputs: dict[str, Tensor] = {}
+
+    def record(name: str, module: nn.Module, args: Any, output: Any) -> Tensor:
+        outputs[name] = accept(name, output)
+        # what follows may work in place (VGG's ReLU does): let it work on a copy
+        return outputs[name].clone()
+
+    with ExitStack() as stack:
+        for name, layer in layers.items():
+            stack.callback(layer.register_forward_hook(partial(record, name)).remove)
+        yield outputs
+
+
+class ForwardRecorder:
+    """Records one forward pass, then takes the maps of a method from it.
 
     A context manager: run the forward pass and call `maps` inside. `salnb.Objective` uses it to take
     saliency maps from the same pass that its other losses use.
@@ -84,59 +112,50 @@ class Watch:
         frozen_stem: bool = False,
     ):
         self.spec = METHODS[method]
-        self.layer = _find_layer(model, layer) if self.spec.layer else None
+        self.layers = {"layer": _find_layer(model, layer)} if self.spec.layer else {}
         self.frozen_stem = frozen_stem
-        self.activation: Tensor | None = None
-        self.relus = ReLURule(self.spec.rule) if self.spec.rule else None
-        self._stack = ExitStack()
+        self.outputs: dict[str, Tensor] = {}
+        self.relu_rule = ReLURule(self.spec.rule) if self.spec.rule else None
+        self._stack, self._stem = ExitStack(), ExitStack()
 
-    def __enter__(self) -> "Watch":
-        if self.relus is not None:
-            self._stack.enter_context(self.relus)
-        if self.layer is not None:
-            handle = self.layer.register_forward_hook(self._keep)
-            self._stack.callback(handle.remove)
+    def __enter__(self) -> "ForwardRecorder":
+        if self.frozen_stem:
+            self._stack.enter_context(self._stem).enter_context(torch.no_grad())
+        if self.relu_rule is not None:
+            self._stack.enter_context(self.relu_rule)
+        self.outputs = self._stack.enter_context(recorded_outputs(self.layers, self._accept))
         return self
 
     def __exit__(self, *exc_info: object) -> None:
         self._stack.close()
 
-    def _keep(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    def _accept(self, name: str, output: Any) -> Tensor:
         if not isinstance(output, Tensor) or output.ndim != 4:
             got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-            raise ValueError(f"layer must be one whose output has shape (N, C, h, w), got {got}")
-        if self.frozen_stem:
-            torch.set_grad_enabled(True)  # until _explain's own context ends
-            output = output.detach().requires_grad_()
-        self.activation = output
-        # what follows may work in place (VGG's ReLU does): let it work on a copy
-        return output.clone()
+            raise ValueError(f"{name} must be one whose output has shape (N, C, h, w), got {got}")
+        if not self.frozen_stem:
+            return output
+        self._stem.close()  # from here on a graph is needed
+        return output.detach().requires_grad_()
 
     def maps(
         self, images: Tensor, scores: Tensor, *, create_graph: bool = False, reduce: str | None = "max"
     ) -> Tensor:
-        """The maps of `scores` (N,) with respect to `images`, both from the pass that was watched."""
+        """The maps of `scores` (N,) with respect to `images`, both from the pass that was recorded."""
         score = scores.sum()
         maps: list[Tensor] = []
         if self.spec.layer:
-            if self.activation is None:
+            if not self.outputs:
                 raise ValueError("layer is a module of the model that its forward pass never calls")
-            keep = create_graph or self.spec.pixels
-            (slope,) = torch.autograd.grad(
-                score, self.activation, retain_graph=keep, create_graph=create_graph
-            )
-            activation = self.activation if create_graph else self.activation.detach()
+            activation, keep = self.outputs["layer"], create_graph or self.spec.pixels
+            (slope,) = torch.autograd.grad(score, activation, retain_graph=keep, create_graph=create_graph)
+            activation = activation if create_graph else activation.detach()
             maps.append(_class_activation(activation, slope, images.shape[-2:]))
         if self.spec.pixels:
-            if self.relus is not None:
-                self.relus.open = True
-            try:
-                (gradient,) = torch.autograd.grad(score, images, create_graph=create_graph)
-            finally:
-                if self.relus is not None:
-                    self.relus.open = False
+            with self.relu_rule.active() if self.relu_rule else nullcontext():
+                (gradient,) = torch.autograd.grad(score, images, create_graph=create_graph)  # eq. 1
             maps.append(reduce_channels(gradient, reduce))
-        if self.relus is not None and not self.relus.met:
+        if self.relu_rule is not None and not self.relu_rule.relu_count:
             warnings.warn(
                 "no ReLU was met in the forward pass: without one, the map is the plain gradient",
                 stacklevel=4,

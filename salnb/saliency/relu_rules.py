@@ -1,12 +1,15 @@
-"""The ReLU rules of DeconvNet and guided backpropagation (eq. 3 and 4), switched on for one gradient only."""
+"""ReLU (eq. 3) and its three backward rules (eq. 4), switched on for one gradient only."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+
+__all__ = ["ReLURule", "Rectifier"]
 
 _RELU = (F.relu, torch.relu, Tensor.relu)
 _RELU_IN_PLACE = (torch.relu_, Tensor.relu_)
@@ -19,23 +22,32 @@ class ReLURule(TorchFunctionMode):
     """Swaps every ReLU that a model calls for one whose backward pass can follow another rule.
 
     A ReLU is caught at the call, so modules, `F.relu`, `torch.relu`, in-place variants and ReLU6 are all
-    alike, and the model needs no hooks. The rule acts while `open` is true: for the gradient that makes
-    the map. At any other time, the second backward pass of a loss on the map included, the true
-    derivative is used; the same rule there would give a wrong gradient for the parameters.
+    alike, and the model needs no hooks. The rule acts inside `active()`: for the gradient that makes the
+    map. At any other time, the second backward pass of a loss on the map included, the true derivative is
+    used; the same rule there would give a wrong gradient for the parameters.
 
     Args:
         rule: "deconvnet" or "guided_backprop".
 
     Attributes:
-        open: whether the rule acts.
-        met: the number of ReLUs that were swapped.
+        rule_active: whether the rule acts.
+        relu_count: the number of ReLUs that were swapped.
     """
 
     def __init__(self, rule: str):
         super().__init__()
-        self.guided = rule == "guided_backprop"
-        self.open = False
-        self.met = 0
+        self.rule = rule
+        self.rule_active = False
+        self.relu_count = 0
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Context in which the rule acts."""
+        self.rule_active = True
+        try:
+            yield
+        finally:
+            self.rule_active = False
 
     def __torch_function__(
         self, func: Callable, types: Sequence[type], args: tuple = (), kwargs: dict[str, Any] | None = None
@@ -44,8 +56,8 @@ class ReLURule(TorchFunctionMode):
         call = _as_rectifier(func, *args, **kwargs)
         if call is None:
             return func(*args, **kwargs)
-        self.met += 1
-        return _Rectifier.apply(*call, self)
+        self.relu_count += 1
+        return Rectifier.apply(*call, self)
 
 
 def _as_rectifier(func: Callable, *args: Any, **kwargs: Any) -> tuple[Tensor, float | None, bool] | None:
@@ -62,33 +74,35 @@ def _as_rectifier(func: Callable, *args: Any, **kwargs: Any) -> tuple[Tensor, fl
     return None
 
 
-class _Rectifier(torch.autograd.Function):
-    """min(max(x, 0), upper), whose backward pass asks its rule what to let through."""
+class Rectifier(torch.autograd.Function):
+    """min(max(x, 0), upper), whose backward pass asks its `ReLURule` what to let through."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, upper: float | None, in_place: bool, rule: ReLURule) -> Tensor:
+    def forward(ctx: Any, x: Tensor, upper: float | None, in_place: bool, relu_rule: ReLURule) -> Tensor:
+        """The rectified input; where there is no upper bound, that of ReLU."""
         if in_place:
             ctx.mark_dirty(x)
-            out = x.clamp_(0, upper)
-        else:
-            out = x.clamp(0, upper)
+        out = (x.clamp_ if in_place else x.clamp)(0, upper)  # eq. 3
         ctx.save_for_backward(out)
-        ctx.upper, ctx.rule = upper, rule
+        ctx.upper, ctx.relu_rule = upper, relu_rule
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradient where the rule of the moment lets it pass."""
         (grad,) = grads
-        if not ctx.rule.open or ctx.rule.guided:
-            (out,) = ctx.saved_tensors
-            grad = _where_active(grad, out, ctx.upper)  # the true derivative, and half of eq. 4
-        if ctx.rule.open:
-            grad = _where_active(grad, grad.detach(), None)  # eq. 3, and the other half of eq. 4
+        if not ctx.relu_rule.rule_active:
+            grad = _pass_where(ctx.saved_tensors[0], grad, ctx.upper)  # eq. 4, gradient: input positive
+        elif ctx.relu_rule.rule == "deconvnet":
+            grad = _pass_where(grad.detach(), grad)  # eq. 4, DeconvNet: gradient positive
+        else:
+            grad = _pass_where(ctx.saved_tensors[0], grad, ctx.upper)
+            grad = _pass_where(grad.detach(), grad)  # eq. 4, guided: both positive
         return grad, None, None, None
 
 
-def _where_active(grad: Tensor, out: Tensor, upper: float | None) -> Tensor:
-    """`grad` where 0 < `out` < `upper`, else 0, by the kernels of PyTorch's own backward pass."""
+def _pass_where(positive: Tensor, grad: Tensor, upper: float | None = None) -> Tensor:
+    """`grad` where 0 < `positive` < `upper`, else 0, by the kernels of PyTorch's own backward pass."""
     if upper is None:
-        return torch.ops.aten.threshold_backward(grad, out, 0)
-    return torch.ops.aten.hardtanh_backward(grad, out, 0, upper)
+        return torch.ops.aten.threshold_backward(grad, positive, 0)
+    return torch.ops.aten.hardtanh_backward(grad, positive, 0, upper)

@@ -147,9 +147,7 @@ def test_the_command_prints_the_comparison(scale, capsys):
 
 def test_failed_trainings_are_named_and_make_the_status_one(scale, capsys, monkeypatch):
     loss = salnb.losses.saliency_loss
-    monkeypatch.setattr(
-        "salnb.objective.objective.saliency_loss", lambda *a, **k: loss(*a, **k) * float("nan")
-    )
+    monkeypatch.setattr("salnb.objective.terms.saliency_loss", lambda *a, **k: loss(*a, **k) * float("nan"))
     assert main(command(scale)) == 1
     printed = capsys.readouterr()
     assert printed.out == "nothing can be compared: no seed has both\n"

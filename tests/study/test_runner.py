@@ -204,9 +204,7 @@ def test_a_killed_study_goes_on_where_it_was(tmp_path, cache, finished, monkeypa
 
 def test_a_failed_training_leaves_its_error_and_the_others_go_on(tmp_path, finished, monkeypatch):
     loss = salnb.losses.saliency_loss
-    monkeypatch.setattr(
-        "salnb.objective.objective.saliency_loss", lambda *a, **k: loss(*a, **k) * float("nan")
-    )
+    monkeypatch.setattr("salnb.objective.terms.saliency_loss", lambda *a, **k: loss(*a, **k) * float("nan"))
     display = io.StringIO()
     records = run(tmp_path, display=display)
     assert [r["status"] for r in records] == ["done", "failed", "done", "failed"]
@@ -354,7 +352,7 @@ def test_a_factor_on_the_loss_is_undone(monkeypatch):
     runner._gradient_length.cache_clear()
     loss = salnb.losses.saliency_loss
     monkeypatch.setattr(
-        "salnb.objective.objective.saliency_loss",
+        "salnb.objective.terms.saliency_loss",
         lambda *a, **k: loss(*a, **k) * (50.0 if k["pool"] == 2 else 1.0),
     )
     strong = match_weight(SETTINGS, SETTINGS | {"pool": 2})

@@ -1,0 +1,258 @@
+"""The terms of the objective for one batch, from one forward pass of originals and augmented images.
+
+* class loss (eq. 5): cross-entropy of both halves
+* invariance loss (eq. 6): distance between the activations of the halves
+* saliency loss (eq. 7): distance between the saliency maps of the halves, brought into one frame
+* total (eq. 8): alpha · class loss + beta · invariance loss + gamma · saliency loss
+"""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from salnb import saliency
+from salnb._common.catalog import METHODS, MethodSpec
+from salnb._common.checks import at_least_float32, at_least_float32_dtype
+from salnb.augment import Augmentation
+from salnb.augment.mixing import both_targets
+from salnb.double_backward import fast_double_backward
+from salnb.double_backward.functions import check_second_derivative
+from salnb.losses import class_loss, invariance_loss, saliency_loss
+from salnb.objective.precision import LossScale, autocast_dtype, full_precision
+from salnb.saliency.methods import as_written
+from salnb.saliency.recording import ForwardRecorder, class_scores, recorded_outputs
+
+__all__ = ["Losses", "StepInputs", "StepModules", "TermSettings", "step_losses"]
+
+
+@dataclass
+class Losses:
+    """What one call of the objective found.
+
+    Attributes:
+        total: eq. 8, to call `backward()` on.
+        class_loss: eq. 5, unweighted.
+        invariance_loss: eq. 6, unweighted; zero where beta is zero.
+        saliency_loss: eq. 7, unweighted; zero in steps without it.
+        logits: (2N, K), of the originals and then of the augmented images, detached.
+        has_saliency: whether this step had the saliency term.
+
+    After `Objective.compile()` only `total` carries a graph.
+    """
+
+    total: Tensor
+    class_loss: Tensor
+    invariance_loss: Tensor
+    saliency_loss: Tensor
+    logits: Tensor
+    has_saliency: bool = False
+
+    def detach(self) -> "Losses":
+        """The same values without a graph."""
+        return Losses(
+            self.total.detach(),
+            self.class_loss.detach(),
+            self.invariance_loss.detach(),
+            self.saliency_loss.detach(),
+            self.logits.detach(),
+            self.has_saliency,
+        )
+
+
+class StepModules(NamedTuple):
+    """The modules that a step runs through.
+
+    Attributes:
+        model: maps images to logits.
+        augmentation: made the new images.
+        score_scale: for float16, of the score whose gradient makes the maps.
+        gradient_scale: for float16, of the total in a compiled step.
+    """
+
+    model: nn.Module
+    augmentation: Augmentation
+    score_scale: LossScale
+    gradient_scale: LossScale
+
+
+class StepInputs(NamedTuple):
+    """A batch and what the augmentation made of it.
+
+    Attributes:
+        images: (N, C, H, W), the originals.
+        new_images: (N, C, H, W), augmented.
+        target: (N,) labels or (N, K) weights of the originals.
+        params: what the augmentation drew.
+    """
+
+    images: Tensor
+    new_images: Tensor
+    target: Tensor
+    params: Any
+
+
+@dataclass(frozen=True)
+class TermSettings:
+    """Which terms a step has, and how they are computed: all but their weights.
+
+    Attributes:
+        has_invariance: whether beta is above zero.
+        has_saliency: whether gamma is above zero in this step.
+
+    The others are arguments of `salnb.Objective`, its mappings as pairs.
+    """
+
+    has_invariance: bool
+    has_saliency: bool
+    layers: tuple[tuple[str, float], ...]
+    layer_distance: str
+    method: str
+    method_options: tuple[tuple[str, Any], ...]
+    normalize: str | None
+    distance: str
+    pool: int
+    detach_original: bool
+    num_classes: int | None
+
+    @property
+    def spec(self) -> MethodSpec:
+        """What the saliency method is."""
+        return METHODS[self.method]
+
+    def recorder(self, model: nn.Module) -> ForwardRecorder | None:
+        """What takes the maps from the one forward pass; None where the method runs passes of its own."""
+        options = dict(self.method_options)
+        return None if self.spec.repeats else ForwardRecorder(model, self.method, options.get("layer"))
+
+
+def step_losses(
+    modules: StepModules,
+    inputs: StepInputs,
+    weights: tuple[float | Tensor, float | Tensor, float | Tensor],
+    settings: TermSettings,
+    *,
+    check_derivative: bool = True,
+) -> Losses:
+    """The losses of a batch, from one forward pass.
+
+    Args:
+        modules: what the step runs through.
+        inputs: the batch.
+        weights: alpha, beta and, of this step, gamma.
+        settings: which terms there are, and how they are computed.
+        check_derivative: raise if an operation of the model has no second derivative.
+    """
+    images, new_images, target, params = inputs
+    model, augmentation = modules.model, modules.augmentation
+    n, keep_graph = len(images), torch.is_grad_enabled()
+    pixels = torch.cat([images, new_images])
+    if _is_channels_last(images):
+        pixels = pixels.contiguous(memory_format=torch.channels_last)
+    with ExitStack() as stack:
+        recorder = None
+        if settings.has_saliency:
+            stack.enter_context(torch.enable_grad())
+            stack.enter_context(_differentiable_twice())
+            if recorder := settings.recorder(model):
+                stack.enter_context(recorder)
+                pixels.requires_grad_()
+        features = stack.enter_context(_features(model, settings)) if settings.has_invariance else {}
+        # a model may work in place on its input, which a leaf of the graph does not allow
+        logits = model(pixels.clone() if recorder else pixels)
+        k = _num_classes(logits, 2 * n, settings.num_classes)
+        targets = both_targets(target, augmentation.targets(target, params, k), k)
+        if settings.has_saliency:
+            maps = _maps(modules, recorder, pixels, logits, targets, settings, create_graph=keep_graph)
+            if keep_graph and check_derivative:
+                check_second_derivative(maps)
+    with full_precision(images):
+        classes = class_loss(logits, targets)
+        dtype = at_least_float32_dtype(logits.dtype)
+        invariance, salience = logits.new_zeros((), dtype=dtype), logits.new_zeros((), dtype=dtype)
+        if settings.has_invariance:
+            invariance = _invariance(features, n, settings)
+        if settings.has_saliency:
+            first = maps[:n].detach() if settings.detach_original else maps[:n]
+            salience = saliency_loss(
+                *augmentation.align(first, maps[n:], params),
+                normalize=settings.normalize,
+                distance=settings.distance,
+                pool=settings.pool,
+            )
+        alpha, beta, gamma = weights
+        total = alpha * classes + beta * invariance + gamma * salience  # eq. 8
+    losses = Losses(total, classes, invariance, salience, logits.detach(), settings.has_saliency)
+    return losses if keep_graph else losses.detach()
+
+
+def _maps(
+    modules: StepModules,
+    recorder: ForwardRecorder | None,
+    pixels: Tensor,
+    logits: Tensor,
+    targets: Tensor,
+    settings: TermSettings,
+    *,
+    create_graph: bool,
+) -> Tensor:
+    """The saliency maps of all 2N images, each for its own target."""
+    if recorder is None:
+        method, options = saliency.METHODS[settings.method], dict(settings.method_options)
+        return method(modules.model, pixels.detach(), targets, create_graph=create_graph, **options)
+    half = torch.float16 in (autocast_dtype(pixels), logits.dtype)
+    scale = modules.score_scale.value if half else 1.0
+    with full_precision(pixels):
+        maps = recorder.maps(pixels, scale * class_scores(logits, targets), create_graph=create_graph)
+    maps = at_least_float32(maps)
+    if half:
+        modules.score_scale.update(maps.isfinite().all())
+        # each gradient among the factors of a map carries the scale once
+        maps = maps / scale ** (settings.spec.pixels + settings.spec.layer)
+    return maps
+
+
+def _features(model: nn.Module, settings: TermSettings) -> AbstractContextManager[dict[str, Tensor]]:
+    """Collects the outputs of the layers that eq. 6 compares, in the forward pass that runs inside."""
+
+    def accept(name: str, output: Any) -> Tensor:
+        if not isinstance(output, Tensor):
+            raise TypeError(f"layers: {name!r} must return a tensor, got {type(output).__name__}")
+        return output
+
+    return recorded_outputs({name: model.get_submodule(name) for name, _ in settings.layers}, accept)
+
+
+def _invariance(features: dict[str, Tensor], n: int, settings: TermSettings) -> Tensor:
+    weights = dict(settings.layers)
+    for name in weights:
+        if name not in features:
+            raise ValueError(f"layers: the forward pass of the model never calls its module {name!r}")
+    halves = ({name: out[half] for name, out in features.items()} for half in (slice(n), slice(n, None)))
+    return invariance_loss(*halves, distance=settings.layer_distance, weights=weights)
+
+
+def _num_classes(logits: Any, samples: int, num_classes: int | None) -> int:
+    """K, which the logits (2N, K) have."""
+    shape = tuple(logits.shape) if isinstance(logits, Tensor) else ()
+    if len(shape) != 2 or shape[0] != samples or num_classes not in (None, shape[1]):
+        raise ValueError(
+            f"model must return logits (2N, K) = ({samples}, {num_classes or 'K'}), "
+            f"got {shape or type(logits).__name__}"
+        )
+    return shape[1]
+
+
+@contextmanager
+def _differentiable_twice() -> Iterator[None]:
+    """Fast second derivatives, and neither compiled modules nor fused attention kernels, which have none."""
+    with as_written(), sdpa_kernel(SDPBackend.MATH), fast_double_backward():
+        yield
+
+
+def _is_channels_last(images: Tensor) -> bool:
+    return not images.is_contiguous() and images.is_contiguous(memory_format=torch.channels_last)
