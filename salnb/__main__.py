@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, get_type_hints
 
 from salnb._common import catalog
 from salnb.study import grids
+from salnb.study.scale import load_scale
 from salnb.timing import cases as timing_plan
 from salnb.train.config import Config
 
@@ -113,7 +114,7 @@ def _study(args: argparse.Namespace) -> int:
     if not args.share > 0:
         raise ValueError(f"share must be positive, got {args.share}")
     try:
-        scale = grids.load_scale(args.scale)
+        scale = load_scale(args.scale)
         if args.device:
             scale = scale.with_training(device=args.device)
         # all settings, before torch is loaded

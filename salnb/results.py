@@ -22,6 +22,16 @@ if TYPE_CHECKING:  # records can be read and compared without waiting for it
     import torch
     from torch import nn
 
+__all__ = [
+    "commit",
+    "parameters_sha256",
+    "peak_memory",
+    "provenance",
+    "published",
+    "read_record",
+    "write_record",
+]
+
 
 def write_record(path: str | Path, record: Mapping[str, Any]) -> None:
     """Write a record as JSON, atomically; folders are made as needed.
@@ -55,7 +65,7 @@ def read_record(path: str | Path) -> dict[str, Any]:
 
 
 def published() -> Path:
-    """The folder of the records that the book shows: ``results/`` in a source tree, or its installed copy."""
+    """The folder of the records that the book shows: `results/` in a source tree, or its installed copy."""
     installed = Path(__file__).parent / "records"
     return installed if installed.exists() else Path(__file__).parent.parent / "results"
 
@@ -73,11 +83,8 @@ def provenance(device: str = "cpu") -> dict[str, Any]:
     import torch
 
     # torch's own words tell which CUDA it was built for, too
-    versions = {
-        "python": platform.python_version(),
-        "salnb": __version__,
-        "torch": str(torch.__version__),
-    }
+    torch_version = str(torch.__version__)
+    versions = {"python": platform.python_version(), "salnb": __version__, "torch": torch_version}
     for package in ("torchvision", "lightning-fabric", "timm"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)

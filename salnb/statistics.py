@@ -5,16 +5,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from salnb._common.tables import markdown_table
+
 __all__ = ["Comparison", "compare", "in_words", "markdown", "mean", "sign_test"]
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Trainings with something, against trainings of the same seeds without.
+    """Training runs with something, against runs of the same seeds without.
 
     Attributes:
         where: the factors that both have in common.
-        what: which trainings are compared with the reference.
+        what: which runs are compared with the reference.
         n: number of seeds of which both are there.
         reference: mean of the reference.
         value: mean of what is compared with it.
@@ -49,11 +51,11 @@ def compare(
 ) -> list[Comparison]:
     """Compare each value of a factor with the reference, seed by seed.
 
-    Trainings of one seed share the weights they start from, the split and the order of the batches; what all
+    Runs of one seed share the weights they start from, the split and the order of the batches; what all
     of that does to the accuracy cancels in the difference. The interval is that of a paired t-test.
 
     Args:
-        records: of a study, see `salnb.study.read`; failed trainings are left out.
+        records: of a study, see `salnb.study.read`; failed runs are left out.
         factor: what is compared.
         reference: the value that the others are compared with.
         metric: a number in the results.
@@ -81,9 +83,9 @@ def compare(
             if what == reference or not seeds:
                 continue
             pairs = tuple((base[seed], of_seed[seed]) for seed in seeds)
-            low, high = _interval([ours - theirs for theirs, ours in pairs])
-            theirs, ours = (mean([pair[i] for pair in pairs]) for i in (0, 1))
-            numbers = (len(seeds), theirs, ours, ours - theirs, low, high, pairs)
+            interval = _interval([ours - theirs for theirs, ours in pairs])
+            theirs, ours = map(mean, zip(*pairs, strict=True))
+            numbers = (len(seeds), theirs, ours, ours - theirs, *interval, pairs)
             found.append(Comparison(dict(where), what, *numbers))
     return found
 
@@ -115,38 +117,26 @@ def in_words(comparisons: Sequence[Comparison]) -> str:
     verdicts = [c.verdict for c in comparisons]
     better, worse, unclear = (verdicts.count(v) for v in ("better", "worse", "cannot tell"))
     positive, of, p = sign_test(comparisons)
+    n = len(verdicts)
     return (
-        f"Of {len(verdicts)} comparison{'s' * (len(verdicts) != 1)}, {better} {_say(better)} better, "
-        f"{worse} {_say(worse)} worse, and {unclear} cannot tell. The difference is positive in "
+        f"Of {n} comparison{'s' * (n != 1)}, {better} say{'s' * (better == 1)} better, {worse} "
+        f"say{'s' * (worse == 1)} worse, and {unclear} cannot tell. The difference is positive in "
         f"{positive} of {of}; if signs were a coin's toss, a count as uneven would come up with a "
         f"probability of {p:.2g} (sign test)."
     )
-
-
-def _say(count: int) -> str:
-    return "says" if count == 1 else "say"
 
 
 def markdown(comparisons: Sequence[Comparison]) -> str:
     """A table of comparisons, in Markdown: accuracies and their differences in percent."""
     if not comparisons:
         return "nothing can be compared: no seed has both"
-    places = list(comparisons[0].where)
-    header = [*places, "compared", "seeds", "reference", "value", "difference", "95 % interval", "verdict"]
-    rows = [
-        [
-            *map(str, c.where.values()),
-            c.what,
-            str(c.n),
-            f"{c.reference:.1%}",
-            f"{c.value:.1%}",
-            f"{c.difference:+.1%}",
-            f"{c.low:+.1%} to {c.high:+.1%}" if c.n > 1 else "unknown",
-            c.verdict,
-        ]
-        for c in comparisons
-    ]
-    return "\n".join("| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows))
+    header = [*comparisons[0].where, "compared", "seeds", "reference", "value", "difference"]
+    rows = []
+    for c in comparisons:
+        interval = f"{c.low:+.1%} to {c.high:+.1%}" if c.n > 1 else "unknown"
+        numbers = (f"{c.reference:.1%}", f"{c.value:.1%}", f"{c.difference:+.1%}", interval)
+        rows.append((*c.where.values(), c.what, c.n, *numbers, c.verdict))
+    return markdown_table([*header, "95 % interval", "verdict"], rows)
 
 
 def mean(values: Sequence[float]) -> float:

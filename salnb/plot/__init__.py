@@ -1,17 +1,13 @@
-"""Figures of the book; needs matplotlib and seaborn (`pip install 'salnb[chapters]'`)."""
+"""Figures of the book.
 
-from salnb.plot.maps import (
-    DIVERGING,
-    INK,
-    SEQUENTIAL,
-    divide_by_maximum,
-    overlay,
-    show_images,
-    show_maps,
-    show_numbers,
-    use_style,
-)
+Every function returns a `matplotlib.figure.Figure` and shows nothing by itself. Backgrounds are opaque white,
+for pages that have a dark mode. This package needs matplotlib and seaborn (`pip install 'salnb[chapters]'`)
+and is imported on its own: `from salnb import plot`.
+"""
+
+from salnb.plot.maps import divide_by_maximum, overlay, show_images, show_maps, show_numbers
 from salnb.plot.results import VERDICTS, name_of, show_accuracies, show_differences
+from salnb.plot.style import DIVERGING, INK, SEQUENTIAL, use_style
 
 __all__ = [
     "DIVERGING",

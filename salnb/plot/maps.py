@@ -1,15 +1,9 @@
-"""Figures of the book: images, maps beside and over them, and small matrices with their numbers.
+"""Images, maps beside and over them, and small matrices with their numbers.
 
-Every function returns a `matplotlib.figure.Figure` and shows nothing by itself. Maps are divided by their
-own maximum and drawn with fixed colour limits, so that a colour means the same share of the maximum in every
-panel of a figure and in every figure of the book; one colour bar says so. Backgrounds are opaque white, for
-pages that have a dark mode.
-
-This module needs matplotlib and seaborn (`pip install 'salnb[chapters]'`) and is imported on its own:
-`from salnb import plot`.
+Maps are divided by their own maximum and drawn with fixed colour limits, so that a colour means the same
+share of the maximum in every panel of a figure and in every figure of the book; one colour bar says so.
 """
 
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,48 +18,9 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from salnb._common.checks import check_finite, check_images
+from salnb.plot.style import DIVERGING, INK, SEQUENTIAL
 
-SEQUENTIAL = "magma"  # perceptually uniform, dark to light
-DIVERGING = "RdBu_r"  # white at 0
-INK = "#1b1b1b"
-
-
-def use_style(*, dpi: int = 110) -> None:
-    """Set the look of all figures that follow: seaborn's white theme on an opaque white background.
-
-    In a notebook figures become JPEG images: photographs and grainy maps take four times the space as PNG.
-
-    Args:
-        dpi: pixels per inch. A figure 8 inches wide is then 880 pixels wide at the default.
-
-    Raises:
-        ValueError: `dpi` is not positive.
-    """
-    if dpi < 1:
-        raise ValueError(f"dpi must be at least 1, got {dpi}")
-    ipython = sys.modules.get("IPython")
-    if ipython is not None and ipython.get_ipython() is not None:
-        from matplotlib_inline.backend_inline import set_matplotlib_formats
-
-        set_matplotlib_formats("jpeg", pil_kwargs={"quality": 90})
-    sns.set_theme(
-        context="notebook",
-        style="ticks",
-        font_scale=0.85,
-        rc={
-            "figure.dpi": dpi,
-            "savefig.dpi": dpi,
-            "figure.facecolor": "white",
-            "axes.facecolor": "white",
-            "savefig.facecolor": "white",
-            "savefig.transparent": False,
-            "image.cmap": SEQUENTIAL,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "text.color": INK,
-            "axes.labelcolor": INK,
-        },
-    )
+__all__ = ["divide_by_maximum", "overlay", "show_images", "show_maps", "show_numbers"]
 
 
 def divide_by_maximum(maps: Tensor) -> Tensor:
@@ -108,16 +63,10 @@ def show_images(
     """
     _check_pictures(images)
     titles = _check_titles(titles, len(images))
-    if columns < 1:
-        raise ValueError(f"columns must be at least 1, got {columns}")
-    n_rows, n_columns = -(-len(images) // columns), min(columns, len(images))
-    fig, axes = _panels(n_rows, n_columns, size, images.shape[-2] / images.shape[-1])
-    for i, ax in enumerate(axes.flat):
-        if i < len(images):
-            _draw_image(ax, images[i])
-            ax.set_title(titles[i], fontsize="small")
-        else:
-            ax.remove()
+    fig, axes = _wrapped(len(images), columns, size, images.shape[-2] / images.shape[-1])
+    for ax, image, title in zip(axes, images, titles, strict=True):
+        _draw_image(ax, image)
+        _label(ax, title, above=True)
     return fig
 
 
@@ -163,7 +112,7 @@ def show_maps(
     >>> len(show_maps(photos, {"brightness": photos.mean(1, keepdim=True)}).axes)
     5
     """
-    return _show_maps(images, maps, titles, across, power, signed, size, None, valid or {}, rescale)
+    return _show_maps(images, maps, titles, across, power, size, signed=signed, valid=valid, rescale=rescale)
 
 
 def overlay(
@@ -195,7 +144,7 @@ def overlay(
     """
     if not 0 <= opacity <= 1:
         raise ValueError(f"opacity must lie in [0, 1], got {opacity}")
-    return _show_maps(images, maps, titles, across, power, False, size, opacity, {}, True)
+    return _show_maps(images, maps, titles, across, power, size, opacity=opacity)
 
 
 def show_numbers(
@@ -231,17 +180,12 @@ def show_numbers(
         if title not in matrices or cells.shape != matrices[title].shape:
             raise ValueError(f"struck[{title!r}] must have the title and the shape of one of the matrices")
     columns = len(matrices) if columns is None else columns
-    if columns < 1:
-        raise ValueError(f"columns must be at least 1, got {columns}")
-    n_rows, n_columns = -(-len(matrices) // columns), min(columns, len(matrices))
     height, width = next(iter(matrices.values())).shape
-    fig, axes = _panels(n_rows, n_columns, size, height / width)
+    fig, axes = _wrapped(len(matrices), columns, size, height / width)
     limit = limit or max(float(matrix.abs().max()) for matrix in matrices.values()) or 1.0
-    for ax, (title, matrix) in zip(axes.flat, matrices.items(), strict=False):
+    for ax, (title, matrix) in zip(axes, matrices.items(), strict=True):
         _draw_numbers(ax, matrix, limit, (struck or {}).get(title))
-        ax.set_title(title, fontsize="small")
-    for ax in axes.flat[len(matrices) :]:
-        ax.remove()
+        _label(ax, title, above=True)
     return fig
 
 
@@ -251,14 +195,16 @@ def _show_maps(
     titles: Sequence[str] | None,
     across: str,
     power: float,
-    signed: bool,
     size: float,
-    opacity: float | None,
-    valid: Mapping[str, Tensor],
-    rescale: bool,
+    *,
+    signed: bool = False,
+    opacity: float | None = None,
+    valid: Mapping[str, Tensor] | None = None,
+    rescale: bool = True,
 ) -> Figure:
     _check_pictures(images)
     titles = _check_titles(titles, len(images))
+    valid = valid or {}
     _check_maps(maps, len(images), signed, valid)
     if across not in ("methods", "photos"):
         raise ValueError(f"across must be 'methods' or 'photos', got {across!r}")
@@ -301,6 +247,16 @@ def _panels(n_rows: int, n_columns: int, size: float, aspect: float) -> tuple[Fi
         ax.set(xticks=[], yticks=[])
         sns.despine(ax=ax, left=True, bottom=True)
     return fig, axes
+
+
+def _wrapped(count: int, columns: int, size: float, aspect: float) -> tuple[Figure, Any]:
+    """So many bare axes, in rows of `columns`."""
+    if columns < 1:
+        raise ValueError(f"columns must be at least 1, got {columns}")
+    fig, axes = _panels(-(-count // columns), min(columns, count), size, aspect)
+    for ax in axes.flat[count:]:
+        ax.remove()
+    return fig, axes.flat[:count]
 
 
 def _draw_image(ax: Axes, image: Tensor) -> None:

@@ -1,10 +1,7 @@
-"""Figures of results: what trainings reached, seed by seed, and paired differences with their intervals.
+"""What training runs reached, seed by seed, and paired differences with their intervals.
 
 Both take what `salnb.statistics.compare` gives. A verdict is told by colour and by shape, so that it needs no
 eye for colours. What lies outside the limits of an axis is an arrow at its edge.
-
-As `salnb.plot`, this module needs matplotlib and seaborn (`pip install 'salnb[chapters]'`), is imported on
-its own, and its functions return a `matplotlib.figure.Figure`.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,8 +14,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter
 
-from salnb.plot import INK
+from salnb.plot.style import INK
 from salnb.statistics import Comparison, mean
+
+__all__ = ["VERDICTS", "name_of", "show_accuracies", "show_differences"]
 
 Name = Callable[[Comparison], str]
 
@@ -87,8 +86,7 @@ def show_differences(
     fig.supxlabel(label, fontsize="small")
     used = {c.verdict for c in comparisons}
     marks = [_mark(name, look) for name, look in VERDICTS.items() if name in used]
-    dots = _dots("one seed", INK)
-    _legend(fig, [*marks, dots])
+    _legend(fig, marks)
     return fig
 
 
@@ -135,7 +133,7 @@ def show_accuracies(
         ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{100 * x:.3g}"))
     fig.supxlabel(label, fontsize="small")
     marks = [_mark(names[0], _Look(_REFERENCE, "s", True)), _mark(names[1], _Look(_VALUE, "D", True))]
-    _legend(fig, [*marks, _dots("one seed", INK)])
+    _legend(fig, marks)
     return fig
 
 
@@ -185,7 +183,7 @@ def _draw_difference(ax: Axes, y: int, comparison: Comparison, limits: tuple[flo
         ax.plot(ends, (y, y), color=look.colour, linewidth=2.2, solid_capstyle="butt", zorder=2)
         _arrows(ax, [comparison.low, comparison.high], y, look.colour, limits, 5)
     differences = [ours - theirs for theirs, ours in comparison.pairs]
-    _strip(ax, differences, y + 0.26, INK, limits)
+    _strip(ax, differences, y + 0.26, limits)
     face = look.colour if look.filled else "white"
     style: dict[str, Any] = {"color": look.colour, "markerfacecolor": face, "clip_on": False, "zorder": 6}
     beyond = "<" if comparison.difference < low else ">" if comparison.difference > high else None
@@ -197,27 +195,23 @@ def _draw_pairs(ax: Axes, y: int, comparison: Comparison, limits: tuple[float, f
         ax.plot(pair, (y - 0.2, y + 0.2), color=_REFERENCE, linewidth=0.8, alpha=_FAINT, zorder=2)
     for i, (offset, colour, marker) in enumerate(((-0.2, _REFERENCE, "s"), (0.2, _VALUE, "D"))):
         values = [pair[i] for pair in comparison.pairs]
-        _strip(ax, values, y + offset, INK, limits)
+        _strip(ax, values, y + offset, limits)
         ax.plot(mean(values), y + offset, marker, color=colour, markersize=5.5, zorder=4)
 
 
-def _strip(ax: Axes, values: Sequence[float], y: float, colour: str, limits: tuple[float, float]) -> None:
-    inside = [value for value in values if limits[0] <= value <= limits[1]]
-    sns.scatterplot(
-        x=inside, y=[y] * len(inside), ax=ax, s=9, color=colour, alpha=_FAINT, linewidth=0, zorder=3
-    )
-    _arrows(ax, values, y, colour, limits, 3)
+def _strip(ax: Axes, values: Sequence[float], y: float, limits: tuple[float, float]) -> None:
+    """A faint dot for each value."""
+    x = [value for value in values if limits[0] <= value <= limits[1]]
+    sns.scatterplot(x=x, y=[y] * len(x), ax=ax, s=9, color=INK, alpha=_FAINT, linewidth=0, zorder=3)
+    _arrows(ax, values, y, INK, limits, 3)
 
 
 def _arrows(
     ax: Axes, values: Sequence[float], y: float, colour: str, limits: tuple[float, float], size: float
 ) -> None:
     """Arrows at the edges beyond which some of the values lie."""
-    for edge, marker, beyond in (
-        (limits[0], "<", min(values, default=limits[0]) < limits[0]),
-        (limits[1], ">", max(values, default=limits[1]) > limits[1]),
-    ):
-        if beyond:
+    for edge, marker in zip(limits, "<>", strict=True):
+        if any(value < edge if marker == "<" else value > edge for value in values):
             ax.plot(edge, y, marker, color=colour, markersize=size, clip_on=False, zorder=5)
 
 
@@ -230,9 +224,7 @@ def _mark(name: str, look: _Look) -> Line2D:
     return Line2D([], [], color=look.colour, marker=look.marker, markerfacecolor=face, lw=0, label=name)
 
 
-def _dots(name: str, colour: str) -> Line2D:
-    return Line2D([], [], color=colour, marker="o", markersize=3, alpha=_FAINT, linewidth=0, label=name)
-
-
-def _legend(fig: Figure, marks: list[Any]) -> None:
+def _legend(fig: Figure, marks: list[Line2D]) -> None:
+    seed = Line2D([], [], color=INK, marker="o", markersize=3, alpha=_FAINT, linewidth=0, label="one seed")
+    marks = [*marks, seed]
     fig.legend(handles=marks, loc="outside upper center", ncols=len(marks), fontsize="small", frameon=False)

@@ -5,8 +5,10 @@ from typing import TYPE_CHECKING
 from salnb._common.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from salnb.study.grids import STUDIES, Scale, Training, load_scale, trainings
-    from salnb.study.runner import choose_gammas, match_weight, read, run
+    from salnb.study.grids import STUDIES, Training, trainings
+    from salnb.study.runner import read, run
+    from salnb.study.scale import Scale, load_scale
+    from salnb.study.weights import choose_gammas, match_weight
 
 __all__ = [
     "STUDIES",
@@ -23,7 +25,9 @@ __all__ = [
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
-        "grids": ("STUDIES", "Scale", "Training", "load_scale", "trainings"),
-        "runner": ("choose_gammas", "match_weight", "read", "run"),
+        "grids": ("STUDIES", "Training", "trainings"),
+        "runner": ("read", "run"),
+        "scale": ("Scale", "load_scale"),
+        "weights": ("choose_gammas", "match_weight"),
     },
 )

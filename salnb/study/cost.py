@@ -1,4 +1,4 @@
-"""What a training costs before it is run: the arithmetic of its steps.
+"""What a training run costs before it is made: the arithmetic of its steps.
 
 A forward pass is counted by torch, on tensors without content, which takes no memory and no time. A step
 without saliency takes three times as much, one with the gradient's maps six times (chapter 11 counts it).
@@ -14,8 +14,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from salnb import models
 from salnb._common import catalog
+from salnb._common.tables import markdown_table
 from salnb.data.paper import put_aside
-from salnb.study.grids import UNCHOSEN, Training, load_scale, trainings
+from salnb.study.grids import UNCHOSEN, Training, trainings
+from salnb.study.scale import load_scale
 from salnb.train.config import Config
 
 __all__ = ["forward_flops", "markdown", "steps", "study_flops", "training_flops"]
@@ -50,7 +52,7 @@ def forward_flops(network: str, size: int, num_classes: int) -> int:
 
 
 def steps(config: Config) -> int:
-    """The number of steps of a training.
+    """The number of steps of a training run.
 
     Raises:
         ValueError: it is not known how many images there are.
@@ -60,7 +62,7 @@ def steps(config: Config) -> int:
 
 
 def training_flops(config: Config) -> float:
-    """Multiplications and additions of all steps of a training.
+    """Multiplications and additions of all steps of a training run.
 
     Raises:
         ValueError: it is not known how many images there are.
@@ -75,7 +77,7 @@ def training_flops(config: Config) -> float:
 
 
 def study_flops(trainings: Iterable[Training]) -> float:
-    """Multiplications and additions of all trainings of a study.
+    """Multiplications and additions of all training runs of a study.
 
     Args:
         trainings: see `salnb.study.trainings`.
@@ -102,18 +104,17 @@ def markdown(study: str, rates: Mapping[str, float]) -> str:
     | study | scale | data | networks | trainings | operations, 10¹⁵ | rate, 10¹² / s | hours |
     """
     header = ("study", "scale", "data", "networks", "trainings", "operations, 10¹⁵")
-    rows: list[tuple[str, ...]] = [(*header, "rate, 10¹² / s", "hours")]
-    rows.append(("---",) * len(rows[0]))
+    rows = []
     for name, rate in rates.items():
         if not rate > 0:
             raise ValueError(f"rates must be positive, got {rate} for {name}")
-        scale = load_scale(name).of(study)
+        scale = load_scale(name).for_study(study)
         planned = trainings(study, scale, *UNCHOSEN)
         flops = study_flops(planned)
-        names = (", ".join(scale.data), ", ".join(scale.networks), str(len(planned)))
         costs = map(_digits, (flops / 1e15, rate / 1e12, flops / rate / 3600))
-        rows.append((study, name, *names, *costs))
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+        grid = (", ".join(scale.data), ", ".join(scale.networks), len(planned))
+        rows.append((study, name, *grid, *costs))
+    return markdown_table((*header, "rate, 10¹² / s", "hours"), rows)
 
 
 def _digits(number: float) -> str:

@@ -1,37 +1,39 @@
-"""Run the trainings of a study on a Ray cluster: the cores or GPUs of this machine, or of many machines."""
+"""Training runs of a study on a Ray cluster: the cores or GPUs of this machine, or of many machines."""
 
-import importlib
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from salnb._common.packages import require
 from salnb.study.grids import Training
-from salnb.study.runner import run_training
+from salnb.study.runner import Ended, Started, run_training
 from salnb.train import Interrupted
 
-# how often a training is begun anew, from its checkpoint, when the process or the machine it ran on died
+__all__ = ["OnRay"]
+
+# how often a run is begun anew, from its checkpoint, when the process or the machine it ran on died
 _RETRIES = 5
 _POLL_SECONDS = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class OnRay:
-    """Trainings as tasks of Ray; an executor of `salnb.study.run`.
+    """Training runs as tasks of Ray; an executor of `salnb.study.run`.
 
-    A training whose worker died is begun again and goes on from its checkpoint. So the machines of a cluster
-    need a folder in common (and salnb with the extra `ray`); records are written here, each once.
+    A run whose worker died is begun again and goes on from its checkpoint. So the machines of a cluster need
+    a folder in common (and salnb with the extra `ray`); records are written here, each once.
 
-    A study that is stopped leaves the cluster, which ends the trainings under way; they go on from their last
-    checkpoint. Where this process had joined the cluster before, it stays, and they are trained to their end:
-    wait for that before the study is started again.
+    A study that is stopped leaves the cluster, which ends the runs under way; they go on from their last
+    checkpoint. If this process had joined the cluster before, it stays, and the runs are finished there: wait
+    for that before you start the study again.
 
     Attributes:
         address: "local" starts Ray on this machine; "auto" or "ray://HOST:PORT" join a cluster.
-        share: of a GPU, or of a core where the cluster has no GPU, that a training gets; above 1, several.
+        share: of a GPU, or of a core where the cluster has no GPU, that a run gets; above 1, several.
 
     Raises:
         ModuleNotFoundError: Ray is not installed.
@@ -42,13 +44,11 @@ class OnRay:
     address: str = "local"
     share: float = 1.0
 
-    def __call__(
-        self, pending: Sequence[Training], runs: Path, started: Callable[[Training], None]
-    ) -> Iterator[tuple[Training, dict[str, Any]]]:
-        """Run them; see `salnb.study.Executor`."""
+    def __call__(self, pending: Sequence[Training], runs: Path, started: Started) -> Ended:
+        """Make them; see `salnb.study.runner.Executor`."""
         if not pending:
             return
-        ray = _ray()
+        ray = require("ray", "ray", what="on ray")
         ours = not ray.is_initialized()
         if ours:
             self._join(ray)
@@ -61,21 +61,15 @@ class OnRay:
     def _join(self, ray: Any) -> None:
         # what is in the environment here, such as the folder of the data, is to hold there, too
         variables = {name: value for name, value in os.environ.items() if name.startswith("SALNB_")}
-        options: dict[str, Any] = {"include_dashboard": False} if self.address == "local" else {}
+        options = {"log_to_driver": False, "logging_level": "error", "runtime_env": {"env_vars": variables}}
+        if self.address == "local":
+            options["include_dashboard"] = False
         try:
-            ray.init(
-                address=self.address,
-                log_to_driver=False,
-                logging_level="error",
-                runtime_env={"env_vars": variables},
-                **options,
-            )
+            ray.init(address=self.address, **options)
         except ConnectionError as error:
             raise ConnectionError(f"address {self.address!r}: no Ray cluster answers there") from error
 
-    def _tasks(
-        self, ray: Any, pending: Sequence[Training], runs: Path, started: Callable[[Training], None]
-    ) -> Iterator[tuple[Training, dict[str, Any]]]:
+    def _tasks(self, ray: Any, pending: Sequence[Training], runs: Path, started: Started) -> Ended:
         kind = "GPU" if ray.cluster_resources().get("GPU") else "CPU"
         there = max((machine.get(kind, 0) for machine in _machines(ray)), default=0)
         if there < self.share:
@@ -83,9 +77,9 @@ class OnRay:
                 f"share must be at most {there:g}, the {kind}s of a machine in the cluster, "
                 f"got {self.share:g}"
             )
-        # the share of a GPU says how many trainings a machine runs, however many cores it has
+        # the share of a GPU says how many runs a machine makes, however many cores it has
         needs = {"num_gpus": self.share, "num_cpus": 0} if kind == "GPU" else {"num_cpus": self.share}
-        # Ray itself tries again where a worker dies; an error of the training is its record
+        # Ray itself tries again where a worker dies; an error of the run is its record
         task = ray.remote(max_retries=_RETRIES, retry_exceptions=False, **needs)(_attempt)
         waiting = list(reversed(pending))
         running: dict[Any, Training] = {}
@@ -114,7 +108,7 @@ def _machines(ray: Any) -> list[dict[str, float]]:
 
 
 def _attempt(training: Training, runs: Path) -> dict[str, Any]:
-    """Run a training in a worker, which dies where it is told to stop, so that Ray goes on elsewhere."""
+    """Make a run in a worker, which dies where it is told to stop, so that Ray goes on elsewhere."""
     try:
         return run_training(training, runs)
     except Interrupted as stopped:
@@ -130,10 +124,3 @@ def _record(ray: Any, training: Training, reference: Any) -> dict[str, Any]:
     except ray.exceptions.RayError as error:
         failure = {"status": "failed", "error": f"{type(error).__name__}: {error}", "trace": []}
         return {"factors": training.factors} | failure
-
-
-def _ray() -> Any:
-    try:
-        return importlib.import_module("ray")
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("on ray needs the package ray: pip install 'salnb[ray]'") from error

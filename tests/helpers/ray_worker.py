@@ -14,14 +14,11 @@ def prepare():
     its seed, the step that it goes on from, the process. Where ``stop-SEED`` names a step, the process reports
     itself in ``stopped-SEED`` after that step and waits; so it does only once.
     """
-    from salnb import train
+    from salnb.train import loop
 
     torch.set_num_threads(1)
-    notes, train_epoch, step_generator = (
-        Path(os.environ["SALNB_TEST_NOTES"]),
-        train.train_epoch,
-        train.step_generator,
-    )
+    notes = Path(os.environ["SALNB_TEST_NOTES"])
+    train_epoch, step_generator = loop.train_epoch, loop.step_generator
     seen = []
 
     def noted(run):
@@ -40,4 +37,4 @@ def prepare():
                 time.sleep(0.02)
         return step_generator(run)
 
-    train.train_epoch, train.step_generator = noted, stopping
+    loop.train_epoch, loop.step_generator = noted, stopping

@@ -11,7 +11,7 @@ mpl.use("Agg")
 
 import matplotlib.pyplot as plt
 
-from salnb.plot.results import VERDICTS, show_accuracies, show_differences
+from salnb.plot import VERDICTS, show_accuracies, show_differences
 from salnb.statistics import Comparison, compare
 
 LIMITS = (-0.1, 0.1)

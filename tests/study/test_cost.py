@@ -11,7 +11,8 @@ from salnb import Objective, augment, data, models
 from salnb._common.catalog import METHODS
 from salnb.data.paper import HUB
 from salnb.study.cost import forward_flops, markdown, steps, study_flops, training_flops
-from salnb.study.grids import UNCHOSEN, load_scale, trainings
+from salnb.study.grids import UNCHOSEN, trainings
+from salnb.study.scale import load_scale
 from salnb.train.config import Config
 
 CONFIG = Config(out="runs", train_images=64, batch_size=8, epochs=3, gamma=0.0)
@@ -30,7 +31,8 @@ class NoModules(contextlib.nullcontext):
 def counted(config):
     """What torch counts in one step."""
     torch.manual_seed(0)
-    options = {"n_samples": config.samples} if config.method == "smoothgrad" else None
+    repeats = METHODS[config.method].repeats
+    options = {repeats: config.samples} if repeats else None
     objective = Objective(
         models.build(config.model, 10),
         augment.AUGMENTATIONS[config.augmentation](),

@@ -16,7 +16,9 @@ import yaml
 from salnb import results
 from salnb._common import catalog
 from salnb.study import grids
-from salnb.study.grids import STUDIES, UNCHOSEN, Scale, load_scale, trainings
+from salnb.study import scale as scales
+from salnb.study.grids import STUDIES, UNCHOSEN, trainings
+from salnb.study.scale import STUDY_NAMES, Scale, load_scale
 
 ROOT = Path(__file__).resolve().parents[2]
 SCALES = sorted(path.stem for path in (ROOT / "notebooks" / "scales").glob("*.yml"))
@@ -86,10 +88,10 @@ def test_a_study_has_a_scale_of_its_own():
         training={"size": 64, "epochs": 2},
         studies={"table2": {"networks": ["resnet18"], "training": {"epochs": 5}}},
     )
-    assert scale.of("table1").to_dict() == scale.to_dict() | {"studies": {}}
-    assert scale.of("table2").networks == ("resnet18",)
-    assert scale.of("table2").training == {"size": 64, "epochs": 5}
-    assert scale.of("table2").seeds == scale.seeds
+    assert scale.for_study("table1").to_dict() == scale.to_dict() | {"studies": {}}
+    assert scale.for_study("table2").networks == ("resnet18",)
+    assert scale.for_study("table2").training == {"size": 64, "epochs": 5}
+    assert scale.for_study("table2").seeds == scale.seeds
     assert {t.settings["model"] for t in trainings("table2", scale, *UNCHOSEN)} == {"resnet18"}
     assert {t.settings["model"] for t in trainings("table1", scale, *UNCHOSEN)} == {"small"}
 
@@ -99,7 +101,7 @@ def test_settings_for_all_trainings_hold_in_every_study():
     changed = scale.with_training(device="cpu")
     for study in STUDIES:
         assert {t.settings["device"] for t in trainings(study, changed, *UNCHOSEN)} == {"cpu"}
-    assert changed.of("open").seeds == (3,)
+    assert changed.for_study("open").seeds == (3,)
     assert scale.training == {}
 
 
@@ -175,12 +177,18 @@ def test_what_no_training_could_do_is_found_when_it_is_planned(changes, message)
 # --- the tables --------------------------------------------------------------------------------------------
 
 
+def test_every_study_has_its_name_and_what_it_is_compared_with():
+    assert tuple(STUDIES) == tuple(grids.REFERENCES) == STUDY_NAMES
+
+
 def test_table1_has_every_augmentation_with_and_without_the_term_and_nothing_else_changed():
-    assert len(grids.TABLE1_AUGMENTATIONS) == 9
+    assert grids.TABLE1_AUGMENTATIONS == (
+        "horizontal_flip", "vertical_flip", "rescale", "contrast", "rotation", "combined", "mixup", "cutout", "augmix",
+    )  # fmt: skip
     assert set(grids.TABLE1_AUGMENTATIONS) <= set(catalog.AUGMENTATIONS)
     scale = scale_of(data=["digit-scenes", "cifar10"], training={"epochs": 2, "size": 32})
     found = trainings("table1", scale, {"digit-scenes": 0.5, "cifar10": 3.0}, UNCHOSEN[1])
-    assert len(found) == 2 * 9 * 2 * 2
+    assert len(found) == 2 * len(grids.TABLE1_AUGMENTATIONS) * 2 * 2
     cells = by_cell(found)
     for data, augmentation in itertools.product(scale.data, grids.TABLE1_AUGMENTATIONS):
         without, with_it = (
@@ -262,25 +270,33 @@ def test_open_questions_change_one_factor_at_a_time():
     default = cells["digit-scenes", "all images", "default"]
     assert differences(cells["digit-scenes", "all images", "reference"], default) == {"gamma": 0.0}
     assert default["gamma"] == 2.0
-    kinds = Counter()
+    kinds = {}
     for (_, images, variant), settings in cells.items():
         if images != "all images" or variant in ("default", "reference"):
             continue
         changed = differences(settings, default)
         kind = re.split("[ =]", variant)[0]
         kind = "method" if kind in catalog.METHODS else kind
-        kinds[kind] += 1
+        kinds.setdefault(kind, []).append(variant)
         assert changed.keys() - {"gamma"} <= TOUCHED[kind], variant
         if kind in ("normalize", "distance", "pool", "method"):  # each with a unit of its own
             assert changed["gamma"] == 7.0, variant
             assert {k: v for k, v in changed.items() if k != "gamma"} in asked
         elif kind != "gamma":
             assert "gamma" not in changed, variant
-    assert kinds == Counter(
-        normalize=4, distance=2, pool=2, warmup=2, every=2, originals=1, method=5, gamma=5
-    )
+    assert kinds == {
+        "gamma": ["gamma × 0.1", "gamma × 0.3", "gamma × 3", "gamma × 10", "gamma × 100"],
+        "normalize": ["normalize=zscore", "normalize=l2", "normalize=sum", "normalize=none"],
+        "distance": ["distance=l1", "distance=cosine"],
+        "pool": ["pool=2", "pool=4"],
+        "warmup": ["warmup 25%", "warmup 50%"],
+        "every": ["every=2", "every=4"],
+        "originals": ["originals fixed"],
+        "method": ["deconvnet", "guided_backprop", "smoothgrad", "grad_cam", "guided_grad_cam"],
+    }
+    assert tuple(kinds["method"]) == grids.OPEN_METHODS
     # each is matched once, and not once for each seed
-    assert len(asked) == 4 + 2 + 2 + 5
+    assert len(asked) == sum(len(kinds[kind]) for kind in ("normalize", "distance", "pool", "method"))
     steps = 3 * (6000 // 50)
     assert cells["digit-scenes", "all images", "warmup 25%"]["warmup"] == steps // 4
     assert cells["digit-scenes", "all images", "gamma × 0.3"]["gamma"] == pytest.approx(0.6)
@@ -330,7 +346,8 @@ def test_equal_settings_share_a_run_and_practical_ones_do_not_part_them():
 
 def test_planning_needs_no_torch():
     program = (
-        "import sys; from salnb import grids; grids.trainings('open', grids.load_scale('laptop'), *grids.UNCHOSEN);"
+        "import sys; from salnb import study; from salnb.study.grids import UNCHOSEN;"
+        "study.trainings('open', study.load_scale('laptop'), *UNCHOSEN);"
         "print(sorted({'torch', 'numpy', 'scipy', 'tqdm'} & set(sys.modules)))"
     )
     answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
@@ -345,16 +362,16 @@ def test_scales_and_records_are_installed_where_they_are_looked_for(tmp_path, mo
     installed = targets["wheel"]["force-include"]
     assert installed == {"notebooks/scales": "salnb/scales", "results": "salnb/records"}
     assert all((ROOT / source).is_dir() for source in installed)  # or nothing can be installed
-    assert grids._folder() == ROOT / "notebooks" / "scales"
+    assert scales._folder() == ROOT / "notebooks" / "scales"
     assert results.published() == ROOT / "results"
     # as the wheel lays them out
     for source, target in installed.items():
         (tmp_path / target).mkdir(parents=True)
         for path in (ROOT / source).glob("*.yml"):
             (tmp_path / target / path.name).write_bytes(path.read_bytes())
-    for module, where in ((grids, "salnb/study"), (results, "salnb")):
+    for module, where in ((scales, "salnb/study"), (results, "salnb")):
         monkeypatch.setattr(module, "__file__", str(tmp_path / where / "module.py"))
-    assert grids._folder() == tmp_path / "salnb" / "scales"
+    assert scales._folder() == tmp_path / "salnb" / "scales"
     assert load_scale("smoke").data == ("digit-scenes",)
     assert results.published() == tmp_path / "salnb" / "records"
 

@@ -13,9 +13,10 @@ import pytest
 
 from salnb import results, study
 from salnb.study import grids, on_ray
-from salnb.study.grids import Scale, trainings
+from salnb.study.grids import trainings
 from salnb.study.on_ray import OnRay
-from salnb.study.runner import here
+from salnb.study.runner import in_process
+from salnb.study.scale import Scale
 from tests.helpers import ray_worker
 
 ray = pytest.importorskip("ray")
@@ -76,7 +77,7 @@ def notes(cluster):
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory, cache):
     """What the trainings come to in this process, uninterrupted."""
-    return hashes(run(tmp_path_factory.mktemp("here"), execute=here))
+    return hashes(run(tmp_path_factory.mktemp("here"), execute=in_process))
 
 
 def attempts(notes):

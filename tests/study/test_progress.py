@@ -15,7 +15,7 @@ import salnb.losses
 from salnb import study
 from salnb.__main__ import main
 from salnb.study.grids import Training
-from salnb.study.runner import Progress
+from salnb.study.progress import Progress
 from tests.helpers import runs
 
 FIRST, SECOND, THIRD = (Training("table2", {"strategy": name, "seed": 0}, {}) for name in ("a", "b", "c"))

@@ -14,10 +14,10 @@ import salnb.losses
 from salnb import data, models, results, statistics, study
 from salnb.augment import Affine
 from salnb.objective import Objective
-from salnb.study import choose_gammas, grids, match_weight, runner
-from salnb.study.grids import Scale, trainings
+from salnb.study import Scale, choose_gammas, grids, match_weight, runner, weights
+from salnb.study.grids import trainings
 from salnb.study.runner import run_training
-from salnb.train import Interrupted, fit
+from salnb.train import Interrupted, fit, loop
 from salnb.train.setup import derived_seed
 from tests.helpers import runs
 
@@ -140,7 +140,7 @@ def test_more_seeds_run_only_what_is_new(finished, counted, tmp_path):
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
 def test_a_stopped_study_goes_on_where_it_was(tmp_path, finished, monkeypatch, counted, name):
-    step_generator, calls = salnb.train.step_generator, []
+    step_generator, calls = loop.step_generator, []
 
     def stop(at_run):
         calls.append(at_run.step)
@@ -165,13 +165,13 @@ def test_a_stopped_study_goes_on_where_it_was(tmp_path, finished, monkeypatch, c
 
 def _study(folder, log):
     """A study in a process of its own, which reports each step of its second training."""
-    step_generator = salnb.train.step_generator
+    step_generator = loop.step_generator
 
     def reported(at_run):
         log(f"seed {at_run.config.seed} gamma {at_run.config.gamma:g} step {at_run.step}")
         return step_generator(at_run)
 
-    salnb.train.step_generator = reported
+    loop.step_generator = reported
     return hashes(run(folder))
 
 
@@ -349,7 +349,7 @@ def test_a_matched_term_pulls_as_strongly(changes):
 
 def test_a_factor_on_the_loss_is_undone(monkeypatch):
     assert match_weight(SETTINGS, SETTINGS) == 2.0
-    runner._gradient_length.cache_clear()
+    weights._gradient_length.cache_clear()
     loss = salnb.losses.saliency_loss
     monkeypatch.setattr(
         "salnb.objective.terms.saliency_loss",
@@ -357,7 +357,7 @@ def test_a_factor_on_the_loss_is_undone(monkeypatch):
     )
     strong = match_weight(SETTINGS, SETTINGS | {"pool": 2})
     monkeypatch.undo()
-    runner._gradient_length.cache_clear()
+    weights._gradient_length.cache_clear()
     assert match_weight(SETTINGS, SETTINGS | {"pool": 2}) == pytest.approx(50 * strong, rel=0.05)
 
 
