@@ -2,13 +2,15 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 
+from salnb._common.tables import markdown_table
+
 
 def medians(
-    contenders: dict[str, Callable[[], object]], *, seconds: float = 8.0, least: int = 3
+    contenders: Mapping[str, Callable[[], object]], *, seconds: float = 8.0, least: int = 3
 ) -> dict[str, float]:
     """Median seconds of one call of each contender; see `durations`."""
     spent = durations(contenders, seconds=seconds, least=least)
@@ -16,7 +18,7 @@ def medians(
 
 
 def durations(
-    contenders: dict[str, Callable[[], object]], *, seconds: float, least: int
+    contenders: Mapping[str, Callable[[], object]], *, seconds: float, least: int
 ) -> dict[str, list[float]]:
     """Seconds of each call of each contender, the device's work included, round by round.
 
@@ -47,8 +49,4 @@ def _clock() -> float:
 
 def print_table(title: str, header: list[str], rows: list[list[str]]) -> None:
     """Print a Markdown table under a title."""
-    print(f"\n## {title}\n")
-    print("| " + " | ".join(header) + " |")
-    print("|" + "---|" * len(header))
-    for row in rows:
-        print("| " + " | ".join(row) + " |", flush=True)
+    print(f"\n## {title}\n\n{markdown_table(header, rows, rule='---')}", flush=True)

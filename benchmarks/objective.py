@@ -20,28 +20,28 @@ import torch
 from benchmarks._ratio import durations, print_table
 from salnb.timing import Case
 from salnb.timing.profiler import profiled
-from salnb.timing.steps import Step, arithmetic
+from salnb.timing.steps import SaliencyStep, TimedStep, arithmetic, step_of
 
 # originals in a batch and their side: what two cores do in seconds
 CPU_SIZES = {"resnet18": (16, 112), "resnet50": (16, 64), "vgg16_bn": (8, 64), "densenet121": (16, 64)}
 GPU_SIZE = (32, 224)
 
 
-def steps_of(case: Case, device: torch.device, *, compiled: bool) -> dict[str, Step]:
+def steps_of(case: Case, device: torch.device, *, compiled: bool) -> dict[str, TimedStep]:
     """One step of each kind, on models of their own."""
 
-    class Plain(Step):
+    class Plain(SaliencyStep):
         def __call__(self) -> None:
             with mock.patch("salnb.objective.terms.fast_double_backward", contextlib.nullcontext):
                 super().__call__()
 
     steps = {
-        "baseline": Step(case.baseline, device),
+        "baseline": step_of(case.baseline, device),
         "plain": Plain(case, device),
-        "eager": Step(case, device),
+        "eager": step_of(case, device),
     }
     if compiled:
-        steps["compiled"] = Step(dataclasses.replace(case, compiled=True), device)
+        steps["compiled"] = step_of(dataclasses.replace(case, compiled=True), device)
     return steps
 
 

@@ -1,6 +1,7 @@
 """The six methods against Captum's: ResNet-18, a batch of 16 at 224×224, on whatever device there is."""
 
 import warnings
+from typing import Any
 
 import torch
 import torchvision
@@ -21,7 +22,7 @@ def contenders(model: torch.nn.Module, images: torch.Tensor, target: torch.Tenso
     )
     from captum.attr import Saliency as Gradient
 
-    layer, size = model.layer4[1].conv2, images.shape[-2:]
+    layer, size = model.get_submodule("layer4.1.conv2"), images.shape[-2:]
 
     def with_grad() -> torch.Tensor:
         return images.detach().clone().requires_grad_()
@@ -40,7 +41,7 @@ def contenders(model: torch.nn.Module, images: torch.Tensor, target: torch.Tenso
             images, target, interpolate_mode="bilinear"
         ),
     }
-    options = {
+    options: dict[str, Any] = {
         "smoothgrad": {"n_samples": 5},
         "grad_cam": {"layer": layer},
         "guided_grad_cam": {"layer": layer},

@@ -87,7 +87,7 @@ def main() -> None:
     print_table(title, ["gamma", "loop, s", "bare steps, s", "loop / bare steps"], rows)
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    splits = {
+    splits: dict[str, tuple[data.Split, int]] = {
         "in memory, 32×32": (random_images(6400, 32).to(device), 32),
         "in memory, 224×224": (random_images(640, 224).to(device), 224),
         "in memory, 32×32 resized to 224×224": (random_images(640, 32).to(device), 224),

@@ -160,7 +160,7 @@ def _time(args: argparse.Namespace) -> int:
     options = vars(args).copy()
     compared, out = options.pop("compare"), options.pop("out")
     if compared:
-        from salnb.timing.records import compare, read_timing
+        from salnb.timing import compare, read_timing
 
         print(compare(*(read_timing(path) for path in compared)))
         return 0

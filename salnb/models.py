@@ -11,6 +11,8 @@ from salnb._common.catalog import network as look_up
 from salnb._common.catalog import unknown
 from salnb._common.packages import require
 
+__all__ = ["PRETRAINED", "Block", "Normalized", "SmallResNet", "build", "pretrained"]
+
 # torchvision's names, downloaded on first use; any of its classification models would do
 _TORCHVISION = ("resnet18", "resnet50", "vgg16_bn", "vgg19_bn", "densenet121", "densenet169", "convnext_tiny")
 PRETRAINED = ("efficientnet_lite0", *_TORCHVISION)

@@ -3,85 +3,29 @@
 Each draws per sample, changes images and labels, and brings the saliency maps of both images into one frame.
 """
 
+# ruff: noqa: F403, F405  each module says in its `__all__` what is shown here
+
 from collections.abc import Callable
 
-from salnb.augment.augmix import AugMix, AugMixParams
-from salnb.augment.base import Augmentation, Batch, NotInvertibleError, Params
-from salnb.augment.geometric import (
-    Affine,
-    AffineParams,
-    CropParams,
-    FlipParams,
-    HorizontalFlip,
-    Rescale,
-    ResizedCrop,
-    Rotation,
-    VerticalFlip,
-)
-from salnb.augment.mixing import CutMix, CutMixParams, CutOut, CutOutParams, MixUp, MixUpParams
-from salnb.augment.photometric import (
-    ColorJitter,
-    Contrast,
-    ContrastParams,
-    Grayscale,
-    GrayscaleParams,
-    Identity,
-    IdentityParams,
-    JitterParams,
-)
-from salnb.augment.sequential import Combined, Sequential, SequentialParams, SimCLR
+from salnb._common import catalog
+from salnb.augment import augmix, base, geometric, mixing, photometric, sequential
+from salnb.augment.augmix import *
+from salnb.augment.base import *
+from salnb.augment.geometric import *
+from salnb.augment.mixing import *
+from salnb.augment.photometric import *
+from salnb.augment.sequential import *
 
+__all__ = ["AUGMENTATIONS"]
+__all__ += augmix.__all__
+__all__ += base.__all__
+__all__ += geometric.__all__
+__all__ += mixing.__all__
+__all__ += photometric.__all__
+__all__ += sequential.__all__
+
+# an augmentation's name is that of its class, in lower case and with underscores wherever they help
+_CLASSES = {name.lower(): globals()[name] for name in __all__ if name != "AUGMENTATIONS"}
 AUGMENTATIONS: dict[str, Callable[[], Augmentation]] = {
-    "identity": Identity,
-    "horizontal_flip": HorizontalFlip,
-    "vertical_flip": VerticalFlip,
-    "rescale": Rescale,
-    "rotation": Rotation,
-    "affine": Affine,
-    "contrast": Contrast,
-    "combined": Combined,
-    "color_jitter": ColorJitter,
-    "resized_crop": ResizedCrop,
-    "simclr": SimCLR,
-    "cutout": CutOut,
-    "mixup": MixUp,
-    "cutmix": CutMix,
-    "augmix": AugMix,
+    name: _CLASSES[name.replace("_", "")] for name in catalog.AUGMENTATIONS
 }
-
-__all__ = [
-    "AUGMENTATIONS",
-    "Affine",
-    "AffineParams",
-    "AugMix",
-    "AugMixParams",
-    "Augmentation",
-    "Batch",
-    "ColorJitter",
-    "Combined",
-    "Contrast",
-    "ContrastParams",
-    "CropParams",
-    "CutMix",
-    "CutMixParams",
-    "CutOut",
-    "CutOutParams",
-    "FlipParams",
-    "Grayscale",
-    "GrayscaleParams",
-    "HorizontalFlip",
-    "Identity",
-    "IdentityParams",
-    "JitterParams",
-    "MixUp",
-    "MixUpParams",
-    "NotInvertibleError",
-    "Params",
-    "Rescale",
-    "ResizedCrop",
-    "Rotation",
-    "Sequential",
-    "SequentialParams",
-    "SimCLR",
-    "VerticalFlip",
-]

@@ -9,7 +9,9 @@ from torch import Tensor
 from salnb._common.checks import at_least_float32, at_least_float32_dtype
 from salnb.augment.base import Augmentation, Draw, Params, apply_where, check_number, column
 from salnb.augment.photometric import check_channels
-from salnb.augment.warp import Warp, affine_matrix, compose, invert, resample, whole
+from salnb.augment.warp import Warp, affine_matrix, compose, fully_valid, invert, resample
+
+__all__ = ["AugMix", "AugMixParams"]
 
 OPERATIONS = (
     "autocontrast",
@@ -31,10 +33,10 @@ class AugMixParams(Params):
     """The chains of each image.
 
     Attributes:
-        operation: ``(N, width, depth)`` indices into :data:`OPERATIONS`, -1 where a chain has ended.
-        level: ``(N, width, depth)``, the strength, on a scale to 10; its sign is the direction of movements.
-        chain_weight: ``(N, width)``, sums to 1.
-        mixed_weight: ``(N,)`` in [0, 1]: of the mixed chains; the original has the rest.
+        operation: `(N, width, depth)` indices into `OPERATIONS`, -1 where a chain has ended.
+        level: `(N, width, depth)`, the strength, on a scale to 10; its sign is the direction of movements.
+        chain_weight: `(N, width)`, sums to 1.
+        mixed_weight: `(N,)` in [0, 1]: of the mixed chains; the original has the rest.
     """
 
     operation: Tensor
@@ -65,25 +67,25 @@ def equalize(images: Tensor) -> Tensor:
 
 
 def posterize(images: Tensor, bits: Tensor) -> Tensor:
-    """Keep ``bits`` ``(N,)`` bits of each value. It has no gradient."""
+    """Keep `bits` `(N,)` bits of each value. It has no gradient."""
     levels = column(2**bits, images)
     return (images * levels).floor().clamp(min=0).minimum(levels - 1) / levels
 
 
 def solarize(images: Tensor, threshold: Tensor) -> Tensor:
-    """Invert the values from a threshold ``(N,)`` upwards."""
+    """Invert the values from a threshold `(N,)` upwards."""
     return torch.where(images >= column(threshold, images), 1 - images, images)
 
 
 def step_matrix(operation: Tensor, level: Tensor, size: Sequence[int]) -> Tensor:
-    """The movement of one step, ``(N, 2, 3)`` from the new frame to the old; none for what is not geometric.
+    """The movement of one step, `(N, 2, 3)` from the new frame to the old; none for what is not geometric.
 
     At level 10 an image is turned by 30 degrees, sheared by 0.3 or shifted by a third of its side, all
     about its centre.
 
     Args:
-        operation: ``(N,)`` indices into :data:`OPERATIONS`.
-        level: ``(N,)``, signed.
+        operation: `(N,)` indices into `OPERATIONS`.
+        level: `(N,)`, signed.
         size: height and width of the frame, in pixels.
     """
     height, width = size
@@ -113,9 +115,9 @@ def run_chain(images: Tensor, operation: Tensor, level: Tensor, *, colours: bool
     """Take each image through its chain; movements in a row are one resampling.
 
     Args:
-        images: ``(N, C, H, W)``, or maps, which only move.
-        operation: ``(N, depth)``.
-        level: ``(N, depth)``.
+        images: `(N, C, H, W)`, or maps, which only move.
+        operation: `(N, depth)`.
+        level: `(N, depth)`.
         colours: whether photometric operations act; they do not on maps.
     """
     size = images.shape[-2:]
@@ -138,7 +140,7 @@ def run_chain(images: Tensor, operation: Tensor, level: Tensor, *, colours: bool
 
 
 class AugMix(Augmentation[AugMixParams]):
-    """Mix each image with ``width`` chains of random operations applied to it (arXiv 1912.02781).
+    """Mix each image with `width` chains of random operations applied to it (arXiv 1912.02781).
 
     Movements of a chain move the map of the chain, photometric operations do not; the maps of the chains are
     mixed with the original's by the weights that mix the images. A pixel that any chain filled in is not
@@ -191,7 +193,7 @@ class AugMix(Augmentation[AugMixParams]):
         if valid is not None:
             known, real = known.where(valid, 0), real.where(valid, 0)
         moved = self._mix(torch.cat([known, real], 1), params, colours=False)
-        return moved[:, :-1].to(maps.dtype), whole(moved[:, -1:])
+        return moved[:, :-1].to(maps.dtype), fully_valid(moved[:, -1:])
 
     def _mix(self, images: Tensor, params: AugMixParams, *, colours: bool) -> Tensor:
         mixed = images * column(1 - params.mixed_weight, images)

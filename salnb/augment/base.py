@@ -12,9 +12,12 @@ from torch.utils import _pytree as pytree
 
 from salnb._common.checks import at_least_float32_dtype, check_images, is_traced
 
+# what the face of the package shows; the rest serves those who write an augmentation
+__all__ = ["Augmentation", "Batch", "Draw", "NotInvertibleError", "Params"]
+
 
 class NotInvertibleError(RuntimeError):
-    """Raised by ``inverse`` of an augmentation that destroys or mixes what it is given."""
+    """Raised by `inverse` of an augmentation that destroys or mixes what it is given."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class Draw:
     """Draws for each image of a batch, in float32 or better, and hands the numbers out on the images' device.
 
     Args:
-        images: ``(N, C, H, W)``; only their shape, dtype and device are read.
+        images: `(N, C, H, W)`; only their shape, dtype and device are read.
         generator: where the numbers come from; None is torch's global generator of the images' device.
     """
 
@@ -67,32 +70,32 @@ class Draw:
         self.dtype = at_least_float32_dtype(images.dtype)
 
     def uniform(self, low: float, high: float, *shape: int) -> Tensor:
-        """``(N, *shape)`` numbers from [low, high)."""
+        """`(N, *shape)` numbers from [low, high)."""
         unit = torch.rand(
             self.samples, *shape, device=self.source, dtype=self.dtype, generator=self.generator
         )
         return (low + (high - low) * unit).to(self.device)
 
     def chance(self, p: float) -> Tensor:
-        """``(N,)`` booleans, each true with probability p."""
+        """`(N,)` booleans, each true with probability p."""
         return self.uniform(0, 1) < p
 
     def integers(self, count: int | Tensor, *shape: int) -> Tensor:
-        """``(N, *shape)`` whole numbers from 0 to count - 1; count may differ among the samples."""
+        """`(N, *shape)` whole numbers from 0 to count - 1; count may differ among the samples."""
         scaled = (self.uniform(0, 1, *shape) * count).long()
         return scaled.clamp(max=count - 1)  # rounding in float32 may reach count itself
 
     def dirichlet(self, alpha: float, *shape: int) -> Tensor:
-        """``(N, *shape)`` weights from Dirichlet(alpha, ..., alpha), which sum to 1 in the last dimension."""
+        """`(N, *shape)` weights from Dirichlet(alpha, ..., alpha), which sum to 1 in the last dimension."""
         concentration = torch.full((self.samples, *shape), alpha, device=self.source, dtype=self.dtype)
         return torch._sample_dirichlet(concentration, generator=self.generator).to(self.device)
 
     def beta(self, alpha: float) -> Tensor:
-        """``(N,)`` numbers from Beta(alpha, alpha)."""
+        """`(N,)` numbers from Beta(alpha, alpha)."""
         return self.dirichlet(alpha, 2)[:, 0]
 
     def partners(self) -> Tensor:
-        """``(N,)`` indices: each sample's partner, never itself, each sample partner of exactly one other."""
+        """`(N,)` indices: each sample's partner, never itself, each sample partner of exactly one other."""
         order = torch.randperm(self.samples, device=self.source, generator=self.generator).to(self.device)
         return torch.empty_like(order).scatter(0, order, order.roll(1))
 
@@ -104,9 +107,9 @@ def apply_where(chosen: Tensor, kernel: Callable[..., Tensor], images: Tensor, *
     where the choice is not known because the call is being traced, all are computed and the chosen ones kept.
 
     Args:
-        chosen: ``(N,)`` booleans.
-        kernel: a function of images ``(M, C, H, W)`` and of the per-sample tensors that keeps the shape.
-        images: ``(N, C, H, W)``.
+        chosen: `(N,)` booleans.
+        kernel: a function of images `(M, C, H, W)` and of the per-sample tensors that keeps the shape.
+        images: `(N, C, H, W)`.
         *per_sample: tensors of first dimension N.
     """
     if is_traced(images) or images.device.type != "cpu":
@@ -133,7 +136,7 @@ def in_pieces(function: Callable[..., Any], samples: Tensor, params: P) -> Any:
 
     Args:
         function: of samples and their params, to a tensor or a tuple of tensors of as many samples.
-        samples: ``(N, ...)``.
+        samples: `(N, ...)`.
         params: of N samples.
     """
     length = max(1, PIECE * len(samples) // samples.numel())
@@ -147,12 +150,12 @@ def in_pieces(function: Callable[..., Any], samples: Tensor, params: P) -> Any:
 
 
 def column(values: Tensor, images: Tensor) -> Tensor:
-    """Per-sample values ``(N,)`` in the images' dtype, shaped to act on ``(N, C, H, W)``."""
+    """Per-sample values `(N,)` in the images' dtype, shaped to act on `(N, C, H, W)`."""
     return values.to(images.dtype)[:, None, None, None]
 
 
 def everywhere(maps: Tensor) -> Tensor:
-    """A mask ``(N, 1, H, W)`` that is true at every pixel of the maps."""
+    """A mask `(N, 1, H, W)` that is true at every pixel of the maps."""
     return torch.ones_like(maps[:, :1], dtype=torch.bool)
 
 
@@ -161,8 +164,8 @@ class Batch:
     """An augmented batch, with what is needed to bring saliency maps together.
 
     Attributes:
-        images: ``(N, C, H, W)``, augmented.
-        targets: ``(N,)`` labels, ``(N, K)`` weights, or None where no target was given.
+        images: `(N, C, H, W)`, augmented.
+        targets: `(N,)` labels, `(N, K)` weights, or None where no target was given.
         params: what was drawn.
         augmentation: what was applied.
     """
@@ -173,7 +176,7 @@ class Batch:
     augmentation: "Augmentation"
 
     def align(self, maps: Tensor, new_maps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Both maps in one frame and where they may be compared; see :meth:`Augmentation.align`."""
+        """Both maps in one frame and where they may be compared; see `Augmentation.align`."""
         if maps.shape[-2:] != self.images.shape[-2:]:
             raise ValueError(
                 f"maps must have the images' size {tuple(self.images.shape[-2:])}, "
@@ -185,12 +188,13 @@ class Batch:
 class Augmentation(nn.Module, Generic[P]):
     """One augmentation of a batch of images, with its effect on labels and on saliency maps.
 
-    A subclass draws in ``_draw``, changes images in ``_transform`` and maps in ``_carry``; one that can be
-    undone overrides ``inverse`` and sets ``invertible``. There is no state: what a call did is in its params.
+    A subclass draws in `_draw`, changes images in `_transform` and maps in `_carry`, labels in `_relabel`
+    if need be; one that can be undone has `_invert` and sets `invertible`. These may rely on arguments that
+    were checked. There is no state: what a call did is in its params.
 
     Attributes:
         params_class: the kind of params that it draws.
-        invertible: whether ``inverse`` has a way back.
+        invertible: whether `inverse` has a way back.
         unit_range: whether images must lie in [0, 1].
         least_samples: how many images it needs.
         piecewise: whether it takes enough passes over its images to be worth doing in pieces.
@@ -206,7 +210,7 @@ class Augmentation(nn.Module, Generic[P]):
         """Draw for each image of the batch.
 
         Args:
-            images: ``(N, C, H, W)``; only their shape, dtype and device are read.
+            images: `(N, C, H, W)`; only their shape, dtype and device are read.
             generator: the source of randomness; None is torch's global one.
 
         Raises:
@@ -231,23 +235,23 @@ class Augmentation(nn.Module, Generic[P]):
         """The labels of the augmented images.
 
         Args:
-            target: ``(N,)`` integer labels or ``(N, K)`` class weights.
+            target: `(N,)` integer labels or `(N, K)` class weights.
             params: what was drawn.
             num_classes: K; needed only where labels are mixed and given as integers.
 
         Returns:
-            The target itself, or ``(N, K)`` weights where images are mixed.
+            The target itself, or `(N, K)` weights where images are mixed.
         """
         self._check_params(target, params, "target")
-        return target
+        return self._relabel(target, params, num_classes)
 
     def carry(self, maps: Tensor, params: P, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Push maps of the original images forward: the maps expected of the augmented images.
 
         Args:
-            maps: ``(N, 1, H, W)``, of the originals.
+            maps: `(N, 1, H, W)`, of the originals.
             params: what was drawn.
-            valid: ``(N, 1, H, W)`` booleans, where the maps hold at all; None is everywhere.
+            valid: `(N, 1, H, W)` booleans, where the maps hold at all; None is everywhere.
 
         Returns:
             The maps in the new frame, and where in it they hold.
@@ -261,20 +265,19 @@ class Augmentation(nn.Module, Generic[P]):
         """Pull maps of the augmented images back into the originals' frame.
 
         Args:
-            new_maps: ``(N, 1, H, W)``, of the augmented images.
+            new_maps: `(N, 1, H, W)`, of the augmented images.
             params: what was drawn.
 
         Returns:
-            The maps in the originals' frame and ``valid``, ``(N, 1, H, W)``: false wherever the pixel had
+            The maps in the originals' frame and `valid`, `(N, 1, H, W)`: false wherever the pixel had
             left the frame or would be read from filled-in pixels.
 
         Raises:
             NotInvertibleError: there is no way back.
         """
-        raise NotInvertibleError(
-            f"{self._get_name()} has no inverse: use align(maps, new_maps, params), which carries the "
-            "originals' maps forward with the same operation"
-        )
+        check_images(new_maps, name="new_maps")
+        self._check_params(new_maps, params, "new_maps")
+        return self._invert(new_maps, params)
 
     def align(self, maps: Tensor, new_maps: Tensor, params: P) -> tuple[Tensor, Tensor, Tensor]:
         """Bring the maps of the originals and of the augmented images into one frame.
@@ -283,12 +286,12 @@ class Augmentation(nn.Module, Generic[P]):
         originals' map pushed forward). See the paper's Section 3.1 and eq. 7.
 
         Args:
-            maps: ``(N, 1, H, W)``, of the originals.
+            maps: `(N, 1, H, W)`, of the originals.
             new_maps: the same shape, of the augmented images.
             params: what was drawn.
 
         Returns:
-            The two maps, and ``valid`` ``(N, 1, H, W)``: where they may be compared.
+            The two maps, and `valid` `(N, 1, H, W)`: where they may be compared.
         """
         if maps.shape != new_maps.shape:
             raise ValueError(
@@ -311,8 +314,8 @@ class Augmentation(nn.Module, Generic[P]):
         """Draw, and apply to images and labels.
 
         Args:
-            images: ``(N, C, H, W)``.
-            target: ``(N,)`` integer labels or ``(N, K)`` class weights, or None.
+            images: `(N, C, H, W)`.
+            target: `(N,)` integer labels or `(N, K)` class weights, or None.
             num_classes: K; needed only where labels are mixed and given as integers.
             generator: the source of randomness; None is torch's global one.
         """
@@ -332,8 +335,18 @@ class Augmentation(nn.Module, Generic[P]):
     def _transform(self, images: Tensor, params: P) -> Tensor:
         raise NotImplementedError
 
+    def _relabel(self, target: Tensor, params: P, num_classes: int | None) -> Tensor:
+        return target
+
     def _carry(self, maps: Tensor, params: P, valid: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """`carry`, where None stands for everywhere."""
         raise NotImplementedError
+
+    def _invert(self, new_maps: Tensor, params: P) -> tuple[Tensor, Tensor]:
+        raise NotInvertibleError(
+            f"{self._get_name()} has no inverse: use align(maps, new_maps, params), which carries the "
+            "originals' maps forward with the same operation"
+        )
 
     def _check_params(self, samples: Tensor, params: P, name: str) -> None:
         if not isinstance(params, self.params_class):
@@ -349,13 +362,8 @@ class Augmentation(nn.Module, Generic[P]):
             )
 
 
-def check_probability(name: str, value: float) -> float:
-    """The value, if it lies in [0, 1]."""
-    return check_number(name, value, 0, 1)
-
-
 def check_number(name: str, value: float, low: float, high: float, *, above: bool = False) -> float:
-    """The value as a float, if it lies in [low, high], or in (low, high] with ``above``.
+    """The value as a float, if it lies in [low, high], or in (low, high] with `above`.
 
     Raises:
         ValueError: naming the argument, the value and what is allowed.

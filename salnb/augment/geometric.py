@@ -8,19 +8,42 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from salnb._common.checks import at_least_float32_dtype, check_images, is_traced
+from salnb._common.checks import at_least_float32_dtype, is_traced
 from salnb.augment.base import (
     Augmentation,
     Draw,
     P,
     Params,
     check_number,
-    check_probability,
     check_range,
     everywhere,
     in_pieces,
 )
-from salnb.augment.warp import Warp, affine_matrix, flip, invert, merge, pull, push, resample, resize_boxes
+from salnb.augment.warp import (
+    Warp,
+    affine_matrix,
+    flip,
+    invert,
+    matrix,
+    merge,
+    pull_maps,
+    push_maps,
+    resample,
+    resize_boxes,
+)
+
+__all__ = [
+    "Affine",
+    "AffineParams",
+    "CropParams",
+    "FlipParams",
+    "Geometric",
+    "HorizontalFlip",
+    "Rescale",
+    "ResizedCrop",
+    "Rotation",
+    "VerticalFlip",
+]
 
 # below this many pixels a loop over the samples costs more than it saves
 SMALL_IMAGE = 64 * 64
@@ -28,7 +51,7 @@ SMALL_IMAGE = 64 * 64
 
 @dataclass(frozen=True)
 class FlipParams(Params):
-    """Which images are flipped: ``(N,)`` booleans."""
+    """Which images are flipped: `(N,)` booleans."""
 
     flipped: Tensor
 
@@ -38,10 +61,10 @@ class AffineParams(Params):
     """An affine movement of each image about its centre.
 
     Attributes:
-        angle: ``(N,)`` degrees, positive counter-clockwise.
-        scale: ``(N,)``, above 1 enlarges.
-        translate: ``(N, 2)``, to the right and down, as fractions of width and height.
-        shear: ``(N, 2)`` degrees along x and y.
+        angle: `(N,)` degrees, positive counter-clockwise.
+        scale: `(N,)`, above 1 enlarges.
+        translate: `(N, 2)`, to the right and down, as fractions of width and height.
+        shear: `(N, 2)` degrees along x and y.
     """
 
     angle: Tensor
@@ -52,7 +75,7 @@ class AffineParams(Params):
 
 @dataclass(frozen=True)
 class CropParams(Params):
-    """The box cut out of each image: ``(N, 4)`` integers, top, left, height and width in pixels."""
+    """The box cut out of each image: `(N, 4)` integers, top, left, height and width in pixels."""
 
     box: Tensor
 
@@ -66,17 +89,14 @@ class Geometric(Augmentation[P]):
         """The movement as a warp of a frame of that height and width, computed in the given dtype."""
         raise NotImplementedError
 
-    def inverse(self, new_maps: Tensor, params: P) -> tuple[Tensor, Tensor]:
-        """Pull maps of the moved images back; see :meth:`Augmentation.inverse`."""
-        check_images(new_maps, name="new_maps")
-        self._check_params(new_maps, params, "new_maps")
-        return in_pieces(lambda some, drawn: pull_back(some, [[(self, drawn)]]), new_maps, params)
-
     def _transform(self, images: Tensor, params: P) -> Tensor:
         return move(images, [(self, params)])
 
     def _carry(self, maps: Tensor, params: P, valid: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return push_forward(maps, [(self, params)], valid)
+
+    def _invert(self, new_maps: Tensor, params: P) -> tuple[Tensor, Tensor]:
+        return in_pieces(lambda some, drawn: pull_back(some, [[(self, drawn)]]), new_maps, params)
 
 
 Step = tuple[Geometric, Params]
@@ -86,7 +106,7 @@ def move(images: Tensor, steps: Sequence[Step]) -> Tensor:
     """Take images through steps in a row: flips alone exactly, all else with one resampling.
 
     Args:
-        images: ``(N, C, H, W)``.
+        images: `(N, C, H, W)`.
         steps: first to last, each with its params.
     """
     if _all_flips(steps):
@@ -95,18 +115,18 @@ def move(images: Tensor, steps: Sequence[Step]) -> Tensor:
 
 
 def push_forward(maps: Tensor, steps: Sequence[Step], valid: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Take maps through steps in a row as :func:`move` does; and where they hold (None: everywhere)."""
+    """Take maps through steps in a row as `move` does; and where they hold (None: everywhere)."""
     if _all_flips(steps):
         moved = valid if valid is None else _flip_all(valid, steps)
         return _flip_all(maps, steps), moved
-    return push(maps, _merged(steps, maps), valid)
+    return push_maps(maps, _merged(steps, maps), valid)
 
 
 def pull_back(new_maps: Tensor, groups: Sequence[Sequence[Step]]) -> tuple[Tensor, Tensor]:
     """Undo steps with one resampling, or none where all are flips.
 
     Args:
-        new_maps: ``(N, 1, H, W)``.
+        new_maps: `(N, 1, H, W)`.
         groups: the steps as the images went through them, one group for each resampling.
 
     Returns:
@@ -115,7 +135,7 @@ def pull_back(new_maps: Tensor, groups: Sequence[Sequence[Step]]) -> tuple[Tenso
     steps = [step for group in groups for step in group]
     if _all_flips(steps):
         return _flip_all(new_maps, steps[::-1]), everywhere(new_maps)
-    return pull(new_maps, [_merged(group, new_maps) for group in groups])
+    return pull_maps(new_maps, [_merged(group, new_maps) for group in groups])
 
 
 def _all_flips(steps: Sequence[Step]) -> bool:
@@ -141,18 +161,17 @@ class _Flip(Geometric[FlipParams]):
 
     def __init__(self, p: float = 0.5) -> None:
         super().__init__()
-        self.p = check_probability("p", p)
+        self.p = check_number("p", p, 0, 1)
 
     def _draw(self, draw: Draw) -> FlipParams:
         return FlipParams(draw.chance(self.p))
 
     def warp(self, params: FlipParams, size: Sequence[int], dtype: torch.dtype) -> Warp:
-        """See :meth:`Geometric.warp`."""
+        """See `Geometric.warp`."""
         sign = 1 - 2 * params.flipped.to(dtype)
         one, zero = torch.ones_like(sign), torch.zeros_like(sign)
         across, down = (sign, one) if self.dim == -1 else (one, sign)
-        rows = [torch.stack([across, zero, zero], -1), torch.stack([zero, down, zero], -1)]
-        return Warp(torch.stack(rows, 1))
+        return Warp(matrix(across, zero, zero, zero, down, zero))
 
 
 class HorizontalFlip(_Flip):
@@ -194,7 +213,7 @@ class _Affine(Geometric[AffineParams]):
         )
 
     def warp(self, params: AffineParams, size: Sequence[int], dtype: torch.dtype) -> Warp:
-        """See :meth:`Geometric.warp`."""
+        """See `Geometric.warp`."""
         height, width = size
         shift = torch.stack([params.translate[:, 0] * width, params.translate[:, 1] * height], -1)
         parts = (params.angle, params.scale, shift, params.shear)
@@ -291,17 +310,14 @@ class ResizedCrop(Geometric[CropParams]):
         return CropParams(torch.stack([top, left, height, width], -1))
 
     def warp(self, params: CropParams, size: Sequence[int], dtype: torch.dtype) -> Warp:
-        """See :meth:`Geometric.warp`."""
+        """See `Geometric.warp`."""
         height, width = size
         top, left, tall, wide = params.box.to(dtype).unbind(-1)
         middle = torch.stack([left + (wide - width) / 2, top + (tall - height) / 2], -1)
-        shrink, none = torch.stack([wide / width, tall / height], -1), torch.zeros_like(wide)
-        rows = [
-            torch.stack([shrink[:, 0], none, middle[:, 0]], -1),
-            torch.stack([none, shrink[:, 1], middle[:, 1]], -1),
-        ]
+        none = torch.zeros_like(wide)
+        backward = matrix(wide / width, none, middle[:, 0], none, tall / height, middle[:, 1])
         reach = (torch.stack([wide, tall], -1) - 1) / 2
-        return Warp(torch.stack(rows, 1), torch.stack([middle - reach, middle + reach], -1))
+        return Warp(backward, torch.stack([middle - reach, middle + reach], -1))
 
     def _transform(self, images: Tensor, params: CropParams) -> Tensor:
         small = images.shape[-2] * images.shape[-1] < SMALL_IMAGE

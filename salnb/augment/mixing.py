@@ -10,10 +10,12 @@ from torch import Tensor
 from salnb._common.checks import check_labels, check_labels_to_mix
 from salnb.augment.base import Augmentation, Draw, Params, check_number
 
+__all__ = ["CutMix", "CutMixParams", "CutOut", "CutOutParams", "MixUp", "MixUpParams"]
+
 
 @dataclass(frozen=True)
 class CutOutParams(Params):
-    """The box blanked in each image: ``(N, 4)`` integers, top, left, bottom, right (both excluded)."""
+    """The box blanked in each image: `(N, 4)` integers, top, left, bottom, right (both excluded)."""
 
     box: Tensor
 
@@ -23,8 +25,8 @@ class MixUpParams(Params):
     """Whom each image is mixed with, and how much of itself it keeps.
 
     Attributes:
-        partner: ``(N,)`` indices into the batch.
-        weight: ``(N,)`` in [0, 1], of the image itself.
+        partner: `(N,)` indices into the batch.
+        weight: `(N,)` in [0, 1], of the image itself.
     """
 
     partner: Tensor
@@ -33,10 +35,10 @@ class MixUpParams(Params):
 
 @dataclass(frozen=True)
 class CutMixParams(MixUpParams):
-    """What each image gets from its partner; ``weight`` is the fraction of the pixels that remain its own.
+    """What each image gets from its partner; `weight` is the fraction of the pixels that remain its own.
 
     Attributes:
-        box: ``(N, 4)`` integers, top, left, bottom and right of the part taken from the partner.
+        box: `(N, 4)` integers, top, left, bottom and right of the part taken from the partner.
     """
 
     box: Tensor
@@ -46,11 +48,11 @@ M = TypeVar("M", bound=MixUpParams)
 
 
 def clipped_box(centre: Tensor, sides: Tensor, size: Sequence[int]) -> Tensor:
-    """Boxes ``(N, 4)`` of given sides about given centres, as far as they lie in the frame.
+    """Boxes `(N, 4)` of given sides about given centres, as far as they lie in the frame.
 
     Args:
-        centre: ``(N, 2)`` integers, row and column.
-        sides: ``(N, 2)`` integers, height and width.
+        centre: `(N, 2)` integers, row and column.
+        sides: `(N, 2)` integers, height and width.
         size: height and width of the frame, in pixels.
 
     Returns:
@@ -64,7 +66,7 @@ def clipped_box(centre: Tensor, sides: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def inside(box: Tensor, size: Sequence[int]) -> Tensor:
-    """A mask ``(N, 1, H, W)`` that is true inside each box ``(N, 4)``."""
+    """A mask `(N, 1, H, W)` that is true inside each box `(N, 4)`."""
     top, left, bottom, right = box[:, :, None].unbind(1)
     row, col = (torch.arange(length, device=box.device) for length in size)
     rows = (row >= top) & (row < bottom)
@@ -73,13 +75,13 @@ def inside(box: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def mix(samples: Tensor, partner: Tensor, weight: Tensor) -> Tensor:
-    """``weight * own + (1 - weight) * partner's`` for each sample of a tensor ``(N, ...)``."""
+    """`weight * own + (1 - weight) * partner's` for each sample of a tensor `(N, ...)`."""
     weight = weight.to(samples.dtype).reshape(-1, *[1] * (samples.ndim - 1))
     return torch.lerp(samples[partner], samples, weight)
 
 
 def class_weights(target: Tensor, num_classes: int | None, dtype: torch.dtype) -> Tensor:
-    """Class weights ``(N, K)``: the target itself if it has them, else one-hot rows of its labels ``(N,)``.
+    """Class weights `(N, K)`: the target itself if it has them, else one-hot rows of its labels `(N,)`.
 
     Raises:
         TypeError, ValueError: the target cannot be mixed; see `check_labels_to_mix`.
@@ -127,7 +129,7 @@ class CutOut(Augmentation[CutOutParams]):
 
 
 class _Mixing(Augmentation[M]):
-    """What mixes each image with a partner from the batch, and its labels too."""
+    """What mixes each image with a partner from the batch, and labels, as class weights, in the same way."""
 
     least_samples = 2
 
@@ -135,9 +137,7 @@ class _Mixing(Augmentation[M]):
         super().__init__()
         self.alpha = check_number("alpha", alpha, 0, 1e6, above=True)
 
-    def targets(self, target: Tensor, params: M, num_classes: int | None = None) -> Tensor:
-        """Class weights ``(N, K)``, mixed as the images are; see :meth:`Augmentation.targets`."""
-        self._check_params(target, params, "target")
+    def _relabel(self, target: Tensor, params: M, num_classes: int | None) -> Tensor:
         own = class_weights(target, num_classes, params.weight.dtype)
         return mix(own, params.partner, params.weight)
 

@@ -1,7 +1,7 @@
 """Augmentations that change colours and leave every pixel, and so the map, where it is (Section 3.1).
 
 Images hold values in [0, 1] and one (grey) or three (red, green, blue) channels. The kernels are
-torchvision's ``adjust_*`` with a factor for each sample.
+torchvision's `adjust_*` with a factor for each sample.
 """
 
 import math
@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from salnb._common.checks import check_images
 from salnb.augment.base import (
     Augmentation,
     Draw,
@@ -18,32 +17,43 @@ from salnb.augment.base import (
     Params,
     apply_where,
     check_number,
-    check_probability,
     check_range,
     column,
     everywhere,
 )
+
+__all__ = [
+    "ColorJitter",
+    "Contrast",
+    "ContrastParams",
+    "Grayscale",
+    "GrayscaleParams",
+    "Identity",
+    "IdentityParams",
+    "JitterParams",
+    "Photometric",
+]
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 
 
 @dataclass(frozen=True)
 class IdentityParams(Params):
-    """Nothing was drawn: ``(N, 0)``, for its length."""
+    """Nothing was drawn: `(N, 0)`, for its length."""
 
     nothing: Tensor
 
 
 @dataclass(frozen=True)
 class ContrastParams(Params):
-    """The contrast factor of each image, ``(N,)``; 1 leaves it as it is."""
+    """The contrast factor of each image, `(N,)`; 1 leaves it as it is."""
 
     factor: Tensor
 
 
 @dataclass(frozen=True)
 class GrayscaleParams(Params):
-    """Which images lose their colour: ``(N,)`` booleans."""
+    """Which images lose their colour: `(N,)` booleans."""
 
     gray: Tensor
 
@@ -53,9 +63,9 @@ class JitterParams(Params):
     """The colour changes of each image and their order.
 
     Attributes:
-        factors: ``(N, 3)``, for brightness, contrast and saturation; 1 leaves the image as it is.
-        hue: ``(N,)``, in turns of the colour wheel.
-        order: ``(N, 4)``, a permutation of 0 to 3: brightness, contrast, saturation, hue.
+        factors: `(N, 3)`, for brightness, contrast and saturation; 1 leaves the image as it is.
+        hue: `(N,)`, in turns of the colour wheel.
+        order: `(N, 4)`, a permutation of 0 to 3: brightness, contrast, saturation, hue.
     """
 
     factors: Tensor
@@ -70,7 +80,7 @@ def check_channels(images: Tensor) -> None:
 
 
 def luminance(images: Tensor) -> Tensor:
-    """The grey image ``(N, 1, H, W)`` of a colour image: ITU-R 601 with torchvision's rounded weights."""
+    """The grey image `(N, 1, H, W)` of a colour image: ITU-R 601 with torchvision's rounded weights."""
     if images.shape[1] == 1:
         return images
     red, green, blue = images.split(1, 1)
@@ -82,19 +92,19 @@ def blend(reference: Tensor, images: Tensor, factor: Tensor) -> Tensor:
 
     Args:
         reference: anything that broadcasts with the images.
-        images: ``(N, C, H, W)``.
-        factor: ``(N,)``.
+        images: `(N, C, H, W)`.
+        factor: `(N,)`.
     """
     return torch.lerp(reference, images, column(factor, images)).clamp(0, 1)
 
 
 def adjust_contrast(images: Tensor, factor: Tensor) -> Tensor:
-    """Scale by a factor ``(N,)`` about the mean luminance of each image."""
+    """Scale by a factor `(N,)` about the mean luminance of each image."""
     return blend(luminance(images.mean((-2, -1), keepdim=True)), images, factor)
 
 
 def adjust_hue(images: Tensor, turn: Tensor) -> Tensor:
-    """Turn the hue of each pixel by ``turn`` ``(N,)`` turns of the colour wheel, value and saturation kept.
+    """Turn the hue of each pixel by `turn` `(N,)` turns of the colour wheel, value and saturation kept.
 
     Works on the hexagon directly: a colour is its lowest channel plus its chroma times a profile of the hue
     that is 1 over two sextants, 0 over two others and linear in between, shifted by a third for each channel.
@@ -119,10 +129,10 @@ def color_jitter(images: Tensor, factors: Tensor, hue: Tensor, order: Tensor) ->
     the luminance of the pixel), so that one pass at each place of the order serves all samples.
 
     Args:
-        images: ``(N, C, H, W)``.
-        factors: ``(N, 3)``.
-        hue: ``(N,)`` turns.
-        order: ``(N, 4)``.
+        images: `(N, C, H, W)`.
+        factors: `(N, 3)`.
+        hue: `(N,)` turns.
+        order: `(N, 4)`.
     """
     # hue's place in the order is a blend with factor 1, which changes nothing
     by_operation = torch.cat([factors, torch.ones_like(factors[:, :1])], -1)
@@ -140,14 +150,11 @@ class Photometric(Augmentation[P]):
 
     invertible = True
 
-    def inverse(self, new_maps: Tensor, params: P) -> tuple[Tensor, Tensor]:
-        """The maps themselves, valid everywhere."""
-        check_images(new_maps, name="new_maps")
-        self._check_params(new_maps, params, "new_maps")
-        return new_maps, everywhere(new_maps)
-
     def _carry(self, maps: Tensor, params: P, valid: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return maps, valid
+
+    def _invert(self, new_maps: Tensor, params: P) -> tuple[Tensor, Tensor]:
+        return new_maps, everywhere(new_maps)
 
 
 class Identity(Photometric[IdentityParams]):
@@ -176,7 +183,7 @@ class Contrast(Photometric[ContrastParams]):
     def __init__(self, factor: tuple[float, float] = (0.5, 1.5), p: float = 0.5) -> None:
         super().__init__()
         self.factor = check_range("factor", factor, 0, math.inf)
-        self.p = check_probability("p", p)
+        self.p = check_number("p", p, 0, 1)
 
     def _draw(self, draw: Draw) -> ContrastParams:
         factor = draw.uniform(*self.factor)
@@ -216,7 +223,7 @@ class ColorJitter(Photometric[JitterParams]):
         self.contrast = _about_one("contrast", contrast)
         self.saturation = _about_one("saturation", saturation)
         self.hue = check_range("hue", hue, -0.5, 0.5)
-        self.p = check_probability("p", p)
+        self.p = check_number("p", p, 0, 1)
 
     def _draw(self, draw: Draw) -> JitterParams:
         ranges = (self.brightness, self.contrast, self.saturation)
@@ -244,7 +251,7 @@ class Grayscale(Photometric[GrayscaleParams]):
 
     def __init__(self, p: float = 0.2) -> None:
         super().__init__()
-        self.p = check_probability("p", p)
+        self.p = check_number("p", p, 0, 1)
 
     def _draw(self, draw: Draw) -> GrayscaleParams:
         return GrayscaleParams(draw.chance(self.p))

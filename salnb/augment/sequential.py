@@ -5,7 +5,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from salnb._common.checks import check_images
 from salnb.augment.base import Augmentation, Draw, Params, check_number, everywhere, in_pieces
 from salnb.augment.geometric import (
     Affine,
@@ -18,6 +17,8 @@ from salnb.augment.geometric import (
     push_forward,
 )
 from salnb.augment.photometric import ColorJitter, Contrast, Grayscale
+
+__all__ = ["Combined", "Sequential", "SequentialParams", "SimCLR"]
 
 
 @dataclass(frozen=True)
@@ -60,22 +61,6 @@ class Sequential(Augmentation[SequentialParams]):
         # pieces would part partners
         self.piecewise = self.least_samples == 1 and any(step.piecewise for step in augmentations)
 
-    def targets(self, target: Tensor, params: SequentialParams, num_classes: int | None = None) -> Tensor:
-        """The labels after every step; see :meth:`Augmentation.targets`."""
-        self._check_params(target, params, "target")
-        for step, drawn in zip(self.steps, params.steps, strict=True):
-            target = step.targets(target, drawn, num_classes)
-        return target
-
-    def inverse(self, new_maps: Tensor, params: SequentialParams) -> tuple[Tensor, Tensor]:
-        """Undo the geometric steps, last to first, with one resampling; see :meth:`Augmentation.inverse`."""
-        check_images(new_maps, name="new_maps")
-        self._check_params(new_maps, params, "new_maps")
-        for step, drawn in self._flat(params):
-            if not step.invertible:
-                step.inverse(new_maps, drawn)  # raises, and says what has no inverse
-        return in_pieces(self._pull_back, new_maps, params)
-
     def extra_repr(self) -> str:
         """Nothing: the steps are printed as submodules."""
         return ""
@@ -102,6 +87,17 @@ class Sequential(Augmentation[SequentialParams]):
                 for step, drawn in steps:
                     maps, valid = step._carry(maps, drawn, valid)
         return maps, valid
+
+    def _relabel(self, target: Tensor, params: SequentialParams, num_classes: int | None) -> Tensor:
+        for step, drawn in zip(self.steps, params.steps, strict=True):
+            target = step._relabel(target, drawn, num_classes)
+        return target
+
+    def _invert(self, new_maps: Tensor, params: SequentialParams) -> tuple[Tensor, Tensor]:
+        for step, drawn in self._flat(params):
+            if not step.invertible:
+                step._invert(new_maps, drawn)  # raises, and says what has no inverse
+        return in_pieces(self._pull_back, new_maps, params)
 
     def _pull_back(self, new_maps: Tensor, params: SequentialParams) -> tuple[Tensor, Tensor]:
         groups = [steps for geometric, steps in self._runs(params) if geometric]

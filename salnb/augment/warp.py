@@ -1,8 +1,8 @@
 """Kernels of the geometric augmentations: affine matrices, one resampling, and where its result is real.
 
 Coordinates are pixels from the image's centre, x to the right and y down, pixel centres at whole or half
-numbers: ``align_corners=False`` in PyTorch's words. A matrix ``(N, 2, 3)`` takes ``(x, y)`` to
-``matrix[:, :, :2] @ (x, y) + matrix[:, :, 2]``. They are multiplied out by hand because ``matmul`` would run
+numbers: `align_corners=False` in PyTorch's words. A matrix `(N, 2, 3)` takes `(x, y)` to
+`matrix[:, :, :2] @ (x, y) + matrix[:, :, 2]`. They are multiplied out by hand because `matmul` would run
 in half precision under autocast, and a coordinate of half precision is off by a tenth of a pixel at 224.
 """
 
@@ -16,14 +16,31 @@ from torch import Tensor
 
 from salnb.augment.base import apply_where
 
+__all__ = [
+    "Warp",
+    "affine_matrix",
+    "compose",
+    "coordinates",
+    "flip",
+    "fully_valid",
+    "invert",
+    "matrix",
+    "merge",
+    "pull_maps",
+    "push_maps",
+    "resample",
+    "resize_boxes",
+    "valid_mask",
+]
+
 
 @dataclass(frozen=True)
 class Warp:
     """Where each pixel of the new image is read in the old one.
 
     Attributes:
-        backward: ``(N, 2, 3)``, from the new frame to the old one.
-        box: ``(N, 2, 2)``, lowest and highest x (first row) and y that are read, the outer pixels standing
+        backward: `(N, 2, 3)`, from the new frame to the old one.
+        box: `(N, 2, 2)`, lowest and highest x (first row) and y that are read, the outer pixels standing
             for what lies beyond them; None reads zeros beyond the frame.
     """
 
@@ -31,38 +48,43 @@ class Warp:
     box: Tensor | None = None
 
 
+def matrix(*entries: Tensor) -> Tensor:
+    """The matrices `(N, 2, 3)` of six entries `(N,)`, row by row."""
+    return torch.stack(entries, -1).unflatten(-1, (2, 3))
+
+
 def affine_matrix(angle: Tensor, scale: Tensor, shift: Tensor, shear: Tensor) -> Tensor:
-    """The matrix that shears, scales and turns about the centre, then shifts (torchvision's ``affine``).
+    """The matrix that shears, scales and turns about the centre, then shifts (torchvision's `affine`).
 
     Args:
-        angle: ``(N,)`` degrees, positive counter-clockwise as seen on the displayed image.
-        scale: ``(N,)``, above 1 enlarges.
-        shift: ``(N, 2)`` pixels to the right and down.
-        shear: ``(N, 2)`` degrees along x and y.
+        angle: `(N,)` degrees, positive counter-clockwise as seen on the displayed image.
+        scale: `(N,)`, above 1 enlarges.
+        shift: `(N, 2)` pixels to the right and down.
+        shear: `(N, 2)` degrees along x and y.
 
     Returns:
-        ``(N, 2, 3)``, from the old frame to the new one.
+        `(N, 2, 3)`, from the old frame to the new one.
     """
     turn = angle.deg2rad()
     cos, sin = scale * turn.cos(), scale * turn.sin()
     along_x, along_y = shear.deg2rad().tan().unbind(-1)
     both = 1 + along_x * along_y
-    first = torch.stack([cos - sin * along_y, sin * both - cos * along_x, shift[:, 0]], -1)
-    second = torch.stack([-sin - cos * along_y, cos * both + sin * along_x, shift[:, 1]], -1)
-    return torch.stack([first, second], 1)
+    right, down = shift.unbind(-1)
+    return matrix(
+        *(cos - sin * along_y, sin * both - cos * along_x, right),
+        *(-sin - cos * along_y, cos * both + sin * along_x, down),
+    )
 
 
-def invert(matrix: Tensor) -> Tensor:
-    """The inverse of each affine matrix ``(N, 2, 3)``."""
-    (a, b, x), (c, d, y) = (row.unbind(-1) for row in matrix.unbind(1))
+def invert(affine: Tensor) -> Tensor:
+    """The inverse of each affine matrix `(N, 2, 3)`."""
+    a, b, x, c, d, y = affine.flatten(1).unbind(-1)
     determinant = a * d - b * c
-    first = torch.stack([d, -b, b * y - d * x], -1)
-    second = torch.stack([-c, a, c * x - a * y], -1)
-    return torch.stack([first, second], 1) / determinant[:, None, None]
+    return matrix(d, -b, b * y - d * x, -c, a, c * x - a * y) / determinant[:, None, None]
 
 
 def compose(outer: Tensor, inner: Tensor) -> Tensor:
-    """The matrix of ``outer(inner(point))``, all of shape ``(N, 2, 3)``."""
+    """The matrix of `outer(inner(point))`, all of shape `(N, 2, 3)`."""
     product = (outer[:, :, :2, None] * inner[:, None]).sum(2)
     return torch.cat([product[..., :2], product[..., 2:] + outer[..., 2:]], -1)
 
@@ -79,12 +101,12 @@ def merge(first: Warp, second: Warp) -> Warp:
     return Warp(compose(first.backward, second.backward), box)
 
 
-def coordinates(matrix: Tensor, height: int, width: int) -> Tensor:
-    """Where a matrix ``(N, 2, 3)`` takes each pixel of a frame: ``(N, 2, H, W)``, x first."""
-    x = torch.arange(width, dtype=matrix.dtype, device=matrix.device) - (width - 1) / 2
-    y = torch.arange(height, dtype=matrix.dtype, device=matrix.device) - (height - 1) / 2
-    along = matrix[:, :, :1] * x + matrix[:, :, 2:]
-    down = matrix[:, :, 1:2] * y
+def coordinates(affine: Tensor, height: int, width: int) -> Tensor:
+    """Where a matrix `(N, 2, 3)` takes each pixel of a frame: `(N, 2, H, W)`, x first."""
+    x = torch.arange(width, dtype=affine.dtype, device=affine.device) - (width - 1) / 2
+    y = torch.arange(height, dtype=affine.dtype, device=affine.device) - (height - 1) / 2
+    along = affine[:, :, :1] * x + affine[:, :, 2:]
+    down = affine[:, :, 1:2] * y
     return along[:, :, None] + down[..., None]
 
 
@@ -94,7 +116,7 @@ def resample(images: Tensor, warp: Warp) -> Tensor:
     Half precision is computed in float32, for the sake of the coordinates.
 
     Args:
-        images: ``(N, C, H, W)``.
+        images: `(N, C, H, W)`.
         warp: of N samples.
     """
     height, width = images.shape[-2:]
@@ -107,7 +129,7 @@ def resample(images: Tensor, warp: Warp) -> Tensor:
 
 
 def _normalised(values: Tensor, height: int, width: int) -> Tensor:
-    """Values ``(N, 2, ...)`` in pixels along x and y, in the units of ``grid_sample``: a frame is -1 to 1."""
+    """Values `(N, 2, ...)` in pixels along x and y, in the units of `grid_sample`: a frame is -1 to 1."""
     return torch.stack([values[:, 0] * (2 / width), values[:, 1] * (2 / height)], 1)
 
 
@@ -116,16 +138,16 @@ def slack(size: Sequence[int], dtype: torch.dtype) -> float:
     return 8 * torch.finfo(dtype).eps * max(size)
 
 
-def seen(warp: Warp, size: Sequence[int], valid: Tensor | None = None) -> Tensor:
+def valid_mask(warp: Warp, size: Sequence[int], valid: Tensor | None = None) -> Tensor:
     """Which pixels of the new frame show the old image and nothing filled in.
 
     Args:
         warp: of N samples.
         size: height and width of the frame, in pixels.
-        valid: ``(N, 1, H, W)`` booleans, where the old image is real; None is everywhere.
+        valid: `(N, 1, H, W)` booleans, where the old image is real; None is everywhere.
 
     Returns:
-        ``(N, 1, H, W)`` booleans: true where all that bilinear interpolation read was inside and real.
+        `(N, 1, H, W)` booleans: true where all that bilinear interpolation read was inside and real.
     """
     height, width = size
     edge = warp.backward.new_tensor([(width - 1) / 2, (height - 1) / 2])[:, None]
@@ -141,56 +163,56 @@ def seen(warp: Warp, size: Sequence[int], valid: Tensor | None = None) -> Tensor
     inside = torch.maximum(x, y) <= 1
     if valid is None:
         return inside
-    return inside & whole(resample(valid.to(warp.backward.dtype), warp))
+    return inside & fully_valid(resample(valid.to(warp.backward.dtype), warp))
 
 
-def whole(weight: Tensor) -> Tensor:
+def fully_valid(weight: Tensor) -> Tensor:
     """Where a resampled mask of ones and zeros read ones only."""
     return weight > 1 - slack(weight.shape[-2:], weight.dtype)
 
 
-def push(maps: Tensor, warp: Warp, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Maps ``(N, 1, H, W)`` moved as the images were, and where only what is inside and valid was read."""
+def push_maps(maps: Tensor, warp: Warp, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Maps `(N, 1, H, W)` moved as the images were, and where only what is inside and valid was read."""
     real = maps if valid is None else maps.where(valid, 0)
-    return resample(real, warp), seen(warp, maps.shape[-2:], valid)
+    return resample(real, warp), valid_mask(warp, maps.shape[-2:], valid)
 
 
-def pull(new_maps: Tensor, warps: Sequence[Warp]) -> tuple[Tensor, Tensor]:
+def pull_maps(new_maps: Tensor, warps: Sequence[Warp]) -> tuple[Tensor, Tensor]:
     """Bring maps of warped images back with one resampling.
 
     Args:
-        new_maps: ``(N, 1, H, W)``, of the images after all the warps.
+        new_maps: `(N, 1, H, W)`, of the images after all the warps.
         warps: as the images went through them, first to last, each a resampling of its own.
 
     Returns:
-        The maps in the first frame and ``valid``, ``(N, 1, H, W)``: where all four pixels read in the new
+        The maps in the first frame and `valid`, `(N, 1, H, W)`: where all four pixels read in the new
         frame lie in it and show what was in every frame before.
     """
     size = new_maps.shape[-2:]
-    real = seen(warps[0], size)
+    real = valid_mask(warps[0], size)
     for warp in warps[1:]:
-        real = seen(warp, size, real)
+        real = valid_mask(warp, size, real)
     back = Warp(invert(reduce(compose, [warp.backward for warp in warps])))
     # what was filled in is set to zero before it is read: zero times NaN would be NaN
     known = torch.cat([new_maps.where(real, 0), real.to(new_maps.dtype)], 1)
     maps, weight = resample(known.to(back.backward.dtype), back).split([new_maps.shape[1], 1], 1)
-    return maps.to(new_maps.dtype), whole(weight)
+    return maps.to(new_maps.dtype), fully_valid(weight)
 
 
 def flip(images: Tensor, flipped: Tensor, dim: int) -> Tensor:
-    """Flip the chosen images ``(N, C, H, W)`` along one dimension, exactly."""
+    """Flip the chosen images `(N, C, H, W)` along one dimension, exactly."""
     return apply_where(flipped, lambda chosen: chosen.flip(dim), images)
 
 
 def resize_boxes(images: Tensor, box: Tensor) -> Tensor:
     """Cut a box out of each image and enlarge it bilinearly to the image's size, one image after another.
 
-    The same as :func:`resample` of a warp with that box; faster on a CPU for large images, as it needs no
+    The same as `resample` of a warp with that box; faster on a CPU for large images, as it needs no
     grid.
 
     Args:
-        images: ``(N, C, H, W)``.
-        box: ``(N, 4)`` integers, top, left, height and width.
+        images: `(N, C, H, W)`.
+        box: `(N, 4)` integers, top, left, height and width.
     """
     size = images.shape[-2:]
     cuts = (

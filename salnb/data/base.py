@@ -2,6 +2,7 @@
 
 import io
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,23 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from salnb._common.files import DamagedFileError, load_hashed, remove_drafts, save_hashed
+
+__all__ = [
+    "WHOLE",
+    "Arrays",
+    "Dataset",
+    "DiskImages",
+    "Examples",
+    "Share",
+    "Split",
+    "StreamedImages",
+    "batches",
+    "cache_folder",
+    "cached",
+    "centre",
+    "decode",
+    "read_image",
+]
 
 # what is smaller is kept on the accelerator
 _FITS_THE_DEVICE = 2**30
@@ -130,7 +148,6 @@ class DiskImages:
     Attributes:
         rows: has a length, and gives for an index a dictionary with the encoded bytes and the label.
         size: height and width that the images are brought to.
-        decode: from a row to an image (3, size, size), uint8, and its label.
         workers: number of processes; 0 decodes in this one.
     """
 
@@ -284,7 +301,7 @@ def batches(split: Split, size: int, device: torch.device, **epoch: Any) -> Iter
 
 
 def cache_folder() -> Path:
-    """Where data sets are kept: ``$SALNB_CACHE``, or ``~/.cache/salnb``."""
+    """Where data sets are kept: `$SALNB_CACHE`, or `~/.cache/salnb`."""
     return Path(os.environ.get("SALNB_CACHE") or Path.home() / ".cache" / "salnb")
 
 
@@ -298,8 +315,6 @@ def cached(name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     Warns:
         UserWarning: the file was truncated or altered; it is made again.
     """
-    import warnings
-
     folder = cache_folder()
     folder.mkdir(parents=True, exist_ok=True)
     for path in folder.glob(f"{name}.*.pt"):

@@ -27,6 +27,17 @@ from salnb.data.base import (
     decode,
 )
 
+__all__ = [
+    "HUB",
+    "Hub",
+    "NotFetchedError",
+    "files_folder",
+    "load_paper",
+    "local_files",
+    "put_aside",
+    "verify",
+]
+
 
 class Hub(NamedTuple):
     """Where a data set lies on huggingface.co, and under which names it keeps things."""
@@ -136,7 +147,7 @@ def local_files(name: str) -> list[Path]:
 def verify(name: str) -> str:
     """Compare the files that were put there with their checksums.
 
-    The checksums stand in ``SHA256SUMS`` beside the files, as `sha256sum` writes and reads them. Where
+    The checksums stand in `SHA256SUMS` beside the files, as `sha256sum` writes and reads them. Where
     there are none yet, they are written down.
 
     Returns:

@@ -9,6 +9,8 @@ from salnb._common.catalog import unknown
 from salnb._common.packages import package_folder
 from salnb.data.base import centre, read_image
 
+__all__ = ["CIFAR10_CLASSES", "Photos", "imagenet_classes", "photos"]
+
 
 class Photos(NamedTuple):
     """Labelled photographs.

@@ -16,6 +16,8 @@ from salnb._common.packages import package_folder, require
 from salnb._common.progress import progress
 from salnb.data.base import Arrays, Dataset, cached, read_image
 
+__all__ = ["PHOTOGRAPHS", "compose", "digit_scenes"]
+
 # to be raised with every change of what is drawn
 _VERSION = 1
 
@@ -76,7 +78,7 @@ def digit_scenes(size: int = 32, *, seed: int = 0, name: str = "digit-scenes") -
             those for training; `PHOTOGRAPHS` lists them.
 
     Returns:
-        The three splits, as uint8 `salnb.data.Arrays`; ``masks`` (N, 1, size, size) are true where the
+        The three splits, as uint8 `salnb.data.Arrays`; `masks` (N, 1, size, size) are true where the
         digit covers at least half of the pixel.
 
     Raises:

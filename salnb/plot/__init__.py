@@ -8,6 +8,7 @@ and is imported on its own: `from salnb import plot`.
 from salnb.plot.maps import divide_by_maximum, overlay, show_images, show_maps, show_numbers
 from salnb.plot.results import VERDICTS, name_of, show_accuracies, show_differences
 from salnb.plot.style import DIVERGING, INK, SEQUENTIAL, use_style
+from salnb.plot.timing import show_batches, show_memory, show_method_costs, show_parts, show_ratios
 
 __all__ = [
     "DIVERGING",
@@ -18,9 +19,14 @@ __all__ = [
     "name_of",
     "overlay",
     "show_accuracies",
+    "show_batches",
     "show_differences",
     "show_images",
     "show_maps",
+    "show_memory",
+    "show_method_costs",
     "show_numbers",
+    "show_parts",
+    "show_ratios",
     "use_style",
 ]

@@ -5,9 +5,12 @@ from typing import TYPE_CHECKING
 from salnb._common.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from salnb.timing.cases import TABLE_4, Case, Settings, plan
-    from salnb.timing.records import PAPER, case_of, check_record, compare, read_timing
-    from salnb.timing.runner import default_path, describe, measure, study
+    from salnb.timing import tables
+    from salnb.timing.cases import PAPER, TABLE_4, Case, Settings, plan
+    from salnb.timing.comparison import compare, describe
+    from salnb.timing.measurement import measure
+    from salnb.timing.records import case_of, check_record, read_timing
+    from salnb.timing.runner import default_path, study
 
 __all__ = [
     "PAPER",
@@ -23,13 +26,17 @@ __all__ = [
     "plan",
     "read_timing",
     "study",
+    "tables",
 ]
 
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
-        "cases": ("TABLE_4", "Case", "Settings", "plan"),
-        "records": ("PAPER", "case_of", "check_record", "compare", "read_timing"),
-        "runner": ("default_path", "describe", "measure", "study"),
+        "cases": ("PAPER", "TABLE_4", "Case", "Settings", "plan"),
+        "comparison": ("compare", "describe"),
+        "measurement": ("measure",),
+        "records": ("case_of", "check_record", "read_timing"),
+        "runner": ("default_path", "study"),
+        "tables": (),
     },
 )

@@ -8,6 +8,17 @@ from typing import Any
 
 import torch
 
+__all__ = [
+    "CudaClock",
+    "HostClock",
+    "MpsClock",
+    "OutOfBudgetError",
+    "Stopwatch",
+    "clock_of",
+    "distribution",
+    "run_protocol",
+]
+
 
 class OutOfBudgetError(RuntimeError):
     """A row would take longer than what is left of the budget."""

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from salnb.timing.steps import Step
+from salnb.timing.steps import TimedStep
+
+__all__ = ["KINDS", "clocks", "device_facts", "kind_of", "peak_flops", "profiled", "seconds_by_kind"]
 
 KINDS = ("convolution", "batch norm", "matrix product", "other")
 
@@ -69,7 +71,7 @@ def kind_of(names: Iterable[str], kernel: str = "") -> str:
     return "other"
 
 
-def profiled(step: Step, device: torch.device) -> tuple[dict[str, float], int]:
+def profiled(step: TimedStep, device: torch.device) -> tuple[dict[str, float], int]:
     """One step under the profiler.
 
     Returns:

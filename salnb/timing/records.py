@@ -1,37 +1,107 @@
-"""Records of the timing study: what they must hold, and two of them side by side; free of torch."""
+"""Records of the timing study: what they must hold; free of torch."""
 
 import math
 from collections.abc import Mapping
-from fractions import Fraction
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from salnb.results import read_record
 from salnb.timing.cases import PRECISIONS, Case
 
+__all__ = ["SCHEMA", "STATUSES", "Measured", "Row", "case_of", "check_record", "read_timing"]
+
 SCHEMA = "salnb timing 1"
 STATUSES = ("ok", "out of memory", "failed", "not run", "not available")
 
-# Table 4 of the paper: milliseconds of an iteration on an RTX 2080 Ti, without and with the saliency loss
-PAPER = {
-    "vgg16": (152.23, 1176.71),
-    "vgg19": (163.73, 1194.62),
-    "resnet50": (307.57, 2156.14),
-    "densenet121": (312.52, 2685.33),
-    "densenet169": (406.54, 3789.62),
-}
 
-CASE_FIELDS = tuple(Case.__dataclass_fields__)
+@dataclass(frozen=True)
+class Measured:
+    """What was measured of a case; times are in seconds.
+
+    Attributes:
+        iterations: how often the step was run.
+        averaged: how many of the last iterations count.
+        seconds: mean, median, percentiles and extremes of a step.
+        parts: mean of each part of a step; None where it has none, or where not all steps are alike.
+        kinds: of a step, by kind of operation; None where not all steps are alike.
+        first_step_seconds: of the first step, in which a compiled one is compiled.
+        held_bytes: memory of parameters, buffers and the batch.
+        peak_bytes: the most memory in use during a step, with what is held.
+        flops: floating-point operations of a step on average.
+        convolution_flops: those of its convolutions.
+        peak_share: speed of its convolutions over the device's peak; None where that is not known.
+        clocks_mhz: of the device just after the last step; None where they cannot be read.
+        time: when, in UTC.
+    """
+
+    iterations: int
+    averaged: int
+    seconds: Mapping[str, float]
+    parts: Mapping[str, float] | None
+    kinds: Mapping[str, float] | None
+    first_step_seconds: float
+    held_bytes: int
+    peak_bytes: int
+    flops: int
+    convolution_flops: int
+    peak_share: float | None
+    clocks_mhz: Mapping[str, float | None] | None
+    time: str
+
+
+CASE_FIELDS = tuple(field.name for field in fields(Case))
+_FOUND = tuple(field.name for field in fields(Measured))
 _SECONDS = ("mean", "median", "p5", "p95", "min", "max")
-# filled in for rows that were measured; null otherwise
-MEASURED = (
-    *("iterations", "averaged", "seconds", "parts", "kinds", "first_step_seconds", "held_bytes"),
-    *("peak_bytes", "flops", "convolution_flops", "peak_share", "ratio", "flops_ratio", "clocks_mhz", "time"),
-)
+# null in rows that were not measured, in this order
+MEASURED = (*_FOUND[:-2], "ratio", "flops_ratio", *_FOUND[-2:])
+
+
+@dataclass(frozen=True)
+class Row:
+    """A case, and what became of it.
+
+    Attributes:
+        case: what was to be measured.
+        status: one of `STATUSES`.
+        reason: why nothing was measured; None where something was.
+        measured: None unless the status is "ok".
+        ratio: time over that of the baseline; None for a baseline, and where that was not measured.
+        flops_ratio: arithmetic over that of the baseline.
+    """
+
+    case: Case
+    status: str
+    reason: str | None = None
+    measured: Measured | None = None
+    ratio: float | None = None
+    flops_ratio: float | None = None
+
+    @classmethod
+    def from_dict(cls, row: Mapping[str, Any]) -> "Row":
+        """A row of a record."""
+        done = row["status"] == "ok"
+        measured = Measured(**{name: row[name] for name in _FOUND}) if done else None
+        return cls(case_of(row), row["status"], row["reason"], measured, row["ratio"], row["flops_ratio"])
+
+    def to_dict(self) -> dict[str, Any]:
+        """The row as a record holds it."""
+        verdict = {"status": self.status, "reason": self.reason}
+        if self.measured is None:
+            return self.case.to_dict() | dict.fromkeys(MEASURED) | verdict
+        ratios = {"ratio": self.ratio, "flops_ratio": self.flops_ratio}
+        return self.case.to_dict() | asdict(self.measured) | verdict | ratios
+
+    def over(self, baseline: "Row | None") -> tuple[float | None, float | None]:
+        """Time and arithmetic over those of the baseline, where both were measured."""
+        if self.case.method is None or baseline is None or not (self.measured and baseline.measured):
+            return None, None
+        ours, theirs = self.measured, baseline.measured
+        return ours.seconds["mean"] / theirs.seconds["mean"], ours.flops / theirs.flops
 
 
 def case_of(row: Mapping[str, Any]) -> Case:
-    """What a row measures."""
+    """What a row of a record measures."""
     return Case(**{name: row[name] for name in CASE_FIELDS})
 
 
@@ -63,99 +133,76 @@ def check_record(record: dict[str, Any]) -> dict[str, Any]:
         _expect(name in record["facts"], f"facts.{name}", "there", None)
     for name in ("iterations", "batch", "size"):
         value = record["protocol"].get(name)
-        _expect(_is_count(value) and value > 0, f"protocol.{name}", "a positive integer", value)
+        _expect(_is_count(value), f"protocol.{name}", "a positive integer", value)
     for name in ("budget_seconds", "spent_seconds"):
         value = record["protocol"].get(name)
         _expect(_is_positive(value) or value == 0, f"protocol.{name}", "a number of seconds", value)
-    rows = record.get("rows")
-    _expect(isinstance(rows, list) and rows, "rows", "a list that is not empty", rows)
-    cases: dict[Case, dict] = {}
-    for i, row in enumerate(rows or []):
-        _check_row(row, f"rows[{i}]")
-        case = case_of(row)
-        _expect(case not in cases, f"rows[{i}]", "a case of its own", case.label)
-        cases[case] = row
-    for case, row in cases.items():
-        _check_ratio(case, row, cases.get(case.baseline))
+    _check_rows(record.get("rows"))
     return record
 
 
+def _check_rows(rows: Any) -> None:
+    _expect(isinstance(rows, list) and rows, "rows", "a list that is not empty", rows)
+    found: dict[Case, Row] = {}
+    for i, each in enumerate(rows):
+        _check_row(each, f"rows[{i}]")
+        row = Row.from_dict(each)
+        _expect(row.case not in found, f"rows[{i}]", "a case of its own", row.case.label)
+        found[row.case] = row
+    for case, row in found.items():
+        if row.measured:
+            expected = row.over(found.get(case.baseline))
+            names = ("ratio", "flops_ratio")
+            for name, got, value in zip(names, (row.ratio, row.flops_ratio), expected, strict=True):
+                same = got == value or (value and got and math.isclose(got, value, rel_tol=1e-6))
+                _expect(same, f"{name} of {case.label}", f"{value}, as its baseline says", got)
+
+
 def _check_row(row: Any, place: str) -> None:
+    def expect(name: str, condition: Any, what: str) -> None:
+        _expect(condition, f"{place}.{name}", what, row[name])
+
     _expect(isinstance(row, dict), place, "an object", row)
     names = {*CASE_FIELDS, *MEASURED, "status", "reason"}
     different = sorted(names ^ row.keys())
     _expect(not different, place, f"an object of the fields {', '.join(sorted(names))}", different)
     for name, known in (("status", STATUSES), ("precision", PRECISIONS)):
-        _expect(row[name] in known, f"{place}.{name}", "one of " + ", ".join(known), row[name])
+        expect(name, row[name] in known, "one of " + ", ".join(known))
     for name in ("every", "batch", "size"):
-        _expect(_is_count(row[name]) and row[name] > 0, f"{place}.{name}", "a positive integer", row[name])
+        expect(name, _is_count(row[name]), "a positive integer")
     measured = row["status"] == "ok"
-    _expect(
-        (row["reason"] is None) == measured,
-        f"{place}.reason",
-        "a text unless the status is ok",
-        row["reason"],
-    )
+    expect("reason", (row["reason"] is None) == measured, "a text unless the status is ok")
     if not measured:
         for name in MEASURED:
-            _expect(row[name] is None, f"{place}.{name}", "null where nothing was measured", row[name])
+            expect(name, row[name] is None, "null where nothing was measured")
         return
     for name in ("iterations", "averaged", "held_bytes", "peak_bytes", "flops", "convolution_flops"):
-        value = row[name]
-        _expect(_is_count(value) and value > 0, f"{place}.{name}", "a positive integer", value)
-    _expect(
-        2 * row["averaged"] <= row["iterations"],
-        f"{place}.averaged",
-        "at most half of the iterations",
-        row["averaged"],
-    )
+        expect(name, _is_count(row[name]), "a positive integer")
+    expect("averaged", 2 * row["averaged"] <= row["iterations"], "at most half of the iterations")
     seconds = row["seconds"]
-    _expect(
-        isinstance(seconds, dict)
-        and set(seconds) == set(_SECONDS)
-        and all(map(_is_positive, seconds.values())),
-        f"{place}.seconds",
-        f"positive numbers {', '.join(_SECONDS)}",
-        seconds,
-    )
+    right = _are_amounts(seconds) and set(seconds) == set(_SECONDS) and all(seconds.values())
+    expect("seconds", right, f"positive numbers {', '.join(_SECONDS)}")
     ordered = [seconds[name] for name in ("min", "p5", "median", "p95", "max")]
     inside = seconds["min"] <= seconds["mean"] * (1 + 1e-9) and seconds["mean"] <= seconds["max"] * (1 + 1e-9)
-    _expect(ordered == sorted(ordered) and inside, f"{place}.seconds", "in order", seconds)
+    expect("seconds", ordered == sorted(ordered) and inside, "in order")
     for name in ("parts", "kinds"):
-        value = row[name]
-        good = value is None or (
-            isinstance(value, dict) and all(_is_positive(v) or v == 0 for v in value.values())
-        )
-        _expect(good, f"{place}.{name}", "null or seconds by name", value)
+        expect(name, row[name] is None or _are_amounts(row[name]), "null or seconds by name")
     if row["parts"]:
         total = sum(row["parts"].values())
-        _expect(
-            math.isclose(total, seconds["mean"], rel_tol=1e-3), f"{place}.parts", "as long as the mean", total
-        )
-
-
-def _check_ratio(case: Case, row: dict, baseline: dict | None) -> None:
-    if row["status"] != "ok":
-        return
-    expected = ratios(row, baseline) if case.method else (None, None)
-    for name, value in zip(("ratio", "flops_ratio"), expected, strict=True):
-        same = row[name] == value or (value and row[name] and math.isclose(row[name], value, rel_tol=1e-6))
-        _expect(bool(same), f"{name} of {case.label}", f"{value}, as its baseline says", row[name])
-
-
-def ratios(row: Mapping[str, Any], baseline: Mapping[str, Any] | None) -> tuple[float | None, float | None]:
-    """Time and arithmetic of a row over those of its baseline, where that was measured."""
-    if baseline is None or baseline["status"] != "ok":
-        return None, None
-    return row["seconds"]["mean"] / baseline["seconds"]["mean"], row["flops"] / baseline["flops"]
+        close = math.isclose(total, seconds["mean"], rel_tol=1e-3)
+        _expect(close, f"{place}.parts", "as long as the mean", total)
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def _is_positive(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+
+
+def _are_amounts(value: Any) -> bool:
+    return isinstance(value, dict) and all(_is_positive(v) or v == 0 for v in value.values())
 
 
 def _expect(condition: Any, place: str, what: str, got: Any) -> None:
@@ -164,60 +211,3 @@ def _expect(condition: Any, place: str, what: str, got: Any) -> None:
         raise ValueError(
             f"not a timing record: {place} must be {what}, got {shown[:80]}{'…' * (len(shown) > 80)}"
         )
-
-
-def compare(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
-    """Two records side by side, as a Markdown table of the rows that either of them measured.
-
-    Rows belong together where all but the batch and the size of the images agree and the batches are the
-    same multiple of the record's usual batch.
-    """
-    lines = []
-    for letter, record in zip("AB", (first, second), strict=True):
-        origin, protocol = record["provenance"], record["protocol"]
-        batch, size = protocol["batch"], protocol["size"]
-        lines.append(
-            f"{letter}: {origin['device_name']}, torch {origin['versions']['torch']}, {origin['time']}, "
-            f"batches of {batch}+{batch} at {size}×{size}, {protocol['iterations']} iterations"
-        )
-    keyed = [{_key(row, record): row for row in record["rows"]} for record in (first, second)]
-    lines += ["", "| step | A ms | B ms | A / B | ratio A | ratio B | arithmetic |", "|---" * 7 + "|"]
-    for key in dict.fromkeys([*keyed[0], *keyed[1]]):
-        a, b = (rows.get(key) for rows in keyed)
-        if any(row is not None and row["status"] == "ok" for row in (a, b)):
-            lines.append("| " + " | ".join([_key_label(key), *_cells(a, b)]) + " |")
-    return "\n".join(lines)
-
-
-def _key(row: Mapping[str, Any], record: Mapping[str, Any]) -> tuple:
-    batches = Fraction(row["batch"], record["protocol"]["batch"])
-    return (*(row[name] for name in CASE_FIELDS if name not in ("batch", "size", "samples")), batches)
-
-
-def _key_label(key: tuple) -> str:
-    network, method, every, precision, compiled, channels_last, batches = key
-    case = Case(network, method, every, precision, compiled, channels_last, batch=0)
-    size = f", {batches} × the batch" if batches != 1 else ""
-    return case.label.replace(", 0+0", "") + size
-
-
-def _cells(a: Mapping[str, Any] | None, b: Mapping[str, Any] | None) -> list[str]:
-    def of(row: Mapping[str, Any] | None, name: str) -> float | None:
-        if row is None or row["status"] != "ok":
-            return None
-        return row["seconds"]["mean"] if name == "seconds" else row[name]
-
-    def shown(value: float | None, row: Mapping[str, Any] | None = None, factor: float = 1) -> str:
-        if value is None:
-            return "–" if row is None or row["status"] == "ok" else row["status"]
-        return f"{factor * value:.2f}"
-
-    times = [of(row, "seconds") for row in (a, b)]
-    speedup = times[0] / times[1] if times[0] and times[1] else None
-    limits = [of(row, "flops_ratio") for row in (a, b)]
-    return [
-        *(shown(time, row, 1000) for time, row in zip(times, (a, b), strict=True)),
-        shown(speedup),
-        *(shown(of(row, "ratio")) for row in (a, b)),
-        shown(limits[0] or limits[1]),
-    ]

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,18 @@ from salnb.augment import AUGMENTATIONS, Augmentation
 from salnb.objective import Objective
 from salnb.objective.precision import tf32
 from salnb.timing.cases import Case
+
+__all__ = [
+    "AUGMENTATION",
+    "NUM_CLASSES",
+    "BaselineStep",
+    "Prepared",
+    "SaliencyStep",
+    "TimedStep",
+    "arithmetic",
+    "count_flops",
+    "step_of",
+]
 
 NUM_CLASSES = 1000
 AUGMENTATION = "affine"  # that of the paper's ImageNet experiments
@@ -62,10 +74,8 @@ class Prepared(Augmentation):
         return self.augmentation.align(maps, new_maps, params)
 
 
-class Step:
+class TimedStep:
     """A training step without optimiser: forward pass, losses, gradients of the parameters.
-
-    Without a saliency method it is the paper's baseline: cross-entropy over originals and augmented images.
 
     Args:
         case: what to run.
@@ -78,63 +88,103 @@ class Step:
         held_bytes: memory of parameters, buffers and the batch.
     """
 
+    after_forward: ClassVar[str]  # the part that begins where the network ends
+
     def __init__(
         self, case: Case, device: torch.device, mark: Mark = unmarked, model: nn.Module | None = None
     ):
         self.case, self.device, self.mark = case, device, mark
         torch.manual_seed(0)
         with device:
-            model = model or models.build(case.network, NUM_CLASSES)
+            self.model = model or models.build(case.network, NUM_CLASSES)
             self.images = torch.rand(case.batch, 3, case.size, case.size)
             self.target = torch.arange(case.batch) % NUM_CLASSES
         if case.channels_last:
-            model = model.to(memory_format=torch.channels_last)
+            self.model = self.model.to(memory_format=torch.channels_last)
             self.images = self.images.contiguous(memory_format=torch.channels_last)
-        self.model = model
         inner = unmarked if case.compiled else mark
-        prepared = Prepared(AUGMENTATIONS[AUGMENTATION](), self.images, inner)
-        self.run: Callable[[], None] = self._with_saliency if case.method else self._without
-        if case.method is None:
-            self.pixels = torch.cat([self.images, prepared.new_images])
-            if case.channels_last:
-                self.pixels = self.pixels.contiguous(memory_format=torch.channels_last)
-            self.labels = torch.cat([self.target, prepared.targets(self.target, prepared.params)])
-            self.network = torch.compile(model, dynamic=False) if case.compiled else model
-            batch = [self.pixels, self.labels]
-        else:
-            with device:  # where the scales of float16 belong
-                self.objective = Objective(
-                    model, prepared, method=case.method, method_options=case.method_options, every=case.every
-                )
-            if case.compiled:
-                self.objective.compile()
-            batch = [self.images, prepared.new_images, self.target]
+        batch = self.prepare(Prepared(AUGMENTATIONS[AUGMENTATION](), self.images, inner))
         if not case.compiled:
-            after = "input gradient" if case.method else "loss"
-            model.register_forward_pre_hook(lambda module, args: _tell(mark, "forward"))
-            model.register_forward_hook(lambda module, args, output: _tell(mark, after))
-        tensors = [*model.parameters(), *model.buffers(), *batch]
+            after = self.after_forward
+            self.model.register_forward_pre_hook(lambda module, args: _tell(mark, "forward"))
+            self.model.register_forward_hook(lambda module, args, output: _tell(mark, after))
+        tensors = [*self.model.parameters(), *self.model.buffers(), *batch]
         self.held_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def prepare(self, augmentation: Prepared) -> list[Tensor]:
+        """Make what `run` needs; gives the batch that lies on the device."""
+        raise NotImplementedError
+
+    def run(self) -> None:
+        """The passes, forward and backward."""
+        raise NotImplementedError
 
     def __call__(self) -> None:
         """Run it once."""
         self.model.zero_grad()
         self.run()
 
-    def _without(self) -> None:
-        with self._autocast():
+    def autocast(self) -> torch.autocast:
+        """The context of the forward pass and the losses."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.case.precision == "bf16")
+
+
+class BaselineStep(TimedStep):
+    """The paper's baseline: cross-entropy over originals and augmented images."""
+
+    after_forward = "loss"
+
+    def prepare(self, augmentation: Prepared) -> list[Tensor]:
+        """Originals and augmented images in one tensor, and the network."""
+        self.pixels = torch.cat([self.images, augmentation.new_images])
+        if self.case.channels_last:
+            self.pixels = self.pixels.contiguous(memory_format=torch.channels_last)
+        self.labels = torch.cat([self.target, augmentation.targets(self.target, augmentation.params)])
+        self.network = torch.compile(self.model, dynamic=False) if self.case.compiled else self.model
+        return [self.pixels, self.labels]
+
+    def run(self) -> None:
+        """Forward pass, cross-entropy, backward pass."""
+        with self.autocast():
             loss = F.cross_entropy(self.network(self.pixels), self.labels)
         self.mark("backward")
         loss.backward()
 
-    def _with_saliency(self) -> None:
-        with self._autocast():
+
+class SaliencyStep(TimedStep):
+    """A step of `Objective` with the case's saliency method."""
+
+    after_forward = "input gradient"
+
+    def prepare(self, augmentation: Prepared) -> list[Tensor]:
+        """The objective."""
+        case = self.case
+        assert case.method is not None
+        with self.device:  # where the scales of float16 belong
+            self.objective = Objective(
+                self.model,
+                augmentation,
+                method=case.method,
+                method_options=case.method_options,
+                every=case.every,
+            )
+        if case.compiled:
+            self.objective.compile()
+        return [self.images, augmentation.new_images, self.target]
+
+    def run(self) -> None:
+        """The objective, backward pass."""
+        with self.autocast():
             losses = self.objective(self.images, self.target)
         self.mark("backward")
         losses.total.backward()
 
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.case.precision == "bf16")
+
+def step_of(
+    case: Case, device: torch.device, mark: Mark = unmarked, model: nn.Module | None = None
+) -> TimedStep:
+    """The step of a case: a `BaselineStep` where it has no saliency method, else a `SaliencyStep`."""
+    return (SaliencyStep if case.method else BaselineStep)(case, device, mark, model)
 
 
 def _tell(mark: Mark, part: str) -> None:
@@ -202,6 +252,6 @@ def _count(network: str, method: str | None, size: int, samples: int) -> tuple[i
     counter.mod_tracker = _NoModules()
     # of the attention kernels only the one that is written out is counted whole
     with FakeTensorMode(), sdpa_kernel(SDPBackend.MATH), counter:
-        Step(case, torch.device("cpu"), model=_without_values(network))()
+        step_of(case, torch.device("cpu"), model=_without_values(network))()
     by_operator = counter.get_flop_counts()["Global"]
     return counter.get_total_flops(), sum(n for op, n in by_operator.items() if "convolution" in str(op))

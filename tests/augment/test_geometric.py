@@ -6,30 +6,16 @@ from dataclasses import replace
 import kornia.augmentation as kornia
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
 from salnb import augment
 from salnb.augment import geometric
 from salnb.augment import warp as kernels
-from tests.helpers.tolerances import RELATIVE, assert_close
+from tests.helpers.tolerances import assert_close
+from tests.helpers.waves import HEIGHT, WIDTH, N, generator, smooth
 
-N, HEIGHT, WIDTH = 6, 40, 56
 floats = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def smooth(n=N, height=HEIGHT, width=WIDTH, dtype=torch.float64, channels=1):
-    """Sums of a few long waves in [0, 1]: resampling twice costs them little."""
-    y = torch.linspace(0, 1, height, dtype=torch.float64)[:, None]
-    x = torch.linspace(0, 1, width, dtype=torch.float64)
-    phase = torch.rand(n, channels, 1, 1, dtype=torch.float64, generator=generator(1)) * 6
-    return (0.5 + 0.25 * torch.sin(4 * x + phase) + 0.25 * torch.cos(3 * y - 2 * x + phase)).to(dtype)
 
 
 def vignette(n=N, dtype=torch.float64):
@@ -42,79 +28,6 @@ def affine_params(dtype=torch.float64, **given):
     """The params of one movement for one image, still where nothing is given."""
     still = {"angle": 0.0, "scale": 1.0, "translate": (0.0, 0.0), "shear": (0.0, 0.0)} | given
     return augment.AffineParams(*(torch.tensor([value], dtype=dtype) for value in still.values()))
-
-
-# name: augmentation, tolerance of the round trip on valid pixels, least share of pixels that must be valid
-ROUND_TRIPS = {
-    "horizontal flip": (augment.HorizontalFlip(p=1), 0, 1),
-    "vertical flip": (augment.VerticalFlip(p=0.5), 0, 1),
-    "both flips": (augment.Sequential(augment.HorizontalFlip(), augment.VerticalFlip()), 0, 1),
-    "no rotation": (augment.Rotation(0), 1e-12, 1),
-    "rescale": (augment.Rescale(), 2e-3, 0.7),
-    "rotation": (augment.Rotation(30), 2e-3, 0.6),
-    "affine": (augment.Affine(), 3e-3, 0.5),
-    "resized crop": (augment.ResizedCrop(), 2e-3, 0.2),
-    "crop of everything": (augment.ResizedCrop(scale=(1, 1), ratio=(WIDTH / HEIGHT,) * 2), 1e-12, 1),
-    "crop and flip": (augment.Sequential(augment.ResizedCrop(), augment.HorizontalFlip()), 2e-3, 0.2),
-    "rotation and shear": (
-        augment.Sequential(augment.Rotation(20), augment.Affine(0, (0, 0), (1, 1), 20)),
-        2e-3,
-        0.5,
-    ),
-    "rotation, contrast, rescale": (
-        augment.Sequential(augment.Rotation(20), augment.Contrast(factor=(1, 1)), augment.Rescale()),
-        5e-3,
-        0.5,
-    ),
-    "nested": (
-        augment.Sequential(
-            augment.Rotation(20), augment.Sequential(augment.VerticalFlip(), augment.Rescale())
-        ),
-        2e-3,
-        0.5,
-    ),
-    "contrast": (augment.Contrast(factor=(1, 1)), 0, 1),
-    "identity": (augment.Identity(), 0, 1),
-}
-round_trips = pytest.mark.parametrize(("aug", "tolerance", "share"), ROUND_TRIPS.values(), ids=ROUND_TRIPS)
-
-
-@round_trips
-def test_round_trip(aug, tolerance, share):
-    maps = smooth()
-    params = aug.make_params(maps, generator(2))
-    back, valid = aug.inverse(aug.images(maps, params), params)
-    assert ((back - maps).abs() * valid).max() <= tolerance
-    assert valid.double().mean() >= share
-
-
-@round_trips
-def test_carry_moves_maps_as_images(aug, tolerance, share):
-    maps = smooth()
-    params = aug.make_params(maps, generator(3))
-    carried, valid = aug.carry(maps, params)
-    assert_close(carried[valid], aug.images(maps, params)[valid])
-    # ones stay ones exactly where nothing filled in was read
-    ones = aug.images(torch.ones_like(maps), params)
-    assert ones[valid].min() > 1 - 1e-9
-    if "crop" not in str(aug).lower():  # a crop reads its outer pixels again instead of zeros
-        assert torch.equal(valid, ones > 1 - 1e-9)
-
-
-@round_trips
-@settings(max_examples=15, deadline=None, derandomize=True)
-@given(seed=st.integers(0, 10_000), dtype=st.sampled_from([torch.float32, torch.float64]))
-def test_valid_never_marks_a_filled_in_pixel(aug, tolerance, share, seed, dtype):
-    maps = smooth(dtype=dtype)
-    params = aug.make_params(maps, generator(seed))
-    new = aug.images(maps, params)
-    filled = aug.images(torch.ones_like(maps), params) < 1 - 1e-3
-    back, valid = aug.inverse(new.masked_fill(filled, torch.nan), params)
-    assert back[valid].isfinite().all()
-    # and ones come back as ones: nothing that was filled in has any weight
-    back, again = aug.inverse(aug.images(torch.ones_like(maps), params), params)
-    assert torch.equal(again, valid)
-    assert (back[valid] - 1).abs().max() <= 100 * RELATIVE[dtype]
 
 
 def test_valid_excludes_what_left_the_frame_between_two_resamplings():
@@ -180,34 +93,6 @@ def test_sequence_is_its_steps_in_order():
         one_by_one, real = step.images(one_by_one, drawn), step.images(real, drawn)
     # where no step filled anything in, resampling once or four times differs by a little blur only
     assert ((aug.images(maps, params) - one_by_one).abs() * (real > 1 - 1e-9)).max() < 1e-2
-
-
-@settings(max_examples=25, deadline=None, derandomize=True)
-@given(
-    kinds=st.lists(
-        st.sampled_from(["affine", "crop", "flip", "rescale", "rotation"]), min_size=1, max_size=4
-    ),
-    seed=st.integers(0, 1000),
-)
-def test_inverse_of_a_composition_is_the_inverses_in_reverse(kinds, seed):
-    build = {
-        "affine": augment.Affine,
-        "crop": lambda: augment.ResizedCrop(scale=(0.6, 1)),
-        "flip": augment.VerticalFlip,
-        "rescale": augment.Rescale,
-        "rotation": augment.Rotation,
-    }
-    steps = [build[kind]() for kind in kinds]
-    aug, new = augment.Sequential(*steps), smooth()
-    params = aug.make_params(new, generator(seed))
-    pulled, valid = aug.inverse(new, params)
-    step_by_step, ones = new, torch.ones_like(new)
-    for step, drawn in zip(steps[::-1], params.steps[::-1], strict=True):
-        step_by_step, _ = step.inverse(step_by_step, drawn)
-        ones, step_valid = step.inverse(ones, drawn)
-        ones = ones * step_valid
-    both = valid & (ones > 1 - 1e-9)
-    assert ((pulled - step_by_step).abs() * both).max() < 2e-2
 
 
 @floats

@@ -12,6 +12,8 @@ from salnb.augment import augmix, mixing
 from tests.helpers.tolerances import assert_close
 
 CLASSES = 4
+ONE = {name: make() for name, make in augment.AUGMENTATIONS.items()}
+mixing_ones = pytest.mark.parametrize("name", [name for name, aug in ONE.items() if aug.least_samples > 1])
 floats = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 
 
@@ -28,7 +30,7 @@ def batch(n=5, height=16, width=12, dtype=torch.float64):
     )
 
 
-@pytest.mark.parametrize("name", ["cutout", "mixup", "cutmix", "augmix"])
+@pytest.mark.parametrize("name", [name for name, aug in ONE.items() if not aug.invertible])
 def test_there_is_no_inverse_and_the_error_says_what_to_do(name):
     aug = augment.AUGMENTATIONS[name]()
     images, _, maps = batch()
@@ -42,7 +44,7 @@ def test_there_is_no_inverse_and_the_error_says_what_to_do(name):
         inside.inverse(maps, inside.make_params(images))
 
 
-@pytest.mark.parametrize("name", ["mixup", "cutmix"])
+@mixing_ones
 def test_one_image_cannot_be_mixed(name):
     images, labels, _ = batch(1)
     for aug in (augment.AUGMENTATIONS[name](), augment.Sequential(augment.AUGMENTATIONS[name]())):
@@ -50,7 +52,7 @@ def test_one_image_cannot_be_mixed(name):
             aug(images, labels, num_classes=CLASSES)
 
 
-@pytest.mark.parametrize("name", ["mixup", "cutmix"])
+@mixing_ones
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 1000), n=st.integers(2, 9))
 def test_label_weights_sum_to_one_and_partners_differ(name, seed, n):
@@ -64,7 +66,7 @@ def test_label_weights_sum_to_one_and_partners_differ(name, seed, n):
     assert torch.equal(partner.sort().values, torch.arange(n))
 
 
-@pytest.mark.parametrize("name", ["mixup", "cutmix"])
+@mixing_ones
 def test_weights_may_be_mixed_again(name):
     images, labels, _ = batch()
     aug = augment.AUGMENTATIONS[name]()
@@ -96,7 +98,7 @@ def test_bad_targets_are_refused(target, num_classes, error, message):
 
 def test_labels_of_single_image_augmentations_are_untouched():
     images, labels, _ = batch()
-    for name in ("rotation", "cutout", "augmix", "simclr"):
+    for name in (name for name, aug in ONE.items() if aug.least_samples == 1):
         assert augment.AUGMENTATIONS[name]()(images, labels).targets is labels
 
 

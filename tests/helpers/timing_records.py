@@ -1,34 +1,58 @@
 """A study without a device: rows that are made up, in records as `salnb time` writes them."""
 
+import dataclasses
 import os
 
 import torch
 
 from salnb import timing
 from salnb.timing import runner
+from salnb.timing.records import SCHEMA, Measured, Row
 
 SECONDS = {"mean": 0.02, "median": 0.02, "p5": 0.018, "p95": 0.022, "min": 0.017, "max": 0.023}
+PARTS = {"forward": 0.004, "input gradient": 0.002, "loss": 0.001, "backward": 0.013}
 
 
 def made_up(case, device="cpu", *, iterations=8, left=None, factor=1.0):
-    """What `timing.measure` might return: a step with saliency takes three times its baseline."""
+    """What `measure_case` might return: a step with saliency takes three times its baseline."""
     factor *= 3 if case.method else 1
     flops = 1000 * case.batch * (2 if case.method else 1)
-    return case.to_dict() | {
-        "iterations": iterations,
-        "averaged": iterations // 2,
-        "seconds": {name: factor * value for name, value in SECONDS.items()},
-        "parts": {"forward": 0.005 * factor, "backward": 0.015 * factor},
-        "kinds": {"convolution": 0.01, "batch norm": 0.0},
-        "first_step_seconds": 1.0,
-        "held_bytes": 1000,
-        "peak_bytes": 5000,
-        "flops": flops,
-        "convolution_flops": flops // 2,
-        "peak_share": None,
-        "clocks_mhz": None,
-        "time": "2026-01-01T00:00:00+00:00",
-    }
+    return Measured(
+        iterations=iterations,
+        averaged=iterations // 2,
+        seconds={name: factor * value for name, value in SECONDS.items()},
+        parts={name: share * factor for name, share in PARTS.items()},
+        kinds={"convolution": 0.01, "batch norm": 0.0},
+        first_step_seconds=1.0,
+        held_bytes=1000,
+        peak_bytes=5000,
+        flops=flops,
+        convolution_flops=flops // 2,
+        peak_share=None,
+        clocks_mhz=None,
+        time="2026-01-01T00:00:00+00:00",
+    )
+
+
+def made_up_record(**changes):
+    """A record of rows that are made up, each a little slower than the one before."""
+    chosen = settings(**changes).on("cpu")
+    rows = {}
+    for i, case in enumerate(timing.plan(chosen)):
+        row = Row(case, "ok", measured=made_up(case, factor=1 + i / 10))
+        ratio, flops_ratio = row.over(rows.get(case.baseline))
+        rows[case] = dataclasses.replace(row, ratio=ratio, flops_ratio=flops_ratio)
+    origin = {"time": "", "commit": None, "versions": {"torch": "2"}, "device": "cpu", "device_name": "a CPU"}
+    protocol = {"iterations": 8, "batch": chosen.batch, "size": chosen.size}
+    return timing.check_record(
+        {
+            "schema": SCHEMA,
+            "provenance": origin,
+            "facts": {"driver": None, "clocks_mhz": None, "processor": "fast"},
+            "protocol": protocol | {"budget_seconds": 60, "spent_seconds": 1.0},
+            "rows": [row.to_dict() for row in rows.values()],
+        }
+    )
 
 
 def settings(**changes):

@@ -388,3 +388,4 @@ def test_a_built_wheel_holds_scales_and_records(tmp_path):
     names = zipfile.ZipFile(tmp_path / name).namelist()
     assert {f"salnb/scales/{scale}.yml" for scale in SCALES} <= set(names)
     assert any(name.startswith("salnb/records/") for name in names)
+    assert "salnb/py.typed" in names  # a type checker takes the package's annotations into account

@@ -4,7 +4,6 @@ import copy
 import re
 import subprocess
 import sys
-import time
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +13,7 @@ from salnb import results, timing
 from salnb.__main__ import main
 from salnb.timing import profiler as profile
 from salnb.timing import runner
+from salnb.timing.records import Row
 from tests.helpers.timing_records import made_up, settings, silent, without_waiting
 
 
@@ -22,7 +22,7 @@ def record(tmp_path_factory):
     """A record of rows that are made up."""
     with pytest.MonkeyPatch.context() as patch:
         without_waiting(patch)
-        patch.setattr(timing, "measure", made_up)
+        patch.setattr(runner, "measure_case", made_up)
         return timing.study(settings(), tmp_path_factory.mktemp("record") / "record.json", log=silent)
 
 
@@ -94,7 +94,7 @@ def test_two_records_side_by_side(record):
     for row in other["rows"]:
         row["seconds"] = {name: value / 4 for name, value in row["seconds"].items()}
     row = other["rows"][2]
-    fresh = runner._empty(timing.case_of(row), "out of memory", "too large")
+    fresh = Row(timing.case_of(row), "out of memory", "too large").to_dict()
     other["rows"][2] = fresh
     text = timing.compare(record, other)
     assert text.startswith(f"A: {record['provenance']['device_name']}, torch {torch.__version__}, ")
@@ -212,7 +212,7 @@ def test_what_the_driver_does_not_tell_is_null(monkeypatch, answer, driver, cloc
 
 def test_the_command_measures_and_compares(tmp_path, monkeypatch, capsys):
     without_waiting(monkeypatch)
-    monkeypatch.setattr(runner, "measure", made_up)
+    monkeypatch.setattr(runner, "measure_case", made_up)
     path = str(tmp_path / "record.json")
     command = ["time", "--device", "cpu", "--networks", "small", "--size", "32", "--iterations", "4"]
     assert main([*command, "--modes", "eager", "--batch", "4", "--out", path]) == 0
@@ -229,7 +229,7 @@ def test_an_interrupted_study_says_so(tmp_path, monkeypatch, capsys):
             raise KeyboardInterrupt
         return made_up(case)
 
-    monkeypatch.setattr(runner, "measure", measure)
+    monkeypatch.setattr(runner, "measure_case", measure)
     path = tmp_path / "record.json"
     assert main(["time", "--device", "cpu", "--networks", "small", "--out", str(path)]) == 130
     assert "the rows that were measured are in the file that ends in .partial" in capsys.readouterr().err
@@ -256,15 +256,13 @@ def test_an_interrupted_study_says_so(tmp_path, monkeypatch, capsys):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_mistakes_are_answered_at_once(arguments, message):
+def test_mistakes_are_answered_without_torch(arguments, message):
     program = (
         "import sys; from salnb.__main__ import main; status = main(sys.argv[1:]); "
         "print('torch' in sys.modules); sys.exit(status)"
     )
-    start = time.perf_counter()
     command = [sys.executable, "-c", program, "time", *arguments]
     answer = subprocess.run(command, capture_output=True, text=True)
-    assert time.perf_counter() - start < 2
     assert (answer.returncode, answer.stdout) == (2, "False\n")
     assert answer.stderr.startswith("salnb: error: ")
     assert answer.stderr.count("\n") == 1

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from salnb import results, timing
-from salnb.timing import clock, runner
+from salnb.timing import clock, foresight, runner
 from salnb.timing.cases import TABLE_4, Case, Settings, counted, plan
+from salnb.timing.records import Row
 from tests.helpers.timing_records import made_up, out_of_memory, settings, silent, without_waiting
 
 # --- the protocol ------------------------------------------------------------------------------------------
@@ -205,7 +206,7 @@ def test_the_record_is_on_the_disk_after_every_row(tmp_path, monkeypatch, quick)
             raise KeyboardInterrupt
         return made_up(case)
 
-    monkeypatch.setattr(runner, "measure", measure)
+    monkeypatch.setattr(runner, "measure_case", measure)
     with pytest.raises(KeyboardInterrupt):
         timing.study(settings(), path, log=silent)
     assert seen == [1, 2, 3]
@@ -218,7 +219,7 @@ def test_the_record_is_on_the_disk_after_every_row(tmp_path, monkeypatch, quick)
 def test_ratios_are_to_the_own_baseline(tmp_path, monkeypatch, quick):
     slow = {2: 1.0, 4: 5.0, 8: 1.0, 16: 1.0}
 
-    monkeypatch.setattr(runner, "measure", lambda case, *a, **k: made_up(case, factor=slow[case.batch]))
+    monkeypatch.setattr(runner, "measure_case", lambda case, *a, **k: made_up(case, factor=slow[case.batch]))
     record = timing.study(settings(), tmp_path / "record.json", log=silent)
     with_saliency = [row for row in record["rows"] if row["method"]]
     assert len({row["batch"] for row in with_saliency}) == 4
@@ -235,7 +236,7 @@ def test_out_of_memory_is_a_row_and_the_study_goes_on(tmp_path, monkeypatch, qui
         tried.append(case)
         return out_of_memory() if case.batch >= 4 and case.method else made_up(case)
 
-    monkeypatch.setattr(runner, "measure", measure)
+    monkeypatch.setattr(runner, "measure_case", measure)
     record = timing.study(settings(), tmp_path / "record.json", log=silent)
     by_case = {timing.case_of(row): row for row in record["rows"]}
     case = Case("small", batch=4, size=32)
@@ -266,7 +267,7 @@ def test_an_error_is_a_row_that_says_which(tmp_path, monkeypatch, quick, error, 
             raise error
         return made_up(case)
 
-    monkeypatch.setattr(runner, "measure", measure)
+    monkeypatch.setattr(runner, "measure_case", measure)
     rows = timing.study(settings(), tmp_path / "record.json", log=silent)["rows"]
     (row,) = [row for row in rows if row["method"] == "deconvnet"]
     assert row["status"] == status
@@ -284,7 +285,7 @@ def test_what_does_not_fit_the_budget_is_listed_as_not_run(tmp_path, monkeypatch
             raise clock.OutOfBudgetError("9 s more were needed, 3 s were left")
         return made_up(case)
 
-    monkeypatch.setattr(runner, "measure", measure)
+    monkeypatch.setattr(runner, "measure_case", measure)
     record = timing.study(settings(budget=45), tmp_path / "r.json", log=silent, now=lambda: now[0])
     statuses = [row["status"] for row in record["rows"]]
     assert statuses[:5] == ["ok"] * 5
@@ -298,7 +299,7 @@ def test_a_row_is_not_begun_if_twice_its_baseline_is_too_much(tmp_path, monkeypa
     """Of a step with saliency it is known beforehand that its arithmetic is twice that of the baseline."""
     tried = []
     monkeypatch.setattr(
-        runner, "measure", lambda case, *a, **k: tried.append(case) or made_up(case, factor=100)
+        runner, "measure_case", lambda case, *a, **k: tried.append(case) or made_up(case, factor=100)
     )
     timing.study(settings(budget=31), tmp_path / "a.json", log=silent, now=lambda: 0.0)
     whole = Case("small", batch=2, size=32)
@@ -312,7 +313,9 @@ def test_a_row_is_not_begun_if_twice_its_baseline_is_too_much(tmp_path, monkeypa
 
 def test_time_to_compile_is_foreseen(tmp_path, monkeypatch, quick):
     tried = []
-    monkeypatch.setattr(runner, "measure", lambda case, *a, **k: tried.append(case.compiled) or made_up(case))
+    monkeypatch.setattr(
+        runner, "measure_case", lambda case, *a, **k: tried.append(case.compiled) or made_up(case)
+    )
     chosen = settings(modes=None)
     timing.study(chosen, tmp_path / "a.json", log=silent, now=lambda: 0.0)
     assert sum(tried) == 1  # 30 s for the baseline, 90 s for the step with saliency, 60 s in all
@@ -333,7 +336,7 @@ def test_time_to_compile_is_foreseen(tmp_path, monkeypatch, quick):
 def test_what_a_gpu_lacks_is_not_available(monkeypatch, precision, capability, lacking):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     case = Case("resnet18", precision=precision)
-    status, reason = runner._foreseen(case, torch.device("cuda"), 200, 100.0, [])
+    status, reason = foresight.foreseen(case, torch.device("cuda"), 200, 100.0, [])
     assert status == ("not available" if lacking else None)
     assert reason.startswith(lacking)
 
@@ -357,3 +360,10 @@ def test_committed_records_are_whole():
     assert paths
     for path in paths:
         assert json.loads(path.read_text()) == timing.read_timing(path)
+
+
+def test_rows_are_written_as_they_were_read():
+    record = timing.read_timing(results.published() / "timing-cpu.json")
+    assert {row["status"] for row in record["rows"]} > {"ok"}
+    written = [Row.from_dict(row).to_dict() for row in record["rows"]]
+    assert json.dumps(written) == json.dumps(record["rows"])  # the order of the names, too

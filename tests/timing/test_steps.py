@@ -37,7 +37,7 @@ def test_a_study_of_a_small_network(tmp_path):
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_a_step_gives_the_gradients_of_its_definition(method, precision, channels_last):
     case = Case("small", method, precision=precision, channels_last=channels_last, batch=4, size=16)
-    step = steps.Step(case, torch.device("cpu"))
+    step = steps.step_of(case, torch.device("cpu"))
     weight = step.model.network.stem[0].weight
     step()
     first = weight.grad.clone()
@@ -47,7 +47,7 @@ def test_a_step_gives_the_gradients_of_its_definition(method, precision, channel
     assert step.images.is_contiguous(memory_format=layout)
     assert first.abs().max() > 0
     plain = dataclasses.replace(case, precision="32", channels_last=False)
-    reference = steps.Step(plain, torch.device("cpu"))
+    reference = steps.step_of(plain, torch.device("cpu"))
     reference()
     exact = reference.model.network.stem[0].weight.grad
     error = (first - exact).norm() / exact.norm()
@@ -61,7 +61,7 @@ def test_the_parts_of_a_step_are_told_in_their_order():
         ("vanilla_gradient", ["forward", "input gradient", "loss", "backward"]),
     ):
         told = []
-        steps.Step(Case("small", method, batch=2, size=16), torch.device("cpu"), told.append)()
+        steps.step_of(Case("small", method, batch=2, size=16), torch.device("cpu"), told.append)()
         assert told == expected
 
 
@@ -70,12 +70,12 @@ def test_a_compiled_step_is_the_objectives_own(monkeypatch):
     monkeypatch.setattr(steps.Objective, "compile", lambda self: called.append("objective"))
     monkeypatch.setattr(torch, "compile", lambda model, **options: called.append("model") or model)
     for method in (None, "vanilla_gradient"):
-        steps.Step(Case("small", method, compiled=True, batch=2, size=16), torch.device("cpu"))()
+        steps.step_of(Case("small", method, compiled=True, batch=2, size=16), torch.device("cpu"))()
     assert called == ["model", "objective"]
 
 
 def test_the_images_were_augmented_beforehand(monkeypatch):
-    step = steps.Step(Case("small", batch=2, size=16), torch.device("cpu"))
+    step = steps.step_of(Case("small", batch=2, size=16), torch.device("cpu"))
     inner = step.objective.augmentation.augmentation
 
     def refuse(*args, **kwargs):
