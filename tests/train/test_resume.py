@@ -246,11 +246,11 @@ def test_what_does_not_change_the_result_may_change(stopped, whole):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch, value):
-    import salnb.objective.objective
+    import salnb.objective.terms
 
-    loss, calls = salnb.objective.objective.saliency_loss, itertools.count(1)
+    loss, calls = salnb.objective.terms.saliency_loss, itertools.count(1)
     monkeypatch.setattr(
-        salnb.objective.objective,
+        salnb.objective.terms,
         "saliency_loss",
         lambda *a, **k: loss(*a, **k) * (value if next(calls) == 7 else 1),
     )
