@@ -8,8 +8,9 @@ import torch
 from benchmarks._ratio import medians, print_table
 from salnb import data
 from salnb._common.packages import package_folder
-from salnb.train import make_run, train_epoch
 from salnb.train.config import Config
+from salnb.train.epoch_sums import EpochSums
+from salnb.train.loop import make_run, train_epoch
 from salnb.train.setup import make_fabric, make_objective, make_optimizer
 
 BATCH = 64
@@ -23,8 +24,6 @@ def random_images(count: int, size: int) -> data.Arrays:
 
 def loop_and_bare_steps(gamma: float, steps: int = 10) -> dict[str, float]:
     """Seconds of an epoch in the loop, and of as many steps on batches that are on the device already."""
-    split = random_images(steps * BATCH, 32)
-    dataset = data.Dataset(split, split, split, [])
     with tempfile.TemporaryDirectory() as folder:
         config = Config(
             out=folder,
@@ -35,6 +34,8 @@ def loop_and_bare_steps(gamma: float, steps: int = 10) -> dict[str, float]:
             save_minutes=1e9,
         )
         fabric = make_fabric(config)
+        split = random_images(steps * BATCH, 32).to(fabric.device)
+        dataset = data.Dataset(split, split, split, [])
         run = make_run(config, fabric, make_objective(config, data.WHOLE), dataset, [], print)
 
         objective = make_objective(config, data.WHOLE).to(fabric.device)
@@ -44,7 +45,7 @@ def loop_and_bare_steps(gamma: float, steps: int = 10) -> dict[str, float]:
         def loop() -> None:
             run.batch = 0
             train_epoch(run)
-            run.sums.clear()
+            run.sums = EpochSums()
 
         def bare() -> None:
             for images, labels, _ in batches:
@@ -69,7 +70,7 @@ def read(split: data.Split, size: int, device: torch.device) -> int:
 
 def photographs(count: int, workers: int) -> data.DiskImages:
     """Encoded photographs of ImageNet's kind, again and again."""
-    files = sorted((package_folder("foolbox") / "data").glob("imagenet_*"))
+    files = sorted((package_folder("foolbox", "chapters") / "data").glob("imagenet_*"))
     rows = [{"image": {"bytes": file.read_bytes()}, "label": 0} for file in files]
     return data.DiskImages([rows[i % len(rows)] for i in range(count)], 224, workers)
 

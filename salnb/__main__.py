@@ -1,4 +1,4 @@
-"""The command line: ``python -m salnb COMMAND``, also installed as ``salnb``; each command has ``--help``."""
+"""The command line: `python -m salnb COMMAND`, also installed as `salnb`; each command has `--help`."""
 
 import argparse
 import dataclasses
@@ -38,20 +38,19 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
         if types[field.name] is bool:
             parser.add_argument(option, action="store_true", help=text)
             continue
-        required = field.default is dataclasses.MISSING
-        shown = "" if required or field.default in (None, ()) else f" (default: {field.default})"
-        settings: dict[str, Any] = {"help": text + shown, "required": required}
-        if not required:
-            settings["default"] = field.default
+        settings: dict[str, Any] = {"default": field.default}
+        if field.default is dataclasses.MISSING:
+            settings = {"required": True}
+        elif field.default not in (None, ()):
+            text += f" (default: {field.default})"
         if field.name == "layers":
             settings |= {"nargs": "+", "metavar": "NAME"}
         else:
             settings["type"] = {float: float, str: str}.get(types[field.name], int)
             settings["metavar"] = {float: "X", str: "NAME"}.get(types[field.name], "N")
-        parser.add_argument(option, **settings)
-    parser.add_argument(
-        "--resume", action="store_true", help="continue the run in the folder, if there is one"
-    )
+        parser.add_argument(option, help=text, **settings)
+    text = "continue the run in the folder, if there is one"
+    parser.add_argument("--resume", action="store_true", help=text)
 
 
 def _train(args: argparse.Namespace) -> int:
@@ -93,19 +92,15 @@ def _data(args: argparse.Namespace) -> int:
 
 
 def _study_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("name", metavar="NAME", help="study: " + ", ".join(grids.STUDIES))
-    parser.add_argument(
-        "--scale", default="smoke", help="smoke, laptop, laptop-strong, gpu, colab, paper, or a YAML file"
-    )
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder of the records and the runs")
-    parser.add_argument("--on", default="here", help="here: one training after the other; ray: on a cluster")
-    parser.add_argument(
-        "--address", default="local", help="of the Ray cluster: local, auto or ray://HOST:PORT"
-    )
-    parser.add_argument(
-        "--share", type=float, default=1.0, help="of a GPU or core that a training gets on Ray"
-    )
-    parser.add_argument("--device", help="of the trainings, instead of the scale's")
+    add = parser.add_argument
+    add("name", metavar="NAME", help="study: " + ", ".join(grids.STUDIES))
+    scales = "smoke, laptop, laptop-strong, gpu, colab, paper, or a YAML file"
+    add("--scale", default="smoke", help=scales)
+    add("--out", required=True, metavar="DIR", help="folder of the records and the runs")
+    add("--on", default="here", help="here: one training after the other; ray: on a cluster")
+    add("--address", default="local", help="of the Ray cluster: local, auto or ray://HOST:PORT")
+    add("--share", type=float, default=1.0, help="of a GPU or core that a training gets on Ray")
+    add("--device", help="of the trainings, instead of the scale's")
 
 
 def _study(args: argparse.Namespace) -> int:
@@ -190,7 +185,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     An error that this package explains is a line on stderr and the status 2; any other shows its traceback.
     """
-    parser = argparse.ArgumentParser(prog="salnb", description=__doc__.split(";")[0].replace("``", ""))
+    parser = argparse.ArgumentParser(prog="salnb", description=__doc__.split(";")[0].replace("`", ""))
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
         command.arguments(subparsers.add_parser(name, help=command.help, description=command.help))

@@ -4,11 +4,11 @@ The modules that own the things behind the names are loaded only when a run is s
 """
 
 import difflib
-import importlib.util
 import re
 from collections.abc import Iterable
-from pathlib import Path
 from typing import NamedTuple
+
+from salnb._common.packages import package_folder
 
 
 class Network(NamedTuple):
@@ -168,11 +168,8 @@ def network(name: str) -> Network:
         if name not in NETWORKS:
             raise unknown("model", name, [*NETWORKS, "timm:NAME"])
         return NETWORKS[name]
-    spec = importlib.util.find_spec("timm")
-    if spec is None or spec.origin is None:
-        raise ModuleNotFoundError("model 'timm:…' needs the package timm: pip install timm")
     # loading timm takes seconds; the names stand in its files, each below the mark of a registered model
-    files = sorted((Path(spec.origin).parent / "models").glob("*.py"))
+    files = sorted((package_folder("timm", what="model 'timm:…'") / "models").glob("*.py"))
     found = {
         f"timm:{entry}"
         for file in files

@@ -10,6 +10,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+__all__ = [
+    "DRAFT",
+    "DamagedFileError",
+    "load_hashed",
+    "locked",
+    "remove_drafts",
+    "save_hashed",
+    "write_atomic",
+]
+
 # what a killed process may leave behind begins with this
 DRAFT = ".draft-"
 # of the 64 digits of a SHA-256, in a file's name; enough against accidents, short enough to be read
@@ -49,7 +59,7 @@ def save_hashed(folder: Path, stem: str, state: Any) -> Path:
         state: tensors, numbers, strings, and lists and dictionaries of them.
 
     Returns:
-        The file, ``stem.<sixteen digits>.pt``.
+        The file, `stem.<sixteen digits>.pt`.
     """
     import torch
 

@@ -4,6 +4,8 @@ import shutil
 from collections.abc import Iterable
 from typing import Any
 
+__all__ = ["progress"]
+
 
 def progress(things: Iterable[Any] | None = None, what: str = "", **options: Any) -> Any:
     """A bar of tqdm on a terminal, and nothing where there is none.

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 
 from salnb import data
+from salnb._common.devices import best_device
 from salnb.statistics import mean
 from salnb.train.config import Config
-from salnb.train.setup import best_device, derived_seed, make_objective, numerics
+from salnb.train.setup import derived_seed, make_objective, numerics
 
 __all__ = ["choose_gammas", "match_weight"]
 

@@ -1,11 +1,11 @@
 """Which steps a timing study measures, in which order; free of torch, to answer mistakes at once."""
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from salnb._common import catalog
+from salnb._common.devices import check_device_name
 
 __all__ = ["MODES", "PAPER", "PRECISIONS", "TABLE_4", "TIMED_METHODS", "Case", "Settings", "counted", "plan"]
 
@@ -119,8 +119,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         """Check every setting, before anything is loaded."""
-        if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device):
-            raise ValueError(f"device must be auto, cpu, cuda, cuda:N or mps, got {self.device!r}")
+        check_device_name(self.device)
         if self.budget is not None and not 0 < self.budget < float("inf"):
             raise ValueError(f"budget must be a positive number of seconds, got {self.budget}")
         for name, least in (("batch", 2), ("size", 1), ("iterations", 4)):

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from salnb import results
+from salnb._common.devices import resolve_device
 from salnb.timing.cases import Case, Settings, plan
 from salnb.timing.clock import OutOfBudgetError
 from salnb.timing.comparison import describe
@@ -52,7 +53,9 @@ def study(
     """
     begin = now()
     settings = settings or Settings()
-    device = _device(settings.device)
+    gpus = torch.cuda.device_count() if settings.device.startswith("cuda") else 0
+    advice = f"it has {gpus} GPUs" if gpus else "take cpu, or auto"
+    device = resolve_device(settings.device, advice=advice)
     settings = settings.on(device.type)
     cases = plan(settings)
     if not cases:
@@ -141,17 +144,3 @@ def _is_out_of_memory(error: Exception) -> bool:
     # CPUs, Apple's GPUs and NVIDIA's libraries have no class of their own for it
     words = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(w in str(error) for w in words)
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        mps = torch.backends.mps.is_available()
-        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    device = torch.device(name)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {name} is not on this machine: take cpu, or auto")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device {name} is not on this machine: it has {torch.cuda.device_count()} GPUs")
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise ValueError("device mps is not on this machine: take cpu, or auto")
-    return device

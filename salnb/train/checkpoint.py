@@ -6,8 +6,10 @@ from typing import Any
 
 from salnb._common.files import DamagedFileError, load_hashed, save_hashed
 
-# the one before the last is there in case that the last is damaged
-KEPT = 2
+__all__ = ["last_checkpoint", "load_checkpoint", "save_checkpoint"]
+
+# the one before the last is there in case the last is damaged
+_KEPT = 2
 
 
 def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:
@@ -16,7 +18,7 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:
     Args:
         folder: where the run's checkpoints are; made if need be.
         step: number of optimiser steps done.
-        state: what `torch.load` can load with ``weights_only=True``.
+        state: what `torch.load` can load with `weights_only=True`.
 
     Returns:
         The file.
@@ -28,7 +30,7 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:
     path = save_hashed(folder, f"step-{step:09d}", state)
     # one of the same step, saved before its epoch was evaluated, says less
     others = [old for old in _newest_first(folder) if old.stem.split(".")[0] != path.stem.split(".")[0]]
-    for old in {*_newest_first(folder)} - {path, *others[: KEPT - 1]}:
+    for old in {*_newest_first(folder)} - {path, *others[: _KEPT - 1]}:
         old.unlink()
     return path
 
@@ -37,7 +39,7 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
     """The newest checkpoint that is whole, or None where there is none.
 
     Warns:
-        UserWarning: a checkpoint is damaged; it gets the ending ``.damaged``, and the one before it is used.
+        UserWarning: a checkpoint is damaged; it gets the ending `.damaged`, and the one before it is used.
     """
     for path in _newest_first(folder):
         try:

@@ -4,13 +4,16 @@ import dataclasses
 import json
 import math
 import os
-import re
 import tempfile
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
 from salnb._common import catalog
+from salnb._common.devices import check_device_name
+
+__all__ = ["PRACTICAL", "Config"]
 
 # where and how fast a run is made and how often it is saved; a resumed run may alter these
 PRACTICAL = frozenset({"out", "device", "workers", "save_minutes"})
@@ -68,17 +71,19 @@ class Config:
         object.__setattr__(self, "out", str(self.out))
         object.__setattr__(self, "layers", tuple(self.layers))
         self._check_types()
-        source = self._name("data", catalog.DATA)
-        self._name("augmentation", catalog.AUGMENTATIONS)
-        self._name("precision", catalog.PRECISIONS)
-        for name, known in (
-            ("method", catalog.METHODS),
-            ("normalize", catalog.NORMALIZATIONS),
-            ("distance", catalog.DISTANCES),
-            ("optimizer", catalog.OPTIMIZERS),
-            ("schedule", catalog.SCHEDULES),
-        ):
-            self._name(name, dict.fromkeys(known))
+        known: dict[str, Collection[str]] = {
+            "data": catalog.DATA,
+            "augmentation": catalog.AUGMENTATIONS,
+            "precision": catalog.PRECISIONS,
+            "method": catalog.METHODS,
+            "normalize": catalog.NORMALIZATIONS,
+            "distance": catalog.DISTANCES,
+            "optimizer": catalog.OPTIMIZERS,
+            "schedule": catalog.SCHEDULES,
+        }
+        for name, names in known.items():
+            if getattr(self, name) not in names:
+                raise catalog.unknown(name, getattr(self, name), names)
         for name in ("size", "train_images", "pool", "samples", "every", "epochs", "batch_size"):
             self._at_least(name, 1)
         for name in ("alpha", "beta", "gamma", "warmup", "weight_decay", "seed", "workers", "save_minutes"):
@@ -87,14 +92,13 @@ class Config:
             raise ValueError(f"pool must be at most {self.size}, the size of the images, got {self.pool}")
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
-        if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device):
-            raise ValueError(f"device must be auto, cpu, cuda, cuda:N or mps, got {self.device!r}")
+        check_device_name(self.device)
         if self.device == "cpu" and self.precision in ("tf32", "fp16"):
             raise ValueError(f"precision {self.precision} is for GPUs: with device cpu, take 32 or bf16")
         if not self.out:
             raise ValueError("out must name a folder, got ''")
         self._check_network(catalog.network(self.model))
-        self._check_data(source)
+        self._check_data(catalog.DATA[self.data])
 
     def _check_types(self) -> None:
         for name, expected in get_type_hints(type(self)).items():
@@ -111,12 +115,6 @@ class Config:
                 raise TypeError(f"{name} must be of type {words}, got {value!r}")
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"{name} must be a finite number, got {value}")
-
-    def _name(self, name: str, known: dict[str, Any]) -> Any:
-        value = getattr(self, name)
-        if value not in known:
-            raise catalog.unknown(name, value, known)
-        return known[value]
 
     def _at_least(self, name: str, least: int) -> None:
         value = getattr(self, name)
@@ -191,26 +189,22 @@ class Config:
                 f"batch_size must be a multiple of the {processes} processes and at least {least} with "
                 f"{self.augmentation}, got {self.batch_size}"
             )
+        self.check_folder(resume=resume)
+
+    def check_folder(self, *, resume: bool) -> None:
+        """Raise unless `out` may take this run; see `check_run`."""
         folder = Path(self.out)
-        self._check_folder(folder, resume)
-        if not (folder / "summary.json").exists():
-            self._check_writable(folder)
-
-    def _check_writable(self, folder: Path) -> None:
-        there = next(path for path in (folder, *folder.parents) if path.exists())
-        try:
-            with tempfile.TemporaryFile(dir=there):
-                pass
-        except OSError as error:
-            raise OSError(error.errno, f"out {folder} cannot be written to: {error.strerror}") from error
-
-    def _check_folder(self, folder: Path, resume: bool) -> None:
         if folder.exists() and not folder.is_dir():
             raise NotADirectoryError(f"out must be a folder, got the file {folder}")
+        if (folder / "config.json").exists():
+            self._check_held(folder, resume)
+        if not (folder / "summary.json").exists():
+            _check_writable(folder)
+
+    def _check_held(self, folder: Path, resume: bool) -> None:
+        """Raise unless the run that a folder holds may be continued as this one."""
         try:
             theirs = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        except (FileNotFoundError, NotADirectoryError):
-            return
         except ValueError:
             theirs = None
         if not isinstance(theirs, dict):
@@ -223,3 +217,12 @@ class Config:
             raise FileExistsError(
                 f"out {folder} holds this run already: resume it (--resume) or name another folder"
             )
+
+
+def _check_writable(folder: Path) -> None:
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise OSError(error.errno, f"out {folder} cannot be written to: {error.strerror}") from error

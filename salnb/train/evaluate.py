@@ -11,6 +11,8 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from salnb import data, saliency, trust
 
+__all__ = ["evaluate"]
+
 
 def evaluate(
     model: nn.Module,

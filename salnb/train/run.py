@@ -1,21 +1,27 @@
 """A training run under way: where it is, what it saves, and what it says when it cannot go on."""
 
 import contextlib
+import math
+import signal
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from lightning_fabric import Fabric
 
 from salnb import data, results
+from salnb._common.files import remove_drafts
 from salnb.objective import Losses, Objective
-from salnb.train.checkpoint import last_checkpoint, save_checkpoint
+from salnb.train.checkpoint import last_checkpoint, load_checkpoint, save_checkpoint
 from salnb.train.config import Config
+from salnb.train.epoch_sums import TERMS, EpochSums, StepTerms
 
-_POSITION = ("step", "epoch", "batch", "seconds", "sums", "history")
+__all__ = ["Interrupted", "NonFiniteError", "Run"]
+
+_POSITION = ("step", "epoch", "batch", "seconds", "history")
 
 
 class NonFiniteError(ArithmeticError):
@@ -39,13 +45,15 @@ class Run:
     """A run under way.
 
     Attributes:
+        signals: the numbers of those that ask it to stop.
+        log: is given a line after each epoch.
+        bar: whether it shows how far an epoch is.
         step: number of optimiser steps done.
         epoch: number of epochs finished.
         batch: number of batches done in the epoch under way.
         seconds: spent on it so far, over all its resumptions.
-        sums: of the epoch under way: loss terms, accuracy, steps, steps with a saliency loss, seconds.
-        history: the lines of ``metrics.jsonl``.
-        bar: whether it shows how far an epoch is.
+        sums: of the epoch under way.
+        history: the lines of `metrics.jsonl`.
     """
 
     config: Config
@@ -57,13 +65,13 @@ class Run:
     dataset: data.Dataset
     signals: list[int]
     log: Callable[[str], object]
+    bar: bool = True
     step: int = 0
     epoch: int = 0
     batch: int = 0
     seconds: float = 0.0
-    sums: dict[str, float] = field(default_factory=dict)
+    sums: EpochSums = field(default_factory=EpochSums)
     history: list[dict[str, Any]] = field(default_factory=list)
-    bar: bool = True
     clock: float = field(default_factory=time.perf_counter)
     saved: float = field(default_factory=time.perf_counter)
 
@@ -87,7 +95,45 @@ class Run:
         now = time.perf_counter()
         passed, self.clock = now - self.clock, now
         self.seconds += passed
-        self.sums["seconds"] = self.sums.get("seconds", 0.0) + passed
+        self.sums.seconds += passed
+
+    def add_steps(self, pending: list[StepTerms]) -> None:
+        """Add steps to the epoch's sums, and empty the list; this waits for the device.
+
+        Raises:
+            NonFiniteError: a loss is not finite.
+        """
+        rows = torch.stack([terms.values for terms in pending])
+        if self.share.of > 1:
+            rows = self.fabric.all_reduce(rows, reduce_op="mean")  # type: ignore[assignment]
+        for (step, salient, _), values in zip(pending, rows.tolist(), strict=True):
+            for term, value in zip(TERMS, values, strict=False):
+                if not math.isfinite(value):
+                    raise NonFiniteError(f"{term} is {value} in step {step}; {self.last_good()}")
+            self.sums.add(values, salient=salient)
+        pending.clear()
+
+    def stop_requested(self) -> bool:
+        """Whether a process was asked to stop; all have to come here together."""
+        if self.share.of == 1:
+            return bool(self.signals)
+        asked = torch.tensor(float(bool(self.signals)), device=self.fabric.device)
+        return float(self.fabric.all_reduce(asked, reduce_op="sum")) > 0  # type: ignore[arg-type]
+
+    def interrupt(self) -> NoReturn:
+        """Save and stop.
+
+        Raises:
+            Interrupted: always.
+        """
+        self.save()
+        self.fabric.barrier()  # a process that ended would have torchrun end the one that saves
+        number = self.signals[0] if self.signals else signal.SIGTERM  # another process was asked
+        raise Interrupted(
+            number,
+            f"stopped by {signal.Signals(number).name} after step {self.step}, saved in {self.checkpoints}: "
+            "go on with --resume",
+        )
 
     def save(self) -> None:
         """Write a checkpoint."""
@@ -127,9 +173,20 @@ class Run:
         path = last_checkpoint(self.checkpoints)
         return f"the last good checkpoint is {path}" if path else "there is no checkpoint yet"
 
+    def restore(self) -> None:
+        """Go on from the newest checkpoint that is whole, and remove what a killed process left behind."""
+        with self.fabric.rank_zero_first():  # the first sets damaged checkpoints aside
+            state = load_checkpoint(self.checkpoints)
+        if state:
+            self.load_state_dict(state)
+        if self.fabric.is_global_zero:
+            remove_drafts(Path(self.config.out))
+            remove_drafts(self.checkpoints)
+
     def state_dict(self) -> dict[str, Any]:
         """All that the rest of the run depends on."""
         return {name: getattr(self, name) for name in _POSITION} | {
+            "sums": asdict(self.sums),
             "objective": self.objective.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
@@ -140,7 +197,36 @@ class Run:
         """Go on from what `state_dict` gave."""
         for name in _POSITION:
             setattr(self, name, state[name])
+        self.sums = EpochSums(**state["sums"])
         self.objective.load_state_dict(state["objective"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         self.fabric.strategy.precision.load_state_dict(state["scaler"])
+
+    def progress_text(self) -> str:
+        """What the bar shows beside itself; the most of it fits into 80 columns."""
+        means, config = self.sums.epoch_means(), self.config
+        weights = {"class": config.alpha, "invariance": config.beta, "saliency": config.gamma}
+        losses = [f"{name} {means[f'{name}_loss']:.3f}" for name, weight in weights.items() if weight]
+        return ", ".join([f"accuracy {means['accuracy']:.3f}", *losses, f"total {means['total']:.3f}"])
+
+    def summary(self, test: dict[str, float]) -> dict[str, Any]:
+        """What the run comes to, with what was found on the test split."""
+        self.lap()
+        last, device = self.history[-1], self.fabric.device
+        return {
+            **{f"test_{name}": value for name, value in test.items()},
+            "validation_accuracy": last["validation_accuracy"],
+            "train_accuracy": last["train_accuracy"],
+            **{term: last[term] for term in TERMS},
+            "epochs": self.epoch,
+            "steps": self.step,
+            "seconds": self.seconds,
+            "training_seconds": sum(row["seconds"] for row in self.history),
+            "peak_memory_bytes": results.peak_memory(device),
+            "processes": self.share.of,
+            "seed": self.config.seed,
+            "parameters_sha256": results.parameters_sha256(self.objective.model),
+            "config": self.config.to_dict(),
+            "provenance": results.provenance(str(device)),
+        }

@@ -1,11 +1,8 @@
-"""What a training run is put together from: device, network with its losses, optimiser, seeds, signals."""
+"""What a training run is put together from: device, images, network with its losses, optimiser, seeds."""
 
 import contextlib
 import hashlib
 import os
-import signal
-import threading
-import time
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -14,16 +11,23 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
-from salnb import models
+from salnb import data, models
 from salnb._common import catalog
+from salnb._common.devices import resolve_device
 from salnb.augment import AUGMENTATIONS, Augmentation
-from salnb.data import Share
 from salnb.objective import Objective
 from salnb.objective.precision import tf32
 from salnb.train.config import Config
 
-# seconds within which two signals are one request to stop
-_ONE_REQUEST = 3.0
+__all__ = [
+    "derived_seed",
+    "make_dataset",
+    "make_fabric",
+    "make_objective",
+    "make_optimizer",
+    "make_schedule",
+    "numerics",
+]
 
 
 def make_fabric(config: Config) -> Fabric:
@@ -32,10 +36,7 @@ def make_fabric(config: Config) -> Fabric:
     Raises:
         ValueError: the machine lacks the device, or it lacks the precision.
     """
-    device = torch.device(config.device if config.device != "auto" else best_device())
-    known = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
-    if (device.index or 0) >= known[device.type]:
-        raise ValueError(f"device {config.device} is not on this machine: take {best_device()}, or auto")
+    device = resolve_device(config.device)
     if device.type == "cpu" and config.precision in ("tf32", "fp16"):
         raise ValueError(f"precision {config.precision} is for GPUs: on this machine take 32 or bf16")
     processes = int(os.environ.get("WORLD_SIZE", 1))
@@ -52,7 +53,57 @@ def make_fabric(config: Config) -> Fabric:
     return fabric
 
 
-def make_objective(config: Config, share: Share) -> Objective:
+def make_dataset(config: Config, fabric: Fabric) -> data.Dataset:
+    """The images; those in memory on the device where they fit.
+
+    Raises:
+        ValueError: there are fewer training images than a batch takes.
+    """
+
+    def placed(split: data.Split) -> data.Split:
+        return split.to(fabric.device) if isinstance(split, data.Arrays) else split
+
+    with fabric.rank_zero_first():  # the first prepares the files that all read
+        dataset = data.load(config.data, config.size, workers=config.workers)
+    train = dataset.train if config.train_images is None else dataset.train.first(config.train_images)
+    if len(train) < config.batch_size:
+        raise ValueError(
+            f"batch_size must be at most {len(train)}, the number of training images, got {config.batch_size}"
+        )
+    return data.Dataset(placed(train), placed(dataset.validation), placed(dataset.test), dataset.classes)
+
+
+class SharedDraw(Augmentation[Any]):
+    """One process's part of an augmentation that several share: together they draw as a single one would.
+
+    Args:
+        augmentation: what to apply; it must not mix images.
+        share: this process's part of the batch.
+    """
+
+    def __init__(self, augmentation: Augmentation, share: data.Share):
+        super().__init__()
+        self.augmentation, self.share = augmentation, share
+
+    def make_params(self, images: Tensor, generator: torch.Generator | None = None) -> Any:
+        """Draw for the whole batch, and keep the part of these images."""
+        whole = images[:1].expand(self.share.of * len(images), -1, -1, -1)  # only the shape is read
+        return self.augmentation.make_params(whole, generator)[self.share.rank :: self.share.of]
+
+    def images(self, images: Tensor, params: Any) -> Tensor:
+        """As the augmentation does it."""
+        return self.augmentation.images(images, params)
+
+    def targets(self, target: Tensor, params: Any, num_classes: int | None = None) -> Tensor:
+        """As the augmentation does it."""
+        return self.augmentation.targets(target, params, num_classes)
+
+    def align(self, maps: Tensor, new_maps: Tensor, params: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """As the augmentation does it."""
+        return self.augmentation.align(maps, new_maps, params)
+
+
+def make_objective(config: Config, share: data.Share) -> Objective:
     """The network and its losses, drawn from torch's global generator.
 
     Raises:
@@ -61,7 +112,7 @@ def make_objective(config: Config, share: Share) -> Objective:
     model = models.build(config.model, catalog.DATA[config.data].num_classes)
     augmentation = AUGMENTATIONS[config.augmentation]()
     if share.of > 1 and augmentation.least_samples == 1:
-        _share_draws(augmentation, share)
+        augmentation = SharedDraw(augmentation, share)
     repeats = catalog.METHODS[config.method].repeats
     objective = Objective(
         model,
@@ -130,58 +181,8 @@ def derived_seed(seed: int, *what: str | int) -> int:
     return int.from_bytes(hashlib.sha256(repr((seed, *what)).encode()).digest()[:7])
 
 
-def _share_draws(augmentation: Augmentation, share: Share) -> None:
-    """Draw for the whole batch and keep this process's part: the result is that of one process."""
-    draw = augmentation.make_params
-
-    def make_params(images: Tensor, generator: torch.Generator | None = None) -> Any:
-        whole = images[:1].expand(share.of * len(images), -1, -1, -1)  # only the shape is read
-        return draw(whole, generator)[share.rank :: share.of]
-
-    augmentation.make_params = make_params  # type: ignore[method-assign]
-
-
-def best_device() -> str:
-    """The kind of device that a run with the device "auto" is made on."""
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
 @contextlib.contextmanager
 def numerics(config: Config) -> Iterator[None]:
     """TF32 where it is asked for and only there; torch's global generators are left as they were."""
     with tf32(config.precision == "tf32"), torch.random.fork_rng():
         yield
-
-
-@contextlib.contextmanager
-def noticed_signals() -> Iterator[list[int]]:
-    """A list that SIGTERM and Ctrl-C are noted in; a second one acts at once, as without this.
-
-    One that follows the first within seconds is the same: a scheduler and torchrun may both pass it on, and a
-    terminal sends it to torchrun and to its processes alike.
-    """
-    seen: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield seen  # only the main thread may be told of signals
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    first = 0.0
-
-    def notice(number: int, frame: object) -> None:
-        nonlocal first
-        if seen and time.monotonic() - first > _ONE_REQUEST:
-            signal.signal(number, before[signal.Signals(number)])
-            signal.raise_signal(number)
-        elif not seen:
-            first = time.monotonic()
-            seen.append(number)
-
-    for number in before:
-        signal.signal(number, notice)
-    try:
-        yield seen
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -4,7 +4,6 @@ import json
 import re
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -234,9 +233,7 @@ def test_mistakes_are_answered_in_a_line_without_loading_torch(tmp_path, held, a
         "import sys; from salnb.__main__ import main; status = main(sys.argv[1:]); "
         "print(sorted({'torch', 'numpy', 'datasets'} & set(sys.modules))); sys.exit(status)"
     )
-    start = time.perf_counter()
     answer = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True)
-    assert time.perf_counter() - start < 2
     assert answer.returncode == 2
     assert answer.stdout == "[]\n"
     assert answer.stderr.startswith("salnb: error: ")

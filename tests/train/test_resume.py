@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from salnb import results
-from salnb.train import Interrupted, NonFiniteError, fit
+from salnb.train import Interrupted, NonFiniteError, fit, loop
 from salnb.train.checkpoint import last_checkpoint, load_checkpoint
-from salnb.train.setup import noticed_signals
+from salnb.train.signals import noticed_signals
 from tests.helpers import runs
 from tests.helpers.runs import rows, settings, silent, without_times
 
@@ -104,9 +104,7 @@ def test_signals_save_first(tmp_path, whole, name):
 
 
 def test_a_signal_while_evaluating_saves_first(tmp_path, whole, monkeypatch):
-    import salnb.train
-
-    evaluate, calls = salnb.train.evaluate, []
+    evaluate, calls = loop.evaluate, []
 
     def interrupted(*args, **options):
         calls.append(1)
@@ -144,7 +142,7 @@ def test_a_signal_that_comes_twice_at_once_is_one_request(monkeypatch, ctrl_c):
         for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
             signal.raise_signal(number)
         assert seen == [signal.SIGTERM]
-        monkeypatch.setattr("salnb.train.setup._ONE_REQUEST", -1.0)
+        monkeypatch.setattr("salnb.train.signals._ONE_REQUEST", -1.0)
         with pytest.raises(KeyboardInterrupt):  # whoever asks again later does not want to wait
             signal.raise_signal(signal.SIGINT)
 
@@ -248,11 +246,13 @@ def test_what_does_not_change_the_result_may_change(stopped, whole):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch, value):
-    import salnb.objective
+    import salnb.objective.terms
 
-    loss, calls = salnb.objective.saliency_loss, itertools.count(1)
+    loss, calls = salnb.objective.terms.saliency_loss, itertools.count(1)
     monkeypatch.setattr(
-        salnb.objective, "saliency_loss", lambda *a, **k: loss(*a, **k) * (value if next(calls) == 7 else 1)
+        salnb.objective.terms,
+        "saliency_loss",
+        lambda *a, **k: loss(*a, **k) * (value if next(calls) == 7 else 1),
     )
     out = tmp_path / "run"
     with pytest.raises(NonFiniteError) as error:
@@ -283,15 +283,13 @@ def test_parameters_that_are_not_finite_are_not_saved(tmp_path, monkeypatch):
 
 def fill_the_disk(pipe):
     """After the first epoch nothing of some length can be written any more."""
-    import salnb.train
-
-    finish_epoch = salnb.train.finish_epoch
+    finish_epoch = loop.finish_epoch
 
     def full(*args):
         finish_epoch(*args)
         resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
 
-    salnb.train.finish_epoch = full
+    loop.finish_epoch = full
 
 
 def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, cache, whole):
