@@ -17,6 +17,7 @@ __all__ = [
     "locked",
     "remove_drafts",
     "save_hashed",
+    "sha256",
     "write_atomic",
 ]
 
@@ -82,11 +83,16 @@ def load_hashed(path: Path, *, map_location: Any = "cpu") -> Any:
     """
     import torch
 
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()[:_DIGITS]
+    digest = sha256(path)[:_DIGITS]
     if digest != path.name.split(".")[-2]:
         raise DamagedFileError(f"{path} is truncated or altered: its SHA-256 begins with {digest}")
     return torch.load(path, map_location=map_location, weights_only=True)
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file's content, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def remove_drafts(folder: Path, *, older: float = 0.0) -> None:
