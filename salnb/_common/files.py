@@ -10,16 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-__all__ = [
-    "DRAFT",
-    "DamagedFileError",
-    "load_hashed",
-    "locked",
-    "remove_drafts",
-    "save_hashed",
-    "sha256",
-    "write_atomic",
-]
+__all__ = ["DamagedFileError", "load_hashed", "locked", "remove_drafts", "save_hashed", "sha256"]
+__all__ += ["write_atomic"]
 
 # what a killed process may leave behind begins with this
 DRAFT = ".draft-"
