@@ -32,7 +32,7 @@ def load(name: str, size: int, *, workers: int = 4) -> Dataset:
         workers: processes that decode ImageNet's photographs.
 
     Raises:
-        ValueError, NotFetchedError, DamagedFileError: see `digit_scenes` and `load_paper`.
+        TypeError, ValueError, OSError, NotFetchedError, DamagedFileError: see `digit_scenes`, `load_paper`.
     """
     if name not in DATA:
         raise unknown("data", name, DATA)

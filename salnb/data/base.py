@@ -242,9 +242,9 @@ class StreamedImages:
 
     def _unordered(self, row: dict[str, Any]) -> str:
         """What can be told of a row when its number is not known any more."""
-        path = (row["image"] or {}).get("path")
-        files = ", ".join(file for file, _ in self.origin.files[:1])
-        return f"image {path or 'without a name'} with label {row['label']}, in {files} or a later file"
+        path = (row["image"] or {}).get("path") or "without a name"
+        place = "".join(f", in {file} or a later file" for file, _ in self.origin.files[:1])
+        return f"image {path} with label {row['label']}{place}"
 
 
 def _collate(examples: list[tuple[Tensor, int]]) -> Examples:

@@ -256,16 +256,13 @@ def _kept(name: str, hf: Any) -> dict[str, Any] | None:
     """What `_keep` has listed, only read; None where there is no list, or a file of it is gone."""
     if not (index := _index(name)).exists():
         return None
-    made = {
-        split: [index.parent / f for f in files] for split, files in json.loads(index.read_text()).items()
-    }
-    if not all(file.exists() for files in made.values() for file in files):
-        return None
     try:
         return {
-            split: hf.concatenate_datasets([hf.Dataset.from_file(str(file)) for file in files])
-            for split, files in made.items()
+            split: hf.concatenate_datasets([hf.Dataset.from_file(str(index.parent / file)) for file in files])
+            for split, files in json.loads(index.read_text()).items()
         }
+    except FileNotFoundError:
+        return None
     except Exception as error:  # pyarrow's
         raise DamagedFileError(f"what was made of {name} is damaged ({error}): remove {index}") from error
 

@@ -84,7 +84,8 @@ def digit_scenes(size: int = 32, *, seed: int = 0, name: str = "digit-scenes") -
         digit covers at least half of the pixel.
 
     Raises:
-        ValueError: `size` or `name` is not one of those above.
+        TypeError, ValueError: `size` or `name` is not one of those above, or `seed` no whole number.
+        OSError: the folder cannot be used; the message says what to set.
         ModuleNotFoundError: the extra `train`, which brings digits and photographs, is not installed.
     """
     if name not in PHOTOGRAPHS:

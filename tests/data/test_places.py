@@ -266,6 +266,14 @@ def test_what_was_prepared_of_other_files_is_not_taken_for_these(filled, tmp_pat
     assert len(data.load("imagenet", 32, workers=0).test) == 20
 
 
+def test_a_preparation_of_which_a_part_is_gone_is_made_again(filled, tmp_path, monkeypatch):
+    folder, expected = filled
+    shutil.copytree(folder, tmp_path / "copy")
+    monkeypatch.setenv("SALNB_CACHE", str(tmp_path / "copy"))
+    shutil.rmtree(tmp_path / "copy" / "hub" / "parquet")
+    assert pixels("imagenet") == expected["imagenet"]
+
+
 def test_a_damaged_preparation_is_named(filled, tmp_path, monkeypatch):
     shutil.copytree(filled[0], tmp_path / "copy")
     monkeypatch.setenv("SALNB_CACHE", str(tmp_path / "copy"))
