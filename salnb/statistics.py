@@ -37,6 +37,11 @@ class Comparison:
     pairs: tuple[tuple[float, float], ...] = ()
 
     @property
+    def differences(self) -> list[float]:
+        """By how much each run differs from the reference of its seed."""
+        return [ours - theirs for theirs, ours in self.pairs]
+
+    @property
     def verdict(self) -> str:
         """One of "better" and "worse" where the interval leaves out zero, else "cannot tell"."""
         return "better" if self.low > 0 else "worse" if self.high < 0 else "cannot tell"
