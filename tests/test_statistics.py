@@ -59,6 +59,7 @@ def test_only_seeds_that_have_both_are_compared():
     (found,) = compare(records_of(reference, saliency))
     assert found.n == 2
     assert (found.reference, found.value, found.difference) == pytest.approx((0.3, 0.425, 0.125))
+    assert found.differences == pytest.approx([0.1, 0.15])
     records = records_of([0.5, 0.6, 0.7], [0.6, 0.7, 0.9])
     failed = record("saliency", 2, 0.0) | {"status": "failed", "error": "OutOfMemoryError"}
     del failed["result"]

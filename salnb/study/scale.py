@@ -59,10 +59,10 @@ class Scale:
             raise ValueError(f"gamma_seeds {of_scale} must not be among seeds, got {sorted(both)}")
         if not all(isinstance(gamma, int | float) and gamma > 0 for gamma in self.gammas):
             raise ValueError(f"gammas {of_scale} must be positive numbers, got {self.gammas}")
-        _check_known(f"data {of_scale}:", self.data, catalog.DATA)
+        check_known(f"data {of_scale}:", self.data, catalog.DATA)
         settings = [f.name for f in dataclasses.fields(Config)]
-        _check_known(f"training {of_scale}: setting", self.training, settings)
-        _check_known(f"studies {of_scale}: study", self.studies, STUDY_NAMES)
+        check_known(f"training {of_scale}: setting", self.training, settings)
+        check_known(f"studies {of_scale}: study", self.studies, STUDY_NAMES)
         for study in self.studies:
             self.for_study(study)
 
@@ -129,7 +129,7 @@ def load_scale(scale: str | Path | Mapping[str, Any]) -> Scale:
 def _scale(name: str, values: Mapping[str, Any]) -> Scale:
     _check_mapping(f"scale {name!r}", values)
     known = [f.name for f in dataclasses.fields(Scale) if f.name != "name"]
-    _check_known(f"key of scale {name!r}", values, known)
+    check_known(f"key of scale {name!r}", values, known)
     if missing := {"data", "networks", "seeds"} - values.keys():
         raise ValueError(f"scale {name!r} lacks {', '.join(sorted(missing))}")
     return Scale(name=name, **values)
@@ -140,7 +140,7 @@ def _check_mapping(what: str, given: object) -> None:
         raise TypeError(f"{what} must be a mapping, got {given!r}")
 
 
-def _check_known(what: str, names: Iterable[str], known: Collection[str]) -> None:
+def check_known(what: str, names: Iterable[str], known: Collection[str]) -> None:
     for name in names:
         if name not in known:
             raise catalog.unknown(what, name, known)

@@ -4,10 +4,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from salnb import results
-from salnb.statistics import Comparison, compare
+from salnb.statistics import compare
 
 __all__ = [
-    "differences",
     "done",
     "joint_differences",
     "matching",
@@ -44,24 +43,15 @@ def of_trainings(records: Iterable[Record], key: str, **factors: object) -> list
     return [record["result"][key] for record in matching(records, **factors)]
 
 
-def differences(comparison: Comparison) -> list[float]:
-    """By how much each training differs from the reference of its seed."""
-    return [ours - theirs for theirs, ours in comparison.pairs]
-
-
 def joint_differences(
     records: Sequence[Record], factor: str, reference: str, metrics: Sequence[str]
 ) -> list[tuple[float, ...]]:
     """For each training, by how much it differs from its reference in each of several metrics.
 
-    Args:
-        records: see `salnb.statistics.compare`, as for the following.
-        factor: what is compared.
-        reference: what it is compared with.
-        metrics: numbers in the results.
+    The first three arguments are those of `salnb.statistics.compare`.
     """
     compared = (compare(records, factor, reference, metric=metric) for metric in metrics)
-    columns = [[d for c in comparisons for d in differences(c)] for comparisons in compared]
+    columns = [[d for c in comparisons for d in c.differences] for comparisons in compared]
     return list(zip(*columns, strict=True))
 
 

@@ -3,7 +3,6 @@
 import pytest
 
 from salnb import results
-from salnb.statistics import compare
 from salnb.study import values
 
 
@@ -35,11 +34,6 @@ def test_failed_trainings_have_no_results():
     assert values.done(RECORDS) == RECORDS[:4]
     assert values.matching(RECORDS, variant="default") == [RECORDS[1], RECORDS[3]]
     assert values.of_trainings(RECORDS, "test_accuracy", variant="default", seed=1) == [0.4]
-
-
-def test_differences_are_of_each_seed():
-    [comparison] = compare(RECORDS, "variant")
-    assert values.differences(comparison) == pytest.approx([0.1, -0.1])
 
 
 def test_joint_differences_belong_to_one_training():
