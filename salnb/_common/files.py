@@ -10,15 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-__all__ = [
-    "DRAFT",
-    "DamagedFileError",
-    "load_hashed",
-    "locked",
-    "remove_drafts",
-    "save_hashed",
-    "write_atomic",
-]
+__all__ = ["DamagedFileError", "load_hashed", "locked", "remove_drafts", "save_hashed", "write_atomic"]
 
 # what a killed process may leave behind begins with this
 DRAFT = ".draft-"

@@ -64,7 +64,7 @@ class CompiledStep:
                 "images must not require a gradient after compile(): only the parameters' are computed"
             )
         given, structure = pytree.tree_flatten(inputs)
-        step = _TracedStep(modules, settings, structure, len(given))
+        step = _TracedStep(modules, settings, structure)
         state = dict(step.named_parameters()) | dict(step.named_buffers())
         # written by the device itself, which a copy from the host would have to wait for
         scalar = partial(torch.full, (), dtype=at_least_float32_dtype(images.dtype), device=images.device)
@@ -97,12 +97,9 @@ class _Graph(NamedTuple):
 class _TracedStep(nn.ModuleDict):
     """One step as a function of tensors, to be traced; its parameters and buffers are those of `modules`."""
 
-    def __init__(
-        self, modules: StepModules, settings: TermSettings, structure: pytree.TreeSpec, given_length: int
-    ):
+    def __init__(self, modules: StepModules, settings: TermSettings, structure: pytree.TreeSpec):
         super().__init__(modules._asdict())
-        self.step_modules, self.settings = modules, settings
-        self.structure, self.given_length = structure, given_length
+        self.step_modules, self.settings, self.structure = modules, settings, structure
 
     def trained(self) -> list[nn.Parameter]:
         """The parameters that gradients are computed of."""
@@ -128,11 +125,8 @@ class _TracedStep(nn.ModuleDict):
 
     def with_state(self, *tensors: Tensor) -> list[Tensor | None]:
         """Values, gradients and new buffers in a flat list, from weights, inputs, parameters and buffers."""
-        weights, given, rest = (
-            tensors[:3],
-            tensors[3 : 3 + self.given_length],
-            tensors[3 + self.given_length :],
-        )
+        inputs_end = 3 + self.structure.num_leaves
+        weights, given, rest = tensors[:3], tensors[3:inputs_end], tensors[inputs_end:]
         parameters, buffers = dict(self.named_parameters()), [name for name, _ in self.named_buffers()]
         state = {
             name: tensor.detach().requires_grad_(parameters[name].requires_grad)

@@ -65,35 +65,21 @@ class Losses:
 
 
 class StepModules(NamedTuple):
-    """The modules that a step runs through.
-
-    Attributes:
-        model: maps images to logits.
-        augmentation: made the new images.
-        score_scale: for float16, of the score whose gradient makes the maps.
-        gradient_scale: for float16, of the total in a compiled step.
-    """
+    """The modules that a step runs through."""
 
     model: nn.Module
     augmentation: Augmentation
-    score_scale: LossScale
-    gradient_scale: LossScale
+    score_scale: LossScale  # for float16: of the score whose gradient makes the maps
+    gradient_scale: LossScale  # for float16: of the total in a compiled step
 
 
 class StepInputs(NamedTuple):
-    """A batch and what the augmentation made of it.
+    """A batch and what the augmentation made of it."""
 
-    Attributes:
-        images: (N, C, H, W), the originals.
-        new_images: (N, C, H, W), augmented.
-        target: (N,) labels or (N, K) weights of the originals.
-        params: what the augmentation drew.
-    """
-
-    images: Tensor
-    new_images: Tensor
-    target: Tensor
-    params: Any
+    images: Tensor  # (N, C, H, W)
+    new_images: Tensor  # (N, C, H, W), augmented
+    target: Tensor  # (N,) labels or (N, K) weights, of the originals
+    params: Any  # what the augmentation drew
 
 
 @dataclass(frozen=True)

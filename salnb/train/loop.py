@@ -25,19 +25,11 @@ from salnb._common import catalog
 from salnb._common.files import locked, write_atomic
 from salnb._common.progress import progress
 from salnb.objective import Objective
+from salnb.train import setup
 from salnb.train.config import Config
 from salnb.train.epoch_sums import TERMS, EpochSums, StepTerms
 from salnb.train.evaluate import evaluate
 from salnb.train.run import Interrupted, NonFiniteError, Run
-from salnb.train.setup import (
-    derived_seed,
-    make_dataset,
-    make_fabric,
-    make_objective,
-    make_optimizer,
-    make_schedule,
-    numerics,
-)
 from salnb.train.signals import noticed_signals
 
 __all__ = ["Config", "Interrupted", "NonFiniteError", "fit"]
@@ -79,14 +71,14 @@ def fit(
     if (folder / "summary.json").exists():
         return results.read_record(folder / "summary.json")
 
-    fabric = make_fabric(config)
-    with numerics(config), contextlib.ExitStack() as stack:
+    fabric = setup.make_fabric(config)
+    with setup.numerics(config), contextlib.ExitStack() as stack:
         if fabric.is_global_zero:
             stack.enter_context(locked(folder))
             config.check_folder(resume=resume)  # another process may have been at work until now
-        torch.manual_seed(derived_seed(config.seed, "weights"))
-        objective = make_objective(config, data.Share(fabric.global_rank, fabric.world_size))
-        dataset = make_dataset(config, fabric)
+        torch.manual_seed(setup.derived_seed(config.seed, "weights"))
+        objective = setup.make_objective(config, data.Share(fabric.global_rank, fabric.world_size))
+        dataset = setup.make_dataset(config, fabric)
         # before this there is nothing to be saved: a signal acts at once
         signals = stack.enter_context(noticed_signals())
         run = make_run(config, fabric, objective, dataset, signals, log, bar=bar)
@@ -112,9 +104,9 @@ def make_run(
     bar: bool = True,
 ) -> Run:
     """Everything in its place, before the first step."""
-    optimizer = make_optimizer(config, objective)
+    optimizer = setup.make_optimizer(config, objective)
     steps = config.epochs * (len(dataset.train) // config.batch_size)
-    schedule = make_schedule(config, optimizer, steps)
+    schedule = setup.make_schedule(config, optimizer, steps)
     forward, optimizer = fabric.setup(objective, optimizer)
     if config.compile:
         objective.compile()
@@ -143,7 +135,7 @@ def train_epoch(run: Run) -> None:
             config.size,
             fabric.device,
             batch_size=config.batch_size,
-            seed=derived_seed(config.seed, "order", run.epoch),
+            seed=setup.derived_seed(config.seed, "order", run.epoch),
             start=run.batch,
             share=run.share,
         ):
@@ -180,12 +172,12 @@ def step_generator(run: Run) -> torch.Generator:
     """
     seed, rank, device = run.config.seed, run.fabric.global_rank, run.fabric.device
     # torch.manual_seed would note down where it was called from, for each kind of device that is not there
-    torch.default_generator.manual_seed(own := derived_seed(seed, "model", run.step, rank))
+    torch.default_generator.manual_seed(own := setup.derived_seed(seed, "model", run.step, rank))
     if device.type != "cpu":
         getattr(torch, device.type).manual_seed(own)
     apart = rank if run.objective.augmentation.least_samples > 1 else 0
     generator = torch.Generator(device)
-    return generator.manual_seed(derived_seed(seed, "augmentation", run.step, apart))
+    return generator.manual_seed(setup.derived_seed(seed, "augmentation", run.step, apart))
 
 
 def finish_epoch(run: Run, validation: dict[str, float]) -> None:

@@ -210,7 +210,7 @@ def test_a_failed_training_leaves_its_error_and_the_others_go_on(tmp_path, finis
     assert [r["status"] for r in records] == ["done", "failed", "done", "failed"]
     failed = records[1]
     assert failed["error"].startswith("NonFiniteError: saliency_loss is nan in step 1")
-    assert "in collect" in "".join(failed["trace"])
+    assert "in add_steps" in "".join(failed["trace"])
     assert failed == results.read_record(tmp_path / "table2" / f"{failed['name']}.json")
     assert f"{failed['name']}: NonFiniteError" in display.getvalue()
     assert "2 of 4 done, 2 failed" in display.getvalue()
