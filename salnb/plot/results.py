@@ -4,6 +4,7 @@ Both take what `salnb.statistics.compare` gives. A verdict is told by colour and
 eye for colours. What lies outside the limits of an axis is an arrow at its edge.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -67,7 +68,7 @@ def show_differences(
 
     Returns:
         A figure with an axes for each panel. Each difference is a mark in the middle of its interval, with a
-        faint dot for each seed. A single seed has no interval.
+        faint dot for each seed. Where nothing is known of the spread there is no interval.
 
     Raises:
         ValueError: there is no comparison, two would be drawn over each other, or the limits are not as
@@ -171,7 +172,7 @@ def _panels(
 
 def _draw_difference(ax: Axes, y: int, comparison: Comparison, limits: tuple[float, float]) -> None:
     look, (low, high) = VERDICTS[comparison.verdict], limits
-    if comparison.n > 1:
+    if math.isfinite(comparison.high - comparison.low):
         ends = max(comparison.low, low), min(comparison.high, high)
         ax.plot(ends, (y, y), color=look.colour, linewidth=2.2, solid_capstyle="butt", zorder=2)
         _arrows(ax, [comparison.low, comparison.high], y, look.colour, limits, 5)

@@ -80,6 +80,8 @@ def verdicts(comparisons: Sequence[Comparison]) -> list[str]:
 
 def ranking(comparisons: Sequence[Comparison]) -> list[str]:
     """Sentences on the settings of a study: the best and the worst, what helps and what hurts, and chance."""
+    if not comparisons:
+        raise ValueError("comparisons must hold at least one, got none")
     ranked = sorted(comparisons, key=lambda c: -c.difference)
     best, last = ranked[0], ranked[-1]
     useful, harmful = (_named(ranked, verdict) for verdict in ("better", "worse"))

@@ -121,8 +121,15 @@ def trainings(study: str, scale: Scale, gammas: Gammas, match: Match) -> list[Tr
             where = {"data": factors["data"], "model": factors.get("network", scale.networks[0])}
             settings = {**scale.training, **where, **settings, "seed": seed}
             found.append(Training(study, {**factors, "seed": seed}, settings))
-            found[-1].config("runs")  # raises where they are not allowed
+            _config(scale, settings)
     return found
+
+
+def _config(scale: Scale, settings: Mapping[str, Any]) -> Config:
+    try:
+        return Config(out="run", **settings)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"training of scale {scale.name!r}: {error}") from error
 
 
 def _gamma(scale: Scale, gammas: Gammas, match: Match) -> Cells:
@@ -149,7 +156,7 @@ def _open(scale: Scale, gammas: Gammas, match: Match) -> Cells:
     for data in scale.data:
         own = {"data": data, "model": scale.networks[0], "augmentation": "affine", "gamma": gammas[data]}
         whole = {**scale.training, **own}
-        default = Config(out="run", **whole)
+        default = _config(scale, whole)
         sizes, variants = _training_sets(default), _variants(default)
         wanted = [ALL_IMAGES, *(scale.variants or (*sizes, *variants))]
         check_known(f"variants of scale {scale.name!r}: variant", wanted, [*sizes, *variants])
@@ -159,7 +166,7 @@ def _open(scale: Scale, gammas: Gammas, match: Match) -> Cells:
                 yield factors, {**whole, **sizes[images], "gamma": gamma}
         for variant in (name for name in wanted if name in variants):
             settings = {**whole, **variants[variant]}
-            if Config(out="run", **settings) == default:
+            if _config(scale, settings) == default:
                 continue  # that is the default here
             if _UNITS & variants[variant].keys():
                 settings["gamma"] = match(whole, settings)

@@ -1,6 +1,7 @@
-"""Numbers out of the records of a study, and out of their comparisons."""
+"""The records of a study, read and checked, and numbers out of them."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from salnb import results
@@ -11,6 +12,8 @@ __all__ = [
     "joint_differences",
     "matching",
     "of_trainings",
+    "read",
+    "read_one",
     "recorded",
     "saliency_share",
 ]
@@ -18,9 +21,36 @@ __all__ = [
 Record = Mapping[str, Any]
 
 
+def read(folder: str | Path, study: str) -> list[dict[str, Any]]:
+    """The records of a study that are in a folder, by name.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: one is damaged, or is not of the study; the message names it.
+    """
+    files = sorted((Path(folder) / study).glob("*.json"))
+    if not files:
+        raise FileNotFoundError(f"there is no record of {study} in {folder}: run `salnb study {study}`")
+    return [read_one(file, study) for file in files]
+
+
 def recorded(study: str) -> list[dict[str, Any]]:
-    """All published records of a study, of whatever scale: by scale, then by name."""
-    return [results.read_record(path) for path in sorted(results.published().glob(f"*/{study}/*.json"))]
+    """All published records of a study, of whatever scale: by scale, then by name. See `read`."""
+    return [read_one(path, study) for path in sorted(results.published().glob(f"*/{study}/*.json"))]
+
+
+def read_one(path: Path, study: str) -> dict[str, Any]:
+    """The record of a training run of a study; raises as `read` does."""
+    record = results.read_record(path)
+    if record.get("study") != study:
+        raise ValueError(f"{path} is no record of the study {study!r}, got one of {record.get('study')!r}")
+    if record.get("status") not in ("done", "failed"):
+        raise ValueError(f"{path}: status must be 'done' or 'failed', got {record.get('status')!r}")
+    ended: dict[str, type] = {"result": dict} if record["status"] == "done" else {"error": str}
+    for name, kind in ({"name": str, "factors": dict} | ended).items():
+        if not isinstance(record.get(name), kind):
+            raise ValueError(f"{path}: {name} must be of type {kind.__name__}, got {record.get(name)!r}")
+    return record
 
 
 def done(records: Iterable[Record]) -> list[Record]:
