@@ -17,6 +17,15 @@ from torch import Tensor, nn
 from salnb._common.checks import at_least_float32, check_finite, check_images, check_target
 from salnb.saliency.recording import class_scores, logits_of
 
+__all__ = [
+    "correlation",
+    "deletion_curve",
+    "insertion_curve",
+    "pointing_hit",
+    "rank_correlation",
+    "share_on_object",
+]
+
 
 def share_on_object(maps: Tensor, masks: Tensor) -> Tensor:
     """The part of a map's total that lies on the object.
