@@ -1,8 +1,9 @@
 """The command line: `python -m salnb COMMAND`, also installed as `salnb`; each command has `--help`."""
 
 import argparse
+import contextlib
 import dataclasses
-import functools
+import io
 import json
 import os
 import signal
@@ -11,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, get_type_hints
 
 from salnb._common import catalog
+from salnb._common.progress import log_line
 from salnb.study import grids
 from salnb.study.scale import load_scale
 from salnb.timing import cases as timing_plan
@@ -61,7 +63,7 @@ def _train(args: argparse.Namespace) -> int:
 
     summary = fit(config, resume=resume)
     if os.environ.get("RANK", "0") == "0":  # one of the processes that torchrun started speaks for all
-        print(f"test accuracy {summary['test_accuracy']:.4f}, summary in {config.out}/summary.json")
+        log_line(f"test accuracy {summary['test_accuracy']:.4f}, summary in {config.out}/summary.json")
     return 0
 
 
@@ -79,7 +81,7 @@ def _data(args: argparse.Namespace) -> int:
     catalog.check_made_in(args.name, size)
     from salnb import data
 
-    print(json.dumps(data.fetch(args.name, size), indent=2))
+    log_line(json.dumps(data.fetch(args.name, size), indent=2))
     return 0
 
 
@@ -117,10 +119,10 @@ def _study(args: argparse.Namespace) -> int:
         execute = OnRay(address=args.address, share=args.share)
     records = study.run(args.name, scale, args.out, execute=execute)
     factor, reference, metric = grids.REFERENCES[args.name]
-    print(statistics.markdown(statistics.compare(records, factor, reference, metric=metric)))
+    log_line(statistics.markdown(statistics.compare(records, factor, reference, metric=metric)))
     failed = [record for record in records if record["status"] == "failed"]
     for record in failed:
-        print(f"failed: {record['name']}: {record['error']}", file=sys.stderr)
+        log_line(f"failed: {record['name']}: {record['error']}", file=sys.stderr)
     return 1 if failed else 0
 
 
@@ -145,14 +147,14 @@ def _time(args: argparse.Namespace) -> int:
     if compared:
         from salnb.timing import compare, read_timing
 
-        print(compare(*(read_timing(path) for path in compared)))
+        log_line(compare(*(read_timing(path) for path in compared)))
         return 0
     settings = timing_plan.Settings(**options)
     if out is not None and (os.path.isdir(out) or not out.endswith(".json")):
         raise ValueError(f"out must be a file whose name ends in .json, got {out}")
     from salnb.timing import study
 
-    study(settings, out, log=functools.partial(print, flush=True))
+    study(settings, out, log=log_line)
     return 0
 
 
@@ -185,17 +187,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command.arguments(subparsers.add_parser(name, help=command.help, description=command.help))
     args = parser.parse_args(arguments)
     command = COMMANDS[vars(args).pop("command")]
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a path may hold what the terminal cannot show
+            stream.reconfigure(errors="backslashreplace")
     try:
         return command.run(args)
     except KeyboardInterrupt as error:  # `Interrupted` is one
         stopped = str(error) or "salnb: stopped by Ctrl-C"
-        print(command.stopped.format(stopped=stopped, **vars(args)), file=sys.stderr)
+        log_line(command.stopped.format(stopped=stopped, **vars(args)), file=sys.stderr)
         return 128 + getattr(error, "signal", signal.SIGINT)
     except (ValueError, ArithmeticError, OSError, RuntimeError, ModuleNotFoundError) as error:
         if not _is_answer(error):
             raise
-        print(f"salnb: error: {error}", file=sys.stderr)
+        log_line(f"salnb: error: {error}", file=sys.stderr)
         return 2
+    finally:
+        _give_up_output()
+
+
+def _give_up_output() -> None:
+    """Have what nobody reads any more, the other end of a pipe being closed, not spoil the exit status."""
+    with contextlib.suppress(AttributeError, ValueError):  # there is none
+        try:
+            sys.stdout.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _is_answer(error: BaseException) -> bool:

@@ -51,4 +51,4 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 
 def _newest_first(folder: Path) -> list[Path]:
-    return sorted(folder.glob("step-*.pt"), reverse=True)
+    return sorted(filter(Path.is_file, folder.glob("step-*.pt")), reverse=True)

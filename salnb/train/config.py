@@ -20,6 +20,8 @@ __all__ = ["PRACTICAL", "Config", "torchrun"]
 
 # where and how fast a run is made and how often it is saved; a resumed run may alter these
 PRACTICAL = frozenset({"out", "device", "workers", "save_minutes"})
+# what each process of several must know
+_OF_TORCHRUN = {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
 # what is taken for a type and made one: 1 and 1.0 and numpy's numbers are the same configuration
 _FORMS: dict[Any, Any] = {bool: bool, int: Integral, int | None: Integral, float: Real, str: str}
 
@@ -83,8 +85,8 @@ class Config:
                 raise catalog.unknown(name, value, known)
             if None not in (value, least) and value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
-        if not self.out:
-            raise ValueError("out must name a folder, got ''")
+        if not _is_path(self.out):
+            raise ValueError(f"out must name a folder, got {self.out!r}")
         if self.pool > self.size:
             raise ValueError(f"pool must be at most {self.size}, the size of the images, got {self.pool}")
         if not self.learning_rate > 0:
@@ -149,10 +151,10 @@ class Config:
             resume: whether a run that is in `out` already may be continued.
 
         Raises:
-            ValueError: the processes that torchrun started cannot share a batch.
-            FileExistsError: a run is in `out` and is not to be continued, or it is one of other settings.
-            NotADirectoryError: `out` is a file.
-            OSError: `out` cannot be made, or cannot be written to.
+            ValueError: the processes that torchrun started cannot share a batch, or its variables are wrong.
+            FileExistsError: a run is in `out` and is not to be continued, or it is one of other settings, or
+                is damaged.
+            OSError: `out` is a file, or cannot be made or written to.
         """
         processes = torchrun("WORLD_SIZE")
         least = processes * catalog.AUGMENTATIONS[self.augmentation]
@@ -163,6 +165,11 @@ class Config:
             )
         if processes % torchrun("LOCAL_WORLD_SIZE"):
             raise ValueError(f"WORLD_SIZE must be a multiple of LOCAL_WORLD_SIZE, got {processes}")
+        if processes > 1 and (lacking := _OF_TORCHRUN - os.environ.keys()):
+            raise ValueError(
+                f"WORLD_SIZE is {processes}, but {', '.join(sorted(lacking))} are not set: "
+                "start the processes with torchrun, or unset WORLD_SIZE"
+            )
         self.check_folder(resume=resume)
 
     def check_folder(self, *, resume: bool) -> None:
@@ -183,6 +190,8 @@ class Config:
             raise FileExistsError(
                 f"out {folder} holds checkpoints without a config.json: name another folder"
             )
+        if os.path.isdir(folder / "metrics.jsonl"):
+            raise IsADirectoryError(f"out {folder} holds a folder metrics.jsonl: name another folder")
         if not summary:
             _check_writable(folder)
 
@@ -206,9 +215,14 @@ def _plain(name: str, value: Any, kind: Any) -> Any:
         return None
     if not isinstance(value, _FORMS[kind]) or (isinstance(value, bool) and kind is not bool):
         raise TypeError(f"{name} must be of type {getattr(kind, '__name__', kind)}, got {value!r}")
-    if kind is str and ("\0" in value or value.encode(errors="replace").decode() != value):
-        raise ValueError(f"{name} must be text that UTF-8 can hold, without NUL, got {value!r}")
     return _number(name, value, kind) if isinstance(value, Real) and kind is not bool else value
+
+
+def _is_path(name: str) -> bool:
+    try:
+        return bool(name) and b"\0" not in os.fsencode(name)
+    except UnicodeEncodeError:  # halves of characters, which are not what stands for other bytes in a path
+        return False
 
 
 def _number(name: str, value: Any, kind: Any) -> int | float:

@@ -10,7 +10,6 @@ step's number, and each epoch's order likewise. A resumed run draws what it woul
 """
 
 import contextlib
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,8 +18,8 @@ from typing import Any
 import torch
 
 from salnb import data, results
-from salnb._common.files import locked, write_atomic
-from salnb._common.progress import progress
+from salnb._common.files import locked
+from salnb._common.progress import log_line, progress
 from salnb.train import setup
 from salnb.train.config import Config
 from salnb.train.epoch_sums import TERMS, EpochSums, StepTerms
@@ -29,11 +28,6 @@ from salnb.train.run import AHEAD, Interrupted, NonFiniteError, Run
 from salnb.train.signals import noticed_signals
 
 __all__ = ["Config", "Interrupted", "NonFiniteError", "fit"]
-
-
-def log_line(line: str) -> None:
-    """Print a line at once, to a file as well."""
-    print(line, flush=True)
 
 
 def fit(
@@ -152,30 +146,29 @@ def step_generator(run: Run) -> torch.Generator:
     return generator.manual_seed(setup.derived_seed(seed, "augmentation", run.step, apart))
 
 
-def finish_epoch(run: Run, validation: dict[str, float]) -> None:
+def finish_epoch(run: Run, validation: dict[str, Any]) -> None:
     """Note down an epoch, and save."""
     sums, config = run.sums, run.config
-    row: dict[str, Any] = {"epoch": run.epoch + 1, "step": run.step}
-    row |= {
-        "train_accuracy" if name == "accuracy" else name: mean for name, mean in sums.epoch_means().items()
-    }
-    row |= {f"validation_{name}": value for name, value in validation.items()}
-    row |= {
-        "learning_rate": run.schedule.get_last_lr()[0],
-        "seconds": sums.seconds,
-        "images_per_second": sums.steps * config.batch_size / sums.seconds,
-    }
+    means = sums.epoch_means()
+    row = results.with_accessories(
+        {
+            "epoch": run.epoch + 1,
+            "step": run.step,
+            **{term: means[term] for term in TERMS},
+            "train_accuracy": means["accuracy"],
+            **{f"validation_{name}": value for name, value in validation.items()},
+            "learning_rate": run.schedule.get_last_lr()[0],
+            "seconds": sums.seconds,
+            "images_per_second": sums.steps * config.batch_size / sums.seconds,
+        }
+    )
     run.history.append(row)
     run.lap()
     run.epoch, run.batch, run.sums = run.epoch + 1, 0, EpochSums()
     if run.fabric.is_global_zero:
-        lines = "".join(json.dumps(line) + "\n" for line in run.history)
-        with run.explained():
-            write_atomic(Path(config.out) / "metrics.jsonl", lines.encode())
-        run.log(
-            f"epoch {run.epoch}/{config.epochs}: "
-            + ", ".join(f"{name} {row[name]:.4f}" for name in TERMS)
-            + f", accuracy {row['train_accuracy']:.3f} (validation {row['validation_accuracy']:.3f}), "
-            f"{row['seconds']:.1f} s"
-        )
+        run.write_metrics()
     run.save()
+    if run.fabric.is_global_zero:
+        losses = ", ".join(f"{name} {row[name]:.4f}" for name in TERMS)
+        accuracies = f"accuracy {row['train_accuracy']:.3f} (validation {row['validation_accuracy']:.3f})"
+        run.log(f"epoch {run.epoch}/{config.epochs}: {losses}, {accuracies}, {row['seconds']:.1f} s")

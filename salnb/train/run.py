@@ -1,6 +1,7 @@
 """A training run under way: where it is, what it saves, and what it says when it cannot go on."""
 
 import contextlib
+import json
 import math
 import signal
 import time
@@ -13,7 +14,7 @@ import torch
 from lightning_fabric import Fabric
 
 from salnb import data, results
-from salnb._common.files import remove_drafts
+from salnb._common.files import remove_drafts, write_atomic
 from salnb.objective import Losses, Objective
 from salnb.train import setup
 from salnb.train.checkpoint import last_checkpoint, load_checkpoint, save_checkpoint
@@ -139,6 +140,12 @@ class Run:
             with self.explained():
                 results.write_record(Path(self.config.out) / name, record)
 
+    def write_metrics(self) -> None:
+        """Write a line for each epoch."""
+        lines = "".join(json.dumps(row) + "\n" for row in self.history)
+        with self.explained():
+            write_atomic(Path(self.config.out) / "metrics.jsonl", lines.encode())
+
     @contextlib.contextmanager
     def explained(self) -> Iterator[None]:
         """What cannot be written stops the run; say what is left of it."""
@@ -160,10 +167,17 @@ class Run:
         with self.fabric.rank_zero_first():  # the first sets damaged checkpoints aside
             state = load_checkpoint(self.checkpoints)
         if state:
-            self.load_state_dict(state)
+            try:
+                self.load_state_dict(state)
+            except Exception as error:
+                why = " ".join(f"{type(error).__name__}: {error}".split())
+                path = last_checkpoint(self.checkpoints)
+                raise ValueError(f"the run cannot go on from {path}: {why}") from error
         if self.fabric.is_global_zero:
             remove_drafts(Path(self.config.out))
             remove_drafts(self.checkpoints)
+            if self.history:  # somebody may have altered the file
+                self.write_metrics()
 
     def state_dict(self) -> dict[str, Any]:
         """All that the rest of the run depends on."""
@@ -185,7 +199,7 @@ class Run:
         losses = [f"{name} {means[f'{name}_loss']:.3f}" for name, weight in weights.items() if weight]
         return ", ".join([f"accuracy {means['accuracy']:.3f}", *losses, f"total {means['total']:.3f}"])
 
-    def summary(self, test: dict[str, float]) -> dict[str, Any]:
+    def summary(self, test: dict[str, Any]) -> dict[str, Any]:
         """What the run comes to, with what was found on the test split."""
         self.lap()
         last, device = self.history[-1], self.fabric.device

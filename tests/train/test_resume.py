@@ -15,7 +15,7 @@ import torch
 
 from salnb import results
 from salnb.train import Interrupted, NonFiniteError, fit, loop
-from salnb.train.checkpoint import last_checkpoint, load_checkpoint
+from salnb.train.checkpoint import last_checkpoint, load_checkpoint, save_checkpoint
 from salnb.train.signals import noticed_signals
 from tests.helpers import runs
 from tests.helpers.runs import rows, settings, silent, without_times
@@ -229,6 +229,28 @@ def test_without_a_good_checkpoint_a_run_begins_again(stopped, whole):
         path.write_bytes(b"")
     with pytest.warns(UserWarning, match="truncated or altered"):
         fit(config, resume=True, log=silent)
+    check_same(out, whole)
+
+
+def test_a_checkpoint_of_something_else_is_named(stopped):
+    config, out = stopped
+    path = save_checkpoint(out / "checkpoints", 99, {"step": 99})
+    with pytest.raises(ValueError, match=f"the run cannot go on from {path}: KeyError: 'epoch'"):
+        fit(config, resume=True, log=silent)
+    path.unlink()
+    state = load_checkpoint(out / "checkpoints")
+    state["objective"].popitem(last=False)
+    save_checkpoint(out / "checkpoints", 99, state)
+    with pytest.raises(ValueError, match=r"the run cannot go on from .*: RuntimeError: .* Missing key"):
+        fit(config, resume=True, log=silent)
+
+
+def test_metrics_that_were_altered_are_written_again(stopped, whole):
+    config, out = stopped
+    (out / "metrics.jsonl").write_bytes(b"\xff{")
+    (out / "checkpoints" / "step-000000099.0123.pt").mkdir()
+    fit(config, resume=True, log=silent)
+    (out / "checkpoints" / "step-000000099.0123.pt").rmdir()
     check_same(out, whole)
 
 
