@@ -34,9 +34,8 @@ def table(rows: Iterable[Row], columns: Mapping[str, Callable[[Row], object]]) -
     | 3 | 9 |
     | 4 | 16 |
     """
-    return markdown_table(
-        list(columns), ([cell(row) for cell in columns.values()] for row in rows), rule="---"
-    )
+    cells = ([cell(row) for cell in columns.values()] for row in rows)
+    return markdown_table(list(columns), cells, rule="---")
 
 
 def stacked(*tables: str) -> str:
@@ -72,34 +71,31 @@ def _place(factors: Mapping[str, Any]) -> tuple[str, str]:
 def verdicts(comparisons: Sequence[Comparison]) -> list[str]:
     """Which settings are better than the reference, worse, or not to be told apart: a sentence for each."""
     words = {"better": "better than", "worse": "worse than", "cannot tell": "not to be told apart from"}
-    named = {words[verdict]: _named(comparisons, verdict) for verdict in words}
     return [
         f"**{len(names)} of {len(comparisons)} settings are {which} the reference**: {listed(names)}."
-        for which, names in named.items()
-        if names
+        for verdict, which in words.items()
+        if (names := _named(comparisons, verdict))
     ]
 
 
 def ranking(comparisons: Sequence[Comparison]) -> list[str]:
     """Sentences on the settings of a study: the best and the worst, what helps and what hurts, and chance."""
+    if not comparisons:
+        raise ValueError("comparisons must hold at least one, got none")
     ranked = sorted(comparisons, key=lambda c: -c.difference)
     best, last = ranked[0], ranked[-1]
     useful, harmful = (_named(ranked, verdict) for verdict in ("better", "worse"))
-    said = [
+    return [
         f"On these data the best mean is that of **{best.what}** ({100 * best.difference:+.1f} points, "
         f"{best.verdict}), the worst that of **{last.what}** ({100 * last.difference:+.1f} points, "
         f"{last.verdict}).",
         f"Shown to help, in this order: {listed(useful)}."
         if useful
         else "**No setting is shown to help here.**",
-    ]
-    if harmful:
-        said.append(f"Shown to hurt: {listed(harmful)}.")
-    said.append(
+        *([f"Shown to hurt: {listed(harmful)}."] if harmful else []),
         f"Of {len(ranked)} intervals of 95 %, about {0.05 * len(ranked):.1f} would leave out zero if no "
-        "setting changed anything: a single verdict in such a list is a hint, to be asked again as above."
-    )
-    return said
+        "setting changed anything: a single verdict in such a list is a hint, to be asked again as above.",
+    ]
 
 
 def _named(comparisons: Sequence[Comparison], verdict: str) -> list[str]:

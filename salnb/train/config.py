@@ -69,6 +69,8 @@ class Config:
     def __post_init__(self) -> None:
         """Check every setting on its own, then those that depend on one another."""
         object.__setattr__(self, "out", str(self.out))
+        if isinstance(self.layers, str) or not isinstance(self.layers, Collection):
+            raise TypeError(f"layers must be names of layers, got {self.layers!r}")
         object.__setattr__(self, "layers", tuple(self.layers))
         self._check_types()
         known: dict[str, Collection[str]] = {

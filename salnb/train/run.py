@@ -214,7 +214,7 @@ class Run:
         """What the run comes to, with what was found on the test split."""
         self.lap()
         last, device = self.history[-1], self.fabric.device
-        return {
+        record = {
             **{f"test_{name}": value for name, value in test.items()},
             "validation_accuracy": last["validation_accuracy"],
             "train_accuracy": last["train_accuracy"],
@@ -223,10 +223,11 @@ class Run:
             "steps": self.step,
             "seconds": self.seconds,
             "training_seconds": sum(row["seconds"] for row in self.history),
-            "peak_memory_bytes": results.peak_memory(device),
+            "peak_memory_bytes": lambda: results.peak_memory(device),
             "processes": self.share.of,
             "seed": self.config.seed,
-            "parameters_sha256": results.parameters_sha256(self.objective.model),
+            "parameters_sha256": lambda: results.parameters_sha256(self.objective.model),
             "config": self.config.to_dict(),
-            "provenance": results.provenance(str(device)),
+            "provenance": lambda: results.provenance(str(device)),
         }
+        return results.with_accessories(record)
