@@ -12,15 +12,14 @@ that change the backward pass of ReLU do so only while the map's own gradient is
 map (`create_graph=True`) has the right gradient with respect to the parameters.
 """
 
-import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
 
 from salnb._common import catalog
 from salnb._common.checks import check_finite, check_images, check_target
+from salnb.double_backward.mode import as_written
 from salnb.saliency.recording import ForwardRecorder, class_scores, logits_of, reduce_channels
 
 __all__ = [
@@ -232,12 +231,6 @@ def _explain(
         check_target(target, *logits.shape)
         scores = class_scores(logits, target)
         return recorder.maps(pixels, scores, create_graph=create_graph, reduce=reduce)
-
-
-def as_written() -> AbstractContextManager:
-    """Compiled modules hide their ReLUs and refuse a second derivative: run them uncompiled."""
-    # setting the stance imports the compiler, which takes seconds and is needless where nothing was compiled
-    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 def _gaussian_like(images: Tensor, generator: torch.Generator | None) -> Tensor:
