@@ -10,13 +10,13 @@ from torch.nn.modules.conv import _ConvNd
 
 from salnb._common.catalog import unknown
 
-__all__ = ["LastConvolution", "OtherLayer", "check_layout", "find_layer"]
+__all__ = ["LastConvolution", "OtherLayerError", "check_layout", "find_layer"]
 
 # modules that hand on the layout they are given, and which transformers apply to tokens
 _ANY_LAYOUT = (nn.Identity, nn.Dropout, nn.Softmax, nn.LogSoftmax)
 
 
-class OtherLayer(ValueError):
+class OtherLayerError(ValueError):
     """The last convolution that ran is not the one that was recorded.
 
     Attributes:
@@ -85,14 +85,14 @@ class LastConvolution:
         """The layer and its output, unless what followed has overwritten it.
 
         Raises:
-            OtherLayer: it has, or `as_default` is false; the message says what to name.
+            OtherLayerError: it has, or `as_default` is false; the message says what to name.
             ValueError: no convolution has run.
         """
         if self.module is None or self._output is None:
             raise ValueError("layer=None takes the last nn.Conv2d that runs, but none does: name a layer")
         if as_default and self._output._version == self._version:
             return self.module, self._output
-        raise OtherLayer(
+        raise OtherLayerError(
             "layer=None takes the last nn.Conv2d of the model, but the last that runs is "
             f"{_name(self.model, self.module)}: name it, or another layer",
             self.module,

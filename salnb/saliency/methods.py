@@ -30,8 +30,14 @@ from salnb._common.checks import (
 from salnb.double_backward.functions import check_second_derivative
 from salnb.double_backward.mode import as_written, differentiable_twice
 from salnb.saliency.isolation import check_usable, left_as_found
-from salnb.saliency.layers import OtherLayer
-from salnb.saliency.recording import ForwardRecorder, NoGradient, class_scores, logits_of, reduce_channels
+from salnb.saliency.layers import OtherLayerError
+from salnb.saliency.recording import (
+    ForwardRecorder,
+    NoGradientError,
+    class_scores,
+    logits_of,
+    reduce_channels,
+)
 
 __all__ = [
     "METHODS",
@@ -238,9 +244,9 @@ def _explain(
                 return _map(
                     method, model, images, target, layer, create_graph, reduce, frozen_stem=frozen_stem
                 )
-            except OtherLayer as error:
+            except OtherLayerError as error:
                 layer = error.layer
-            except (NoGradient, CheckpointError):
+            except (NoGradientError, CheckpointError):
                 # what switches gradients on and off around the layer, or recomputes it, needs the whole graph
                 if not frozen_stem:
                     raise

@@ -19,7 +19,7 @@ from salnb.saliency.relu_rules import ReLURule, relus_unreached
 
 __all__ = [
     "ForwardRecorder",
-    "NoGradient",
+    "NoGradientError",
     "class_scores",
     "logits_of",
     "recorded_outputs",
@@ -27,7 +27,7 @@ __all__ = [
 ]
 
 
-class NoGradient(ValueError):
+class NoGradientError(ValueError):
     """No gradient flows where a map needs one."""
 
 
@@ -221,7 +221,7 @@ def _gradient(
             score, source, retain_graph=retain_graph, create_graph=create_graph, allow_unused=True
         )
     if gradient is None:
-        raise NoGradient(
+        raise NoGradientError(
             f"no gradient flows from the model's scores to its {name}: between them it works under "
             "torch.no_grad() or inference_mode(), detaches a tensor, makes integers or an argmax of it, or "
             f"does not use the {name} at all"
