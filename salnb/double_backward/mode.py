@@ -19,12 +19,15 @@ function with a hand-written backward. The model is left alone: calls are caught
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from salnb.double_backward.functions import (
@@ -41,7 +44,7 @@ Maybe = Tensor | None
 Size = int | Sequence[int]
 
 
-__all__ = ["fast_double_backward"]
+__all__ = ["as_written", "differentiable_twice", "fast_double_backward"]
 
 
 class fast_double_backward(TorchFunctionMode):  # noqa: N801 (a context manager, used like torch.no_grad)
@@ -82,6 +85,19 @@ class fast_double_backward(TorchFunctionMode):  # noqa: N801 (a context manager,
             if result is not NotImplemented:
                 return result
         return func(*args, **kwargs)
+
+
+@contextmanager
+def differentiable_twice() -> Iterator[None]:
+    """Fast second derivatives, and neither compiled modules nor fused attention kernels, which have none."""
+    with as_written(), sdpa_kernel(SDPBackend.MATH), fast_double_backward():
+        yield
+
+
+def as_written() -> AbstractContextManager[None]:
+    """Compiled modules hide their ReLUs and refuse a second derivative: run them uncompiled."""
+    # setting the stance imports the compiler, which takes seconds and is needless where nothing was compiled
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 def _plain(*tensors: Maybe) -> bool:
