@@ -1,7 +1,7 @@
 """Running a model without a trace: alone among threads, and with its state put back afterwards."""
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -76,13 +76,14 @@ def _lend_copies(module: nn.Module, copies: dict[int, Tensor]) -> tuple[dict[str
         for name, value in attributes.items():
             if isinstance(value, Tensor) and not value.requires_grad:
                 vars(module)[name] = copy_of(value)
-    buffers = dict(module.named_buffers(recurse=False, remove_duplicate=False))
+    buffers = dict(_buffers_of(module))
     # an untold number of small copies, which a GPU would notice, is spared where nothing is written
     if not (
         isinstance(module, _BatchNorm) and type(module).forward is _BatchNorm.forward and not module.training
     ):
         for name, buffer in buffers.items():
-            _set_buffer(module, name, copy_of(buffer))
+            if buffer is not None:
+                _set_buffer(module, name, copy_of(buffer))
     return attributes, buffers
 
 
@@ -90,12 +91,17 @@ def _put_back(module: nn.Module, attributes: dict[str, Any], buffers: dict[str, 
     for name, value in attributes.items():
         if vars(module).get(name) is not value:
             vars(module)[name] = value
+    now = dict(_buffers_of(module))
     for name, buffer in buffers.items():
-        if module._buffers.get(name) is not buffer:
+        if now.get(name) is not buffer:
             _set_buffer(module, name, buffer)
 
 
-def _set_buffer(module: nn.Module, name: str, value: Tensor) -> None:
+def _buffers_of(module: nn.Module) -> Iterable[tuple[str, Tensor | None]]:
+    return module._buffers.items()  # scripted modules have something else than a dictionary there
+
+
+def _set_buffer(module: nn.Module, name: str, value: Tensor | None) -> None:
     if isinstance(module, torch.jit.ScriptModule):
         setattr(module, name, value)
     else:

@@ -237,7 +237,7 @@ def _explain(
     _check_arguments(model, images, reduce)
     spec = catalog.METHODS[method]
     frozen_stem = spec.layer and not spec.pixels and not create_graph
-    with torch.inference_mode(False), torch.enable_grad():
+    with torch.inference_mode(False):
         target = as_target(target, len(images))
         while True:
             try:
@@ -267,6 +267,7 @@ def _map(
     """One forward pass of `model`, and the map of `method` from it."""
     with (
         left_as_found(model),
+        torch.enable_grad(),
         differentiable_twice() if create_graph else as_written(),
         ForwardRecorder(model, method, layer, frozen_stem=frozen_stem) as recorder,
     ):
