@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib.util
 import json
 import platform
 import resource
@@ -109,42 +110,28 @@ def provenance(device: str = "cpu") -> dict[str, Any]:
     Returns:
         The time (UTC), the versions of Python and of the packages that matter, the commit of the source tree
         where there is one (with "+changes" where it was altered), the device's name. What cannot be found
-        out is None, or not among the versions, and "missing" says why.
+        out is None, and "missing" says why.
     """
     import torch
+
+    def device_name() -> str:
+        if torch.device(device).type == "cuda":
+            return torch.cuda.get_device_name(device)
+        return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
 
     # torch's own words tell which CUDA it was built for, too
     packages = {"python": platform.python_version, "salnb": __version__, "torch": str(torch.__version__)}
     for package in ("torchvision", "lightning-fabric", "timm"):
-        packages[package] = functools.partial(_version, package)
-    names = {"device": str(device), "device_name": functools.partial(_device_name, device)}
-    found = with_accessories({"commit": commit, **packages, **names, "system": platform.platform})
-    versions = {package: found.pop(package) for package in packages}
+        if importlib.util.find_spec(package.replace("-", "_")):
+            packages[package] = functools.partial(metadata.version, package)
+    machine = {"device": str(device), "device_name": device_name, "system": platform.platform}
+    found = with_accessories({"commit": commit, **packages, **machine})
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": found.pop("commit"),
-        "versions": {package: version for package, version in versions.items() if version},
+        "versions": {package: found.pop(package) for package in packages},
         **found,
     }
-
-
-def _version(package: str) -> str:
-    """Nothing where it is not installed."""
-    try:
-        version = metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return ""
-    if not version:
-        raise LookupError("its metadata tell no version")
-    return version
-
-
-def _device_name(device: str) -> str:
-    import torch
-
-    if torch.device(device).type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
 
 
 def commit() -> str | None:

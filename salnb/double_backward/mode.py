@@ -18,13 +18,18 @@ function with a hand-written backward. The model is left alone: calls are caught
 
 from __future__ import annotations
 
+import contextvars
 import functools
-from collections.abc import Callable, Sequence
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from salnb.double_backward.functions import (
@@ -41,7 +46,7 @@ Maybe = Tensor | None
 Size = int | Sequence[int]
 
 
-__all__ = ["fast_double_backward"]
+__all__ = ["as_written", "differentiable_twice", "fast_double_backward"]
 
 
 class fast_double_backward(TorchFunctionMode):  # noqa: N801 (a context manager, used like torch.no_grad)
@@ -82,6 +87,44 @@ class fast_double_backward(TorchFunctionMode):  # noqa: N801 (a context manager,
             if result is not NotImplemented:
                 return result
         return func(*args, **kwargs)
+
+
+class _Shared:
+    """A context that sets switches of the whole process: entered by the first thread, left by the last."""
+
+    def __init__(self, make: Callable[[], AbstractContextManager[None]]):
+        self.make, self.lock, self.inside = make, threading.Lock(), 0
+
+    def __enter__(self) -> None:
+        with self.lock:
+            if not self.inside:
+                # PyTorch keeps part of it in context variables, which are a thread's own
+                self.variables, self.context = contextvars.copy_context(), self.make()
+                self.variables.run(self.context.__enter__)
+            self.inside += 1
+
+    def __exit__(self, *exc_info: object) -> None:
+        with self.lock:
+            self.inside -= 1
+            if not self.inside:
+                self.variables.run(self.context.__exit__, None, None, None)
+
+
+_eager = _Shared(lambda: torch.compiler.set_stance("force_eager"))
+_plain_attention = _Shared(lambda: sdpa_kernel(SDPBackend.MATH))
+
+
+@contextmanager
+def differentiable_twice() -> Iterator[None]:
+    """Fast second derivatives, and neither compiled modules nor fused attention kernels, which have none."""
+    with as_written(), _plain_attention, fast_double_backward():
+        yield
+
+
+def as_written() -> AbstractContextManager[None]:
+    """Compiled modules hide their ReLUs and refuse a second derivative: run them uncompiled."""
+    # setting the stance imports the compiler, which takes seconds and is needless where nothing was compiled
+    return _eager if "torch._dynamo" in sys.modules else nullcontext()
 
 
 def _plain(*tensors: Maybe) -> bool:

@@ -82,11 +82,9 @@ def show_differences(
         raise ValueError(f"limits must be two numbers with zero between them, got {limits}")
     verdicts = {c.verdict for c in comparisons}
     looks = {name: look for name, look in VERDICTS.items() if name in verdicts}
-    fig, panels = _panels(comparisons, row, column, limits, label, size, looks)
-    for ax, of_row in panels:
+    fig = _draw(_draw_difference, looks, comparisons, limits, row, column, label, size)
+    for ax in fig.axes:
         ax.axvline(0, color=INK, linewidth=0.9, zorder=1)
-        for y, comparison in of_row.items():
-            _draw_difference(ax, y, comparison, limits)
         ax.xaxis.set_major_formatter(_points)
     return fig
 
@@ -122,24 +120,23 @@ def show_accuracies(
     if without := [name_of(c) for c in comparisons if not c.pairs]:
         raise ValueError(f"comparisons must hold the pairs of their seeds, got none for {without}")
     looks = dict(zip(names, _SIDES, strict=True))
-    fig, panels = _panels(comparisons, row, column, limits, label, size, looks)
-    for ax, of_row in panels:
-        for y, comparison in of_row.items():
-            _draw_pairs(ax, y, comparison, limits)
+    fig = _draw(_draw_pairs, looks, comparisons, limits, row, column, label, size)
+    for ax in fig.axes:
         ax.xaxis.set_major_formatter(lambda x, _: f"{100 * x:.3g}")
     return fig
 
 
-def _panels(
+def _draw(
+    draw: Callable[[Axes, int, Comparison, tuple[float, float]], None],
+    looks: Mapping[str, _Look],
     comparisons: Sequence[Comparison],
+    limits: tuple[float, float],
     row: Name,
     column: Name | None,
-    limits: tuple[float, float],
     label: str,
     size: float,
-    looks: Mapping[str, _Look],
-) -> tuple[Figure, list[tuple[Axes, dict[int, Comparison]]]]:
-    """Axes that share their rows, in the order of the comparisons, and what belongs into each row of them."""
+) -> Figure:
+    """Axes that share their rows, in the order of the comparisons, and what belongs into each row."""
     if not comparisons:
         raise ValueError("comparisons must hold at least one, got none")
     rows = list(dict.fromkeys(row(c) for c in comparisons))
@@ -153,7 +150,7 @@ def _panels(
     inches = (size * len(found) + _LETTER * max(map(len, rows)) + 0.3, 0.3 * len(rows) + 1.3)
     options: dict[str, Any] = {"squeeze": False, "sharey": True, "layout": "constrained"}
     fig, axes = plt.subplots(1, len(found), figsize=inches, **options)
-    for ax, title in zip(axes[0], found, strict=True):
+    for ax, (title, panel) in zip(axes[0], found.items(), strict=True):
         ax.set(xlim=limits, ylim=(len(rows) - 0.4, -0.6), title=title)
         ax.set_yticks(range(len(rows)), rows)
         ax.title.set_fontsize("medium")
@@ -163,11 +160,13 @@ def _panels(
         for y in range(1, len(rows), 2):  # so that the eye keeps to its row
             ax.axhspan(y - 0.5, y + 0.5, color="#f5f5f5", zorder=0)
         sns.despine(ax=ax, left=True)
+        for y, comparison in panel.items():
+            draw(ax, y, comparison, limits)
     fig.supxlabel(label, fontsize="small")
     marks = [Line2D([], [], marker=k.marker, lw=0, label=name, **k.style()) for name, k in looks.items()]
     marks.append(Line2D([], [], color=INK, marker="o", markersize=3, alpha=_FAINT, lw=0, label="one seed"))
     fig.legend(handles=marks, loc="outside upper center", ncols=len(marks), fontsize="small", frameon=False)
-    return fig, list(zip(axes[0], found.values(), strict=True))
+    return fig
 
 
 def _draw_difference(ax: Axes, y: int, comparison: Comparison, limits: tuple[float, float]) -> None:

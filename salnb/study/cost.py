@@ -53,7 +53,10 @@ def forward_flops(network: str, size: int, num_classes: int) -> int:
 
 def steps(config: Config) -> int:
     """The number of steps of a training run."""
-    images = config.train_images or _training_images(config.data)
+    images = config.train_images or catalog.DATA[config.data].training_images
+    if images is None:
+        published = _PUBLISHED[config.data.removesuffix("-streamed")]
+        images = published - put_aside(published)
     return config.epochs * (images // config.batch_size)
 
 
@@ -103,10 +106,3 @@ def markdown(study: str, rates: Mapping[str, float]) -> str:
         digits = (f"{cost:,.0f}" if cost >= 10 else f"{cost:.2g}" for cost in costs)
         rows.append((study, name, ", ".join(scale.data), ", ".join(scale.networks), len(planned), *digits))
     return markdown_table(header, rows)
-
-
-def _training_images(data: str) -> int:
-    if known := catalog.DATA[data].training_images:
-        return known
-    published = _PUBLISHED[data.removesuffix("-streamed")]
-    return published - put_aside(published)

@@ -55,17 +55,14 @@ def coverage(
     """
     rows = []
     for study, found in records.items():
-        plan = [_place(factors) for factors in planned[study]]
-        ran = [(_place(record["factors"]), record["status"]) for record in found]
-        for place in dict.fromkeys([*plan, *(place for place, _ in ran)]):
-            done, failed = (ran.count((place, status)) for status in ("done", "failed"))
+        plan = [(factors["data"], factors["network"]) for factors in planned[study]]
+        ran = [(record["factors"]["data"], record["factors"]["network"]) for record in found]
+        ended = list(zip(ran, (record["status"] for record in found), strict=True))
+        for place in dict.fromkeys([*plan, *ran]):
+            done, failed = (ended.count((place, status)) for status in ("done", "failed"))
             rows.append((study, *place, plan.count(place) or "–", done or "none", failed))
     header = ("study", "data", "network", "trainings of the paper's scale", "recorded", "failed")
     return markdown_table(header, rows, rule="---")
-
-
-def _place(factors: Mapping[str, Any]) -> tuple[str, str]:
-    return factors["data"], factors["network"]
 
 
 def verdicts(comparisons: Sequence[Comparison]) -> list[str]:
