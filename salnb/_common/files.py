@@ -75,12 +75,6 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def sha256(path: Path) -> str:
-    """The SHA-256 of a file's content, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def remove_drafts(folder: Path, *, older: float = 0.0) -> None:
     """Remove what a killed process left behind, if it was written `older` seconds ago.
 
