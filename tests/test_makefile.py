@@ -207,4 +207,4 @@ def test_an_old_python_is_refused_in_one_line(bare):
 def test_a_missing_python_is_named_in_one_line(bare):
     ended = make(bare, "env", "PYTHON=no-such-python", check=False)
     assert ended.returncode != 0
-    assert ended.stdout == "there is no no-such-python: make PYTHON=python3.12\n"
+    assert ended.stdout == "there is no no-such-python: make PYTHON=…\n"

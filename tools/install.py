@@ -49,7 +49,7 @@ class Progress:
     """Tells what pip is doing, from its lines: what is large as it comes, and the sums now and then."""
 
     def __init__(self, environment: Path) -> None:
-        self.environment, self.begin = environment, time.monotonic()
+        self.environment, self.begin, self.started = environment, time.monotonic(), int(time.time())
         self.megabytes, self.fetched, self.to_unpack = 0.0, 0, 0
         self.last = deque[str](maxlen=20)
 
@@ -74,8 +74,9 @@ class Progress:
     def sum_up(self) -> None:
         """How far it is."""
         if self.to_unpack:
-            unpacked = len(list(self.environment.glob("lib/python*/site-packages/*.dist-info")))
-            self.say(f"{unpacked} packages unpacked")
+            folders = self.environment.glob("lib/python*/site-packages/*.dist-info")
+            unpacked = sum(folder.stat().st_mtime >= self.started for folder in folders)
+            self.say(f"{unpacked} of {self.to_unpack} unpacked")
         else:
             self.say(f"{self.fetched} packages found, {self.megabytes / 1e3:.1f} GB")
 

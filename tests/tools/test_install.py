@@ -68,7 +68,7 @@ def test_what_is_large_is_told_and_the_rest_is_summed_up(tmp_path, capsys):
         "using cached nvidia_cublas 13.4.1.3, 1,200 MB",
         "3 packages found, 2.1 GB",
         "unpacking 3 packages",
-        "1 packages unpacked",
+        "1 of 3 unpacked",
     ]
 
 
