@@ -25,7 +25,7 @@ PAGES := _config.yml _toc.yml $(shell find book -type f -not -path '*/__pycache_
 .PHONY: help env book test test-unit test-notebooks test-pages test-slow test-oldest test-oldest-quick test-colab
 .PHONY: lint serve notebook notebooks bench clean
 
-CHECK_PYTHON = command -v $(PYTHON) >/dev/null || { echo "there is no $(PYTHON): make PYTHON=python3.12"; exit 1; }; \
+CHECK_PYTHON = command -v $(PYTHON) >/dev/null || { echo "there is no $(PYTHON): make PYTHON=…"; exit 1; }; \
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, $(PYTHON) is %d.%d: make PYTHON=python3.12" % sys.version_info[:2])'
 
 help:  ## list the targets
@@ -108,6 +108,8 @@ test-oldest-quick: .venv-oldest/.ready  ## of these, what depends on torch the m
 
 OLDEST_PYTEST := OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n 2 -p no:cacheprovider -m 'not slow'
 
+# some of them have wheels for no newer Python
+.venv-oldest/.ready: PYTHON = python3.11
 .venv-oldest/.ready: pyproject.toml constraints-oldest.txt
 	@$(CHECK_PYTHON)
 	@$(PYTHON) tools/install.py .venv-oldest --constraint constraints-oldest.txt --editable '.[train]' \

@@ -8,16 +8,20 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
-CONSTRAINTS = {
-    canonicalize_name(requirement.name): str(next(iter(requirement.specifier)).version)
-    for line in (ROOT / "constraints.txt").read_text().splitlines()
-    if line and not line.startswith("#")
-    for requirement in [Requirement(line)]
-}
+
+
+def exact_versions(name):
+    lines = [line for line in (ROOT / name).read_text().splitlines() if line and not line.startswith("#")]
+    requirements = [Requirement(line) for line in lines]
+    return {canonicalize_name(r.name): str(next(iter(r.specifier)).version) for r in requirements}
+
+
+CONSTRAINTS, OLDEST = exact_versions("constraints.txt"), exact_versions("constraints-oldest.txt")
 DIRECT = [Requirement(line) for lines in (PROJECT["dependencies"], *EXTRAS.values()) for line in lines]
 
 
@@ -25,6 +29,17 @@ DIRECT = [Requirement(line) for lines in (PROJECT["dependencies"], *EXTRAS.value
 def test_constraints_hold_a_version_that_the_package_allows(requirement):
     exact = CONSTRAINTS[canonicalize_name(requirement.name)]
     assert requirement.specifier.contains(exact)
+
+
+@pytest.mark.parametrize("name", sorted(OLDEST.keys() - {"numpy"}))
+def test_the_oldest_versions_are_those_that_the_package_promises(name):
+    bounds = {s.version for r in DIRECT if canonicalize_name(r.name) == name for s in r.specifier}
+    assert {Version(bound) for bound in bounds} == {Version(OLDEST[name])}
+
+
+def test_all_that_the_package_needs_is_tested_at_its_oldest():
+    lines = PROJECT["dependencies"] + EXTRAS["train"]
+    assert {canonicalize_name(Requirement(line).name) for line in lines} <= OLDEST.keys()
 
 
 @pytest.mark.parametrize("name", ["torch", "torchvision", "numpy"])

@@ -49,7 +49,7 @@ class Progress:
     """Tells what pip is doing, from its lines: what is large as it comes, and the sums now and then."""
 
     def __init__(self, environment: Path) -> None:
-        self.environment, self.begin = environment, time.monotonic()
+        self.environment, self.begin, self.started = environment, time.monotonic(), int(time.time())
         self.megabytes, self.fetched, self.to_unpack = 0.0, 0, 0
         self.last = deque[str](maxlen=20)
 
@@ -74,19 +74,20 @@ class Progress:
     def sum_up(self) -> None:
         """How far it is."""
         if self.to_unpack:
-            unpacked = len(list(self.environment.glob("lib/python*/site-packages/*.dist-info")))
-            self.say(f"{unpacked} packages unpacked")
+            folders = self.environment.glob("lib/python*/site-packages/*.dist-info")
+            unpacked = sum(folder.stat().st_mtime >= self.started for folder in folders)
+            self.say(f"{unpacked} of {self.to_unpack} unpacked")
         else:
             self.say(f"{self.fetched} packages found, {self.megabytes / 1e3:.1f} GB")
 
 
-def pip(environment: Path, arguments: list[str], log: Path) -> int:
+def pip(environment: Path, arguments: list[str]) -> int:
     """Run `pip install` in an environment and tell its progress; its exit status."""
     command = [str(environment / "bin" / "python"), "-m", "pip", "install", "--no-input"]
     command += ["--disable-pip-version-check", "--progress-bar", "off", *arguments]
-    progress = Progress(environment)
+    log, progress = environment / "install.log", Progress(environment)
     with (
-        log.open("a") as whole,
+        log.open("w") as whole,
         subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         ) as process,
@@ -118,14 +119,13 @@ def main(folder: str, *arguments: str) -> int:
         print(lacking)
         return 1
     python = "Python {}.{}.{}".format(*sys.version_info)
-    print(
-        f"installing into {folder}, {python}: minutes, and up to {UNPACKED / GB:.0f} GB of disk", flush=True
-    )
-    if not (environment / "bin" / "python").exists():
+    print(f"installing into {folder} with {python}: takes minutes, fetches up to 3.5 GB", flush=True)
+    made = environment / "bin" / "python"
+    if not made.exists():
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-    log = environment / "install.log"
-    log.unlink(missing_ok=True)
-    return pip(environment, ["--quiet", "--upgrade", "pip"], log) or pip(environment, list(arguments), log)
+        upgrade = [str(made), "-m", "pip", "install", "--quiet", "--upgrade", "pip"]
+        subprocess.run(upgrade, check=True, stderr=subprocess.DEVNULL)
+    return pip(environment, list(arguments))
 
 
 if __name__ == "__main__":
