@@ -25,6 +25,15 @@ from salnb._common.checks import (
 from salnb.saliency.isolation import left_as_found
 from salnb.saliency.recording import class_scores, logits_of
 
+__all__ = [
+    "correlation",
+    "deletion_curve",
+    "insertion_curve",
+    "pointing_hit",
+    "rank_correlation",
+    "share_on_object",
+]
+
 
 def share_on_object(maps: Tensor, masks: Tensor) -> Tensor:
     """The part of a map's total that lies on the object.
