@@ -174,8 +174,7 @@ class ForwardRecorder:
     ) -> Tensor:
         """The maps of `scores` (N,) with respect to `images`, both from the pass that was recorded."""
         score = scores.sum()
-        if self.relu_rule is not None:
-            self._warn_of_relus(score)
+        unreached = relus_unreached(score) if self.relu_rule else []  # while the graph is there
         maps: list[Tensor] = []
         if self.layer is not None:
             activation, keep = self._activation(images), create_graph or self.spec.pixels
@@ -186,6 +185,13 @@ class ForwardRecorder:
             with self.relu_rule.active() if self.relu_rule else nullcontext():
                 gradient = _gradient(score, images, "images", create_graph=create_graph)  # eq. 1
             maps.append(reduce_channels(gradient, reduce))
+        if unreached:
+            _warn(
+                "ReLUs that no rule reaches, as they run in another thread, or where PyTorch is not called "
+                f"from Python: {', '.join(unreached)}; there the map has the plain gradient"
+            )
+        elif self.relu_rule is not None and not self.relu_rule.relu_count:
+            _warn("no ReLU was met in the forward pass: without one, the map is the plain gradient")
         return maps[0] * maps[1] if len(maps) == 2 else maps[0]
 
     def _activation(self, images: Tensor) -> Tensor:
@@ -199,16 +205,6 @@ class ForwardRecorder:
             )
         check_layout(self.model, layer, activation, images)
         return activation
-
-    def _warn_of_relus(self, score: Tensor) -> None:
-        rule = self.relu_rule
-        if unreached := relus_unreached(score):
-            _warn(
-                "ReLUs that no rule reaches, as they run in another thread, or where PyTorch is not called "
-                f"from Python: {', '.join(unreached)}; there the map has the plain gradient"
-            )
-        elif rule is not None and not rule.relu_count:
-            _warn("no ReLU was met in the forward pass: without one, the map is the plain gradient")
 
 
 def _gradient(
