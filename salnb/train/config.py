@@ -208,14 +208,21 @@ def _plain(name: str, value: Any, kind: Any) -> Any:
     """A value as its setting's own type; raises where it has no such form."""
     if name == "layers":
         if not isinstance(value, list | tuple) or not all(isinstance(layer, str) for layer in value):
-            raise TypeError(f"layers must be names of layers, got {value!r}")
+            raise TypeError(f"layers must be names of layers, got {_words(value)}")
         return tuple(value)
     value = os.fspath(value) if isinstance(value, os.PathLike) else value
     if value is None and isinstance(value, kind):
         return None
     if not isinstance(value, _FORMS[kind]) or (isinstance(value, bool) and kind is not bool):
-        raise TypeError(f"{name} must be of type {getattr(kind, '__name__', kind)}, got {value!r}")
+        raise TypeError(f"{name} must be of type {getattr(kind, '__name__', kind)}, got {_words(value)}")
     return _number(name, value, kind) if isinstance(value, Real) and kind is not bool else value
+
+
+def _words(value: object) -> str:
+    try:
+        return repr(value)
+    except Exception:  # of a whole number of thousands of digits, for one
+        return f"a value of type {type(value).__name__}"
 
 
 def _is_path(name: str) -> bool:
