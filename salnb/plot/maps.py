@@ -122,7 +122,8 @@ def show_maps(
         raise ValueError(f"power must be positive, got {power}")
     if opacity is not None and not 0 <= opacity <= 1:
         raise ValueError(f"opacity must lie in [0, 1], got {opacity}")
-    power, photos_across, (height, width) = 1.0 if signed else power, across == "photos", images.shape[-2:]
+    power, photos_across = 1.0 if signed else power, across == "photos"
+    height, width = images.shape[-2:]
     columns = len(images) if photos_across else 1 + len(maps)
     fig, axes = _panels(len(images) * (1 + len(maps)), columns, size, height / width)
     axes = axes.reshape(-1, columns)
