@@ -1,6 +1,7 @@
 """Files that are there whole or not at all, and that tell whether they were altered since."""
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import os
@@ -10,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-__all__ = ["DamagedFileError", "load_hashed", "locked", "remove_drafts", "save_hashed", "sha256"]
-__all__ += ["write_atomic"]
+__all__ = ["DamagedFileError", "load_hashed", "locked", "place_error", "remove_drafts"]
+__all__ += ["save_hashed", "sha256", "write_atomic"]
 
 # what a killed process may leave behind begins with this
 DRAFT = ".draft-"
@@ -19,6 +20,13 @@ DRAFT = ".draft-"
 _DIGITS = 16
 # seconds to wait for a lock: the processes that a killed one had started notice its end after some
 _PATIENCE = 10.0
+
+
+# what is wrong with a place, and not with what is written there or read from a network
+_OF_PLACES = {
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT),
+    *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP),
+}
 
 
 class DamagedFileError(RuntimeError):
@@ -73,6 +81,16 @@ def sha256(path: Path) -> str:
     """The SHA-256 of a file's content, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def place_error(error: BaseException | None) -> OSError | None:
+    """Of an error and those behind it, the one that says that a place cannot be read, written or is full."""
+    while error is not None:
+        # Hugging Face's library looks for room ahead, and has no number for what it finds
+        if isinstance(error, OSError) and (error.errno in _OF_PLACES or "disk space" in str(error)):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def remove_drafts(folder: Path, *, older: float = 0.0) -> None:

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from salnb._common.checks import at_least_float32, at_least_float32_dtype
-from salnb._common.limits import check_number
+from salnb._common.limits import check_integer, check_number
 from salnb.augment.base import Augmentation, Draw, Params, apply_where, column
+from salnb.augment.mixing import ALPHAS
 from salnb.augment.photometric import check_channels
 from salnb.augment.warp import Warp, affine_warp, compose, fully_valid, resample
 
@@ -137,8 +138,8 @@ class AugMix(Augmentation[AugMixParams]):
         severity: strength of the operations, from 0.1 to 10.
         width: number of chains.
         depth: operations in a chain; -1 draws 1, 2 or 3 for each chain.
-        alpha: above 0; of the Dirichlet distribution of the chains' weights and of the Beta distribution of
-            their share against the original.
+        alpha: from 0.01 to 1e6; of the Dirichlet distribution of the chains' weights and of the Beta
+            distribution of their share against the original.
     """
 
     params_class = AugMixParams
@@ -148,11 +149,11 @@ class AugMix(Augmentation[AugMixParams]):
     def __init__(self, severity: float = 3.0, width: int = 3, depth: int = -1, alpha: float = 1.0) -> None:
         super().__init__()
         self.severity = check_number("severity", severity, 0.1, 10)
-        self.width = int(check_number("width", width, 1, 100))
-        if depth != -1:
-            check_number("depth", depth, 1, 100)
-        self.depth = int(depth)
-        self.alpha = check_number("alpha", alpha, 0, 1e6, above=True)
+        self.width = check_integer("width", width, 1, 100)
+        self.depth = check_integer("depth", depth, -1, 100)
+        if self.depth != -1:
+            check_integer("depth", depth, 1, 100)
+        self.alpha = check_number("alpha", alpha, *ALPHAS)
 
     def _draw(self, draw: Draw) -> AugMixParams:
         depth = 3 if self.depth == -1 else self.depth

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from salnb._common.checks import at_least_float32_dtype, check_images, is_traced
+from salnb._common.checks import at_least_float32_dtype, check_images, is_traced, plain
 
 # what the face of the package shows; the rest serves those who write an augmentation
 __all__ = ["Augmentation", "Batch", "Draw", "NotInvertibleError", "Params"]
@@ -179,7 +179,7 @@ class Batch:
 
     def align(self, maps: Tensor, new_maps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Both maps in one frame and where they may be compared; see `Augmentation.align`."""
-        size, given = tuple(self.images.shape[-2:]), tuple(maps.shape[-2:])
+        size, given = tuple(self.images.shape[-2:]), tuple(check_images(maps, name="maps").shape[-2:])
         if given != size:
             raise ValueError(f"maps must have the images' size {size}, got {given}")
         return self.augmentation.align(maps, new_maps, self.params)
@@ -190,7 +190,8 @@ class Augmentation(nn.Module, Generic[P]):
 
     Its methods take `images` `(N, C, H, W)`, a `target` `(N,)` of integer labels or `(N, K)` of class
     weights, maps `(N, 1, H, W)` of originals (`maps`) or of augmented images (`new_maps`), and `params`, what
-    was drawn for these N samples. There is no state: what a call did is in its params.
+    was drawn for these N samples. What comes back are plain tensors, of whatever subclass those given are.
+    There is no state: what a call did is in its params.
 
     A subclass draws in `_draw`, changes images in `_transform` and maps in `_carry`, labels in `_relabel`
     if need be; one that can be undone has `_invert` and sets `invertible`. These may rely on arguments that
@@ -229,8 +230,8 @@ class Augmentation(nn.Module, Generic[P]):
 
     def images(self, images: Tensor, params: P) -> Tensor:
         """The augmented images: same shape, dtype and device, and differentiable where the operation is."""
-        check_images(images, unit_range=self.unit_range)
-        self._check_params(images, params, "images")
+        images = check_images(images, unit_range=self.unit_range)
+        params = self._checked(params, images, "images")
         if self.piecewise:
             return in_pieces(self._transform, images, params)
         return self._transform(images, params)
@@ -240,8 +241,8 @@ class Augmentation(nn.Module, Generic[P]):
 
         `num_classes` is K, needed only where labels are mixed and given as integers.
         """
-        self._check_params(target, params, "target")
-        return self._relabel(target, params, num_classes)
+        params = self._checked(params, target, "target")
+        return self._relabel(plain(target), params, num_classes)
 
     def carry(self, maps: Tensor, params: P, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Push maps of the original images forward: the maps expected of the augmented images.
@@ -251,9 +252,9 @@ class Augmentation(nn.Module, Generic[P]):
         Returns:
             The maps in the new frame, and where in it they hold.
         """
-        check_images(maps, name="maps")
-        self._check_params(maps, params, "maps")
-        carried, valid = self._carry(maps, params, valid)
+        maps = check_images(maps, name="maps")
+        params = self._checked(params, maps, "maps")
+        carried, valid = self._carry(maps, params, valid if valid is None else plain(valid))
         return carried, everywhere(carried) if valid is None else valid
 
     def inverse(self, new_maps: Tensor, params: P) -> tuple[Tensor, Tensor]:
@@ -266,9 +267,8 @@ class Augmentation(nn.Module, Generic[P]):
         Raises:
             NotInvertibleError: there is no way back.
         """
-        check_images(new_maps, name="new_maps")
-        self._check_params(new_maps, params, "new_maps")
-        return self._invert(new_maps, params)
+        new_maps = check_images(new_maps, name="new_maps")
+        return self._invert(new_maps, self._checked(params, new_maps, "new_maps"))
 
     def align(self, maps: Tensor, new_maps: Tensor, params: P) -> tuple[Tensor, Tensor, Tensor]:
         """Bring the maps of the originals and of the augmented images into one frame.
@@ -279,6 +279,7 @@ class Augmentation(nn.Module, Generic[P]):
         Returns:
             The two maps, and `valid` `(N, 1, H, W)`: where they may be compared.
         """
+        maps, new_maps = check_images(maps, name="maps"), check_images(new_maps, name="new_maps")
         if maps.shape != new_maps.shape:
             raise ValueError(
                 f"maps and new_maps must have one shape, got {tuple(maps.shape)} and {tuple(new_maps.shape)}"
@@ -326,7 +327,8 @@ class Augmentation(nn.Module, Generic[P]):
             "originals' maps forward with the same operation"
         )
 
-    def _check_params(self, samples: Tensor, params: P, name: str) -> None:
+    def _checked(self, params: P, samples: Tensor, name: str) -> P:
+        """The params in a form that autograd may save, if they belong to these samples."""
         wanted, given = self.params_class.__name__, type(params).__name__
         if not isinstance(params, self.params_class):
             raise TypeError(f"params of {self._get_name()} must be {wanted}, got {given}")
@@ -336,3 +338,4 @@ class Augmentation(nn.Module, Generic[P]):
             raise ValueError(
                 f"params are on {params.first.device}, but {name} on {samples.device}: use params.to(device)"
             )
+        return params if torch.compiler.is_compiling() else pytree.tree_map(plain, params)

@@ -9,13 +9,15 @@ import torch
 from torch import Tensor
 
 from salnb._common.checks import at_least_float32_dtype
-from salnb._common.limits import check_number, check_range
+from salnb._common.limits import check_number, check_pair, check_range
 from salnb.augment.base import Augmentation, Draw, P, Params, apply_where, everywhere, in_pieces, on_cpu
 from salnb.augment.warp import Warp, affine_warp, matrix, merge, pull_maps, push_maps, resample, resize_boxes
 
 __all__ = ["Affine", "Geometric", "HorizontalFlip", "Rescale", "ResizedCrop", "Rotation", "VerticalFlip"]
 __all__ += ["AffineParams", "CropParams", "FlipParams"]
 
+# beyond these a factor leaves nothing to be seen, and in half precision overflows soon
+FACTORS = (1e-3, 1e3)
 # below this many pixels a loop over the samples costs more than it saves
 SMALL_IMAGE = 64 * 64
 
@@ -177,12 +179,11 @@ class Affine(Geometric[AffineParams]):
         shear: float | tuple[float, float] = 10.0,
     ) -> None:
         super().__init__()
-        self.degrees = check_range("degrees", degrees, -360, 360)
-        across, down = translate
-        self.translate = (check_number("translate", across, 0, 1), check_number("translate", down, 0, 1))
-        self.scale = check_range("scale", scale, 0, math.inf, above=True)
-        # two shears of 45 degrees in one direction would flatten the image
-        self.shear = check_range("shear", shear, -44, 44)
+        self.degrees = check_range("degrees", degrees, -360, 360, about=0)
+        self.translate = check_pair("translate", translate, 0, 1, "a pair (across, down)")
+        self.scale = check_range("scale", scale, *FACTORS)
+        # the inverse of a shear by 45 degrees both ways is rounded by as much as `warp.slack` leaves room for
+        self.shear = check_range("shear", shear, -45, 45, about=0)
 
     def _draw(self, draw: Draw) -> AffineParams:
         across, down = self.translate
@@ -233,7 +234,7 @@ class ResizedCrop(Geometric[CropParams]):
     ) -> None:
         super().__init__()
         self.scale = check_range("scale", scale, 0, 1, above=True)
-        self.ratio = check_range("ratio", ratio, 0, math.inf, above=True)
+        self.ratio = check_range("ratio", ratio, *FACTORS)
 
     def _draw(self, draw: Draw) -> CropParams:
         high, wide = draw.size

@@ -46,6 +46,8 @@ class CutMixParams(MixUpParams):
 
 
 M = TypeVar("M", bound=MixUpParams)
+# Beta and Dirichlet are drawn through numbers that a smaller alpha would round to zero
+ALPHAS = (0.01, 1e6)
 
 
 def clipped_box(centre: Tensor, sides: Tensor, size: Sequence[int]) -> Tensor:
@@ -127,7 +129,7 @@ class _Mixing(Augmentation[M]):
 
     def __init__(self, alpha: float = 1.0) -> None:
         super().__init__()
-        self.alpha = check_number("alpha", alpha, 0, 1e6, above=True)
+        self.alpha = check_number("alpha", alpha, *ALPHAS)
 
     def _relabel(self, target: Tensor, params: M, num_classes: int | None) -> Tensor:
         own = class_weights(target, num_classes, params.weight.dtype)
@@ -137,8 +139,8 @@ class _Mixing(Augmentation[M]):
 class MixUp(_Mixing[MixUpParams]):
     """Mix each image with a partner by a weight from Beta(alpha, alpha) (arXiv 1710.09412).
 
-    The maps of the originals are mixed by the same weight. The larger alpha (above 0), the nearer the weights
-    are to one half.
+    The maps of the originals are mixed by the same weight. The larger alpha, from 0.01 to 1e6, the nearer the
+    weights are to one half.
     """
 
     params_class = MixUpParams
@@ -157,7 +159,7 @@ class MixUp(_Mixing[MixUpParams]):
 class CutMix(_Mixing[CutMixParams]):
     """Replace a box of each image by the same box of a partner (arXiv 1905.04899).
 
-    The box has a share of the area drawn from Beta(alpha, alpha), alpha above 0, before it is clipped; the
+    The box has a share of the area drawn from Beta(alpha, alpha), alpha from 0.01 to 1e6, then clipped; the
     labels are weighted by the real area. The maps of the originals are put together in the same way.
     """
 

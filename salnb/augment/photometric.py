@@ -4,7 +4,6 @@ Images hold values in [0, 1] and one (grey) or three (red, green, blue) channels
 torchvision's `adjust_*` with a factor for each sample.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -111,7 +110,7 @@ class Identity(Photometric[IdentityParams]):
     params_class = IdentityParams
 
     def _draw(self, draw: Draw) -> IdentityParams:
-        return IdentityParams(torch.empty(draw.samples, 0, device=draw.device))
+        return IdentityParams(torch.empty(draw.samples, 0, dtype=torch.float32, device=draw.device))
 
     def _transform(self, images: Tensor, params: IdentityParams) -> Tensor:
         return images
@@ -130,7 +129,7 @@ class Contrast(Photometric[ContrastParams]):
 
     def __init__(self, factor: tuple[float, float] = (0.5, 1.5), p: float = 0.5) -> None:
         super().__init__()
-        self.factor = check_range("factor", factor, 0, math.inf)
+        self.factor = check_range("factor", factor, 0, 1000)
         self.p = check_number("p", p, 0, 1)
 
     def _draw(self, draw: Draw) -> ContrastParams:
@@ -171,10 +170,10 @@ class ColorJitter(Photometric[JitterParams]):
         p: float = 1.0,
     ) -> None:
         super().__init__()
-        self.brightness = check_range("brightness", brightness, 0, math.inf, about=1)
-        self.contrast = check_range("contrast", contrast, 0, math.inf, about=1)
-        self.saturation = check_range("saturation", saturation, 0, math.inf, about=1)
-        self.hue = check_range("hue", hue, -0.5, 0.5)
+        self.brightness = check_range("brightness", brightness, 0, 1000, about=1)
+        self.contrast = check_range("contrast", contrast, 0, 1000, about=1)
+        self.saturation = check_range("saturation", saturation, 0, 1000, about=1)
+        self.hue = check_range("hue", hue, -0.5, 0.5, about=0)
         self.p = check_number("p", p, 0, 1)
 
     def _draw(self, draw: Draw) -> JitterParams:

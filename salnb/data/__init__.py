@@ -6,14 +6,16 @@ from typing import Any
 
 from salnb._common.catalog import DATA, unknown
 from salnb._common.files import DamagedFileError
-from salnb.data import base, paper, photographs, scenes
+from salnb.data import base, cache, paper, photographs, scenes
 from salnb.data.base import *
+from salnb.data.cache import *
 from salnb.data.paper import *
 from salnb.data.photographs import *
 from salnb.data.scenes import *
 
 __all__ = ["DamagedFileError", "fetch", "load"]
 __all__ += base.__all__
+__all__ += cache.__all__
 __all__ += paper.__all__
 __all__ += photographs.__all__
 __all__ += scenes.__all__
