@@ -19,7 +19,7 @@ PACKAGE := $(shell find salnb -name '*.py')
 RECORDS := $(wildcard results/*.json notebooks/scales/*.yml)
 PAGES := _config.yml _toc.yml $(shell find book -type f -not -path '*/__pycache__/*')
 
-.PHONY: help env book test test-unit test-notebooks test-pages test-slow lint serve notebook notebooks bench clean
+.PHONY: help env book test test-unit test-notebooks test-pages test-slow lint serve notebook notebooks bench mutants clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
@@ -86,6 +86,13 @@ lint: $(READY)  ## ruff, mypy and the rules for notebooks
 
 bench: $(READY)  ## print speeds, each as a ratio of two things measured in one run
 	for file in benchmarks/[a-z]*.py; do $(BIN)/python -m benchmarks.$$(basename $$file .py); done
+
+MINUTES := 30
+SAMPLE := 200
+SEED := 0
+mutants: $(READY)  ## make mutants MINUTES=30 SAMPLE=200 SEED=0: break the package, see which tests notice
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[mutants]'
+	OMP_NUM_THREADS=1 $(BIN)/python -m tools.mutants --minutes $(MINUTES) --sample $(SAMPLE) --seed $(SEED) $(if $(AGAIN),--again)
 
 clean:  ## remove everything that was built; .venv stays
 	rm -rf _build .mypy_cache .pytest_cache .ruff_cache .hypothesis
