@@ -172,7 +172,9 @@ def check_record(record: dict[str, Any]) -> dict[str, Any]:
     for case, row in found.items():
         expected = row.over(found.get(case.baseline))
         for name, got, value in zip(_RATIOS, (row.ratio, row.flops_ratio), expected, strict=True):
-            same = got == value or (value and _is_number(got) and math.isclose(got, value, rel_tol=1e-6))
+            same = got == value or (
+                value and isinstance(got, int | float) and math.isclose(got, value, rel_tol=1e-6)
+            )
             _expect(same, f"{name} of {case.label}", f"{value}, as its baseline says", got)
     return record
 
