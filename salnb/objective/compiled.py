@@ -25,6 +25,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils import _pytree as pytree
 
 from salnb._common.checks import at_least_float32_dtype, check_labels
+from salnb.double_backward.recomputation import stored_instead
 from salnb.objective.precision import autocast_dtype, full_precision
 from salnb.objective.terms import Losses, StepInputs, StepModules, TermSettings, step_losses
 
@@ -146,7 +147,8 @@ def _compile(step: _TracedStep, tensors: list[Tensor], options: dict[str, Any]) 
     """Trace a step and hand it to the compiler."""
     try:
         # one thread: the modes that trace and that swap functions belong to it
-        with torch.enable_grad(), torch.autograd.set_multithreading_enabled(False):
+        # and what a checkpoint would recompute has its random numbers in the graph once
+        with torch.enable_grad(), torch.autograd.set_multithreading_enabled(False), stored_instead():
             graph = make_fx(step.with_state, tracing_mode="fake", _allow_non_fake_inputs=True)(*tensors)
     except (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode) as error:
         raise RuntimeError(

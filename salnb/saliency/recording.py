@@ -12,6 +12,12 @@ from torch import Tensor, nn
 
 from salnb._common.catalog import METHODS, unknown
 from salnb._common.checks import at_least_float32
+from salnb.double_backward.recomputation import (
+    again_in_recomputation,
+    is_recomputing,
+    model_of_the_forward_pass,
+    reentrant_explained,
+)
 from salnb.saliency.relu_rules import ReLURule
 
 __all__ = ["ForwardRecorder", "class_scores", "logits_of", "recorded_outputs", "reduce_channels"]
@@ -23,11 +29,12 @@ def logits_of(model: nn.Module, images: Tensor) -> Tensor:
     Raises:
         ValueError: it does not return (N, K) logits.
     """
-    if isinstance(model, nn.Module) and any(module.training for module in model.modules()):
-        copies = {name: buffer.clone() for name, buffer in model.named_buffers()}
-        logits = torch.func.functional_call(model, copies, (images,))
-    else:
-        logits = model(images)
+    with model_of_the_forward_pass(model):
+        if isinstance(model, nn.Module) and any(module.training for module in model.modules()):
+            copies = {name: buffer.clone() for name, buffer in model.named_buffers()}
+            logits = torch.func.functional_call(model, copies, (images,))
+        else:
+            logits = model(images)
     if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[0] != images.shape[0]:
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ValueError(f"model must return logits of shape (N, K) with N = {images.shape[0]}, got {got}")
@@ -79,7 +86,9 @@ def recorded_outputs(
     """
     outputs: dict[str, Tensor] = {}
 
-    def record(name: str, module: nn.Module, args: Any, output: Any) -> Tensor:
+    def record(name: str, module: nn.Module, args: Any, output: Any) -> Tensor | None:
+        if is_recomputing():
+            return None
         outputs[name] = accept(name, output)
         # what follows may work in place (VGG's ReLU does): let it work on a copy
         return outputs[name].clone()
@@ -87,7 +96,17 @@ def recorded_outputs(
     with ExitStack() as stack:
         for name, layer in layers.items():
             stack.callback(layer.register_forward_hook(partial(record, name)).remove)
+        stack.enter_context(again_in_recomputation(lambda: partial(_cloned_outputs, list(layers.values()))))
         yield outputs
+
+
+@contextmanager
+def _cloned_outputs(layers: list[nn.Module]) -> Iterator[None]:
+    """What `recorded_outputs` does to a pass, without recording it."""
+    with ExitStack() as stack:
+        for layer in layers:
+            stack.callback(layer.register_forward_hook(lambda module, args, output: output.clone()).remove)
+        yield
 
 
 class ForwardRecorder:
@@ -138,6 +157,7 @@ class ForwardRecorder:
         self._stem.close()  # from here on a graph is needed
         return output.detach().requires_grad_()
 
+    @reentrant_explained()
     def maps(
         self, images: Tensor, scores: Tensor, *, create_graph: bool = False, reduce: str | None = "max"
     ) -> Tensor:

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
+
+from salnb.double_backward.recomputation import RecomputedMode
 
 __all__ = ["ReLURule", "Rectifier"]
 
@@ -18,7 +19,7 @@ _PARAMETERS = dict.fromkeys((*_RELU, *_RELU_IN_PLACE, F.relu6), ("input", "inpla
 }
 
 
-class ReLURule(TorchFunctionMode):
+class ReLURule(RecomputedMode):
     """Swaps every ReLU that a model calls for one whose backward pass can follow another rule.
 
     A ReLU is caught at the call, so modules, `F.relu`, `torch.relu`, in-place variants and ReLU6 are all
