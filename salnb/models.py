@@ -22,13 +22,7 @@ _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 class Normalized(nn.Module):
-    """A network that takes images in [0, 1]: (image - mean) / std, then the network.
-
-    Args:
-        network: maps standardised images (N, 3, H, W) to logits (N, K).
-        mean: of each channel.
-        std: of each channel.
-    """
+    """A network that takes images in [0, 1]: (image - mean) / std of each channel, then the network."""
 
     mean: Tensor
     std: Tensor
@@ -45,13 +39,9 @@ class Normalized(nn.Module):
 
 
 class Block(nn.Module):
-    """A residual block: two 3×3 convolutions and a shortcut.
+    """A residual block: two 3×3 convolutions, the first with a stride, and a shortcut.
 
-    Args:
-        inputs: number of channels that come in.
-        outputs: number of channels that go out.
-        stride: 2 halves height and width.
-        norm: from a number of channels to a normalisation layer.
+    `norm` makes a normalisation layer for a number of channels.
     """
 
     def __init__(self, inputs: int, outputs: int, stride: int, norm: Callable[[int], nn.Module]):
@@ -74,12 +64,8 @@ class Block(nn.Module):
 class SmallResNet(nn.Module):
     """A residual network for small images on a CPU: 78,000 parameters, 3 million multiplications at 32×32.
 
-    Height and width are halved at once, as the first layers are where the pixels, and the time, are.
-
-    Args:
-        num_classes: K.
-        norm: from a number of channels to a normalisation layer.
-        width: channels of the first stage.
+    Height and width are halved at once, as the first layers are where the pixels, and the time, are. `width`
+    is the number of channels of the first stage; for `norm` see `Block`.
     """
 
     def __init__(self, num_classes: int, norm: Callable[[int], nn.Module] = nn.BatchNorm2d, width: int = 16):

@@ -1,9 +1,6 @@
 """The files that set the project up agree with one another."""
 
-import os
 import re
-import shutil
-import subprocess
 import tomllib
 from pathlib import Path
 
@@ -89,46 +86,3 @@ def test_table_of_contents_names_every_chapter_and_page_once():
     there = {str(path.relative_to(ROOT).with_suffix("")) for path in (ROOT / "notebooks").glob("*.ipynb")}
     there |= {str(path.relative_to(ROOT).with_suffix("")) for path in (ROOT / "book").glob("*.md")}
     assert set(files) == there
-
-
-@pytest.fixture
-def built_tree(tmp_path):
-    """A copy of the Makefile in a small tree in which everything has just been built."""
-    shutil.copy(ROOT / "Makefile", tmp_path)
-    sources = (
-        "pyproject.toml constraints.txt _config.yml _toc.yml book/index.md tools/notebooks.py tools/site.py"
-    )
-    sources = [*sources.split(), "salnb/saliency.py", "results/timing.json", "notebooks/01-a.ipynb"]
-    built = [".venv/.ready", "_build/source/notebooks/01-a.ipynb", "_build/site.stamp"]
-    for age, name in enumerate([*sources, *built]):
-        path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-        os.utime(path, (1_000_000_000 + age, 1_000_000_000 + age))
-    return tmp_path
-
-
-def plan(tree):
-    """What `make book` would do."""
-    command = ["make", "--dry-run", "book"]
-    return subprocess.run(
-        command, cwd=tree, capture_output=True, text=True, check=True, env={"PATH": os.environ["PATH"]}
-    ).stdout
-
-
-def test_a_second_make_book_does_nothing(built_tree):
-    assert "-m tools" not in plan(built_tree)
-
-
-@pytest.mark.parametrize("changed", ["salnb/saliency.py", "results/timing.json", "notebooks/01-a.ipynb"])
-def test_a_change_runs_the_chapters_that_depend_on_it(built_tree, changed):
-    (built_tree / changed).touch()
-    assert "tools.notebooks execute notebooks/01-a.ipynb" in plan(built_tree)
-    assert "tools.site" in plan(built_tree)
-
-
-@pytest.mark.parametrize("changed", ["book/index.md", "_toc.yml"])
-def test_a_changed_page_builds_the_site_only(built_tree, changed):
-    (built_tree / changed).touch()
-    assert "tools.site" in plan(built_tree)
-    assert "tools.notebooks execute" not in plan(built_tree)

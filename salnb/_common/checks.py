@@ -1,5 +1,8 @@
 """Checks of arguments, each of whose errors names the argument, what came and what is allowed; dtypes."""
 
+import operator
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
@@ -75,6 +78,29 @@ def check_finite(values: Tensor, *, name: str) -> None:
         raise ValueError(
             f"{name} must be finite, got {int(bad.sum())} NaN or infinite values, the first at index {first}"
         )
+
+
+def check_no_transform() -> None:
+    """Raise a RuntimeError inside `torch.vmap` or another transform of `torch.func`."""
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            "torch.vmap and the other transforms of torch.func do not work here, where values are looked at "
+            "and gradients are taken: call this outside of them, with the whole batch"
+        )
+
+
+def as_target(target: Any, n: int) -> Any:
+    """A target of n images with its integer-likes (NumPy's, tensors without dimensions) made usable.
+
+    What was made in inference mode is copied, as it can take part in no graph.
+    """
+    if not isinstance(target, Tensor):
+        whole = (
+            hasattr(target, "__index__") and not isinstance(target, bool) and not getattr(target, "ndim", 0)
+        )
+        return operator.index(target) if whole else target
+    target = target.clone() if target.is_inference() else target
+    return target.expand(n) if target.ndim == 0 and _is_integer(target) else target
 
 
 def check_target(target: Tensor | int | None, n: int, num_classes: int) -> None:

@@ -5,6 +5,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import IO, Any, NamedTuple, Protocol
 
@@ -15,22 +16,9 @@ from torch.utils.data import DataLoader
 
 from salnb._common.files import DamagedFileError, load_hashed, remove_drafts, save_hashed
 
-__all__ = [
-    "WHOLE",
-    "Arrays",
-    "Dataset",
-    "DiskImages",
-    "Examples",
-    "Share",
-    "Split",
-    "StreamedImages",
-    "batches",
-    "cache_folder",
-    "cached",
-    "centre",
-    "decode",
-    "read_image",
-]
+# what the face of the package shows
+__all__ = ["WHOLE", "Arrays", "Dataset", "DiskImages", "Examples", "Share", "Split", "StreamedImages"]
+__all__ += ["batches", "cache_folder"]
 
 # what is smaller is kept on the accelerator
 _FITS_THE_DEVICE = 2**30
@@ -103,13 +91,7 @@ class Dataset:
 
 @dataclass
 class Arrays:
-    """Images in memory.
-
-    Attributes:
-        images: (N, 3, H, W), uint8.
-        labels: (N,), int64.
-        masks: (N, 1, H, W), bool, or None.
-    """
+    """Images in memory, as in `Examples`."""
 
     images: Tensor
     labels: Tensor
@@ -121,24 +103,20 @@ class Arrays:
 
     def first(self, count: int) -> "Arrays":
         """The first so many of the images."""
-        return Arrays(
-            self.images[:count], self.labels[:count], None if self.masks is None else self.masks[:count]
-        )
+        return Arrays(*_each(self, lambda tensor: tensor[:count]))
 
     def to(self, device: torch.device) -> "Arrays":
         """The same, kept on a device, unless that would take more than 1 GiB of it."""
         if self.images.nbytes > _FITS_THE_DEVICE:
             return self
-        masks = None if self.masks is None else self.masks.to(device)
-        return Arrays(self.images.to(device), self.labels.to(device), masks)
+        return Arrays(*_each(self, lambda tensor: tensor.to(device)))
 
     def epoch(
         self, batch_size: int, *, seed: int | None = None, start: int = 0, share: Share = WHOLE
     ) -> Iterator[Examples]:
         """One pass over the images; see `Split`."""
         for index in _orders(len(self), batch_size, seed, start, share, self.labels.device):
-            masks = None if self.masks is None else self.masks[index]
-            yield Examples(self.images[index], self.labels[index], masks)
+            yield Examples(*_each(self, itemgetter(index)))
 
 
 @dataclass
@@ -227,13 +205,18 @@ class StreamedImages:
             yield Examples(torch.stack(images), torch.tensor(labels))
 
 
+def _each(examples: Any, function: Callable[[Tensor], Tensor]) -> list[Any]:
+    """A function of images, labels and, where there are any, masks."""
+    tensors = [getattr(examples, name) for name in Examples._fields]
+    return [None if tensor is None else function(tensor) for tensor in tensors]
+
+
 def _orders(
     count: int, batch_size: int, seed: int | None, start: int, share: Share, device: torch.device
 ) -> Iterator[Tensor]:
     """The indices of each batch's share."""
-    if seed is None:
-        order = torch.arange(count)
-    else:
+    order = torch.arange(count)
+    if seed is not None:
         order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
         order = order[: count // batch_size * batch_size]
     for batch in order.to(device).split(batch_size)[start:]:
@@ -289,15 +272,12 @@ def batches(split: Split, size: int, device: torch.device, **epoch: Any) -> Iter
         device: where the batches go; what is to be resized travels small.
         **epoch: of `Split.epoch`.
     """
-    for images, labels, masks in split.epoch(**epoch):
-        images = images.to(device, non_blocking=True).float().div_(255)
+    for examples in split.epoch(**epoch):
+        images, *others = _each(examples, lambda tensor: tensor.to(device, non_blocking=True))
+        images = images.float().div_(255)
         if images.shape[-2:] != (size, size):
             images = F.interpolate(images, (size, size), mode="bilinear", antialias=True, align_corners=False)
-        yield Examples(
-            images,
-            labels.to(device, non_blocking=True),
-            None if masks is None else masks.to(device, non_blocking=True),
-        )
+        yield Examples(images, *others)
 
 
 def cache_folder() -> Path:

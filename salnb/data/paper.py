@@ -11,32 +11,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from salnb._common.catalog import unknown
-from salnb._common.files import DamagedFileError, write_atomic
+from salnb._common.files import DamagedFileError, sha256, write_atomic
 from salnb._common.packages import require
 from salnb._common.progress import progress
-from salnb.data.base import (
-    Arrays,
-    Dataset,
-    DiskImages,
-    StreamedImages,
-    cache_folder,
-    cached,
-    decode,
-)
+from salnb.data.base import Arrays, Dataset, DiskImages, StreamedImages, cache_folder, cached, decode
 
-__all__ = [
-    "HUB",
-    "Hub",
-    "NotFetchedError",
-    "files_folder",
-    "load_paper",
-    "local_files",
-    "put_aside",
-    "verify",
-]
+# what the face of the package shows
+__all__ = ["NotFetchedError", "load_paper"]
 
 
 class Hub(NamedTuple):
@@ -108,12 +91,9 @@ def load_paper(name: str, size: int = 224, *, workers: int = 4, streamed: bool =
         images, labels = parts["images"], parts["labels"]
         aside = put_aside(len(labels))
         order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-        return Dataset(
-            Arrays(images[order[aside:]], labels[order[aside:]]),
-            Arrays(images[order[:aside]], labels[order[:aside]]),
-            Arrays(parts["test_images"], parts["test_labels"]),
-            parts["classes"],
-        )
+        learnt, validated = (Arrays(images[i], labels[i]) for i in (order[aside:], order[:aside]))
+        tested = Arrays(parts["test_images"], parts["test_labels"])
+        return Dataset(learnt, validated, tested, parts["classes"])
     if sum(file.stat().st_size for file in files) <= _QUICKLY_HASHED:
         verify(name)
     parts = _open(name, streamed=streamed)
@@ -159,7 +139,7 @@ def verify(name: str) -> str:
     folder = files_folder(name)
     sums = folder / _SUMS
     files = progress(local_files(name), f"checking {name}", unit="file")
-    found = "".join(f"{_sha256(file)}  {file.relative_to(folder)}\n" for file in files)
+    found = "".join(f"{sha256(file)}  {file.relative_to(folder)}\n" for file in files)
     if not sums.exists() and found:
         write_atomic(sums, found.encode())
     written = sums.read_text() if sums.exists() else ""
@@ -179,7 +159,7 @@ def _open(name: str, *, streamed: bool = False) -> dict[str, Rows]:
     splits = ("train", hub.test)
     options: dict[str, Any] = {"cache_dir": str(cache_folder() / "hub"), "streaming": streamed}
     if files:
-        data_files = {split: [str(file) for file in files if _is_of(file, split)] for split in splits}
+        data_files = {split: [str(f) for f in files if f.name.startswith(f"{split}-")] for split in splits}
         for split, found in data_files.items():
             if not found:
                 raise NotFetchedError(f"{files_folder(name)} has no {split}-*.parquet\n{_instructions(name)}")
@@ -196,10 +176,6 @@ def _open(name: str, *, streamed: bool = False) -> dict[str, Rows]:
             raise NotFetchedError(f"{name} could not be fetched: {error}\n{_instructions(name)}") from error
         counts = {split: parts[split].info.splits[split].num_examples for split in splits}
     return {split: _rows(name, parts[split], counts[split], hf) for split in splits}
-
-
-def _is_of(file: Path, split: str) -> bool:
-    return file.name.startswith(f"{split}-")
 
 
 def _rows(name: str, rows: Any, count: int, hf: Any) -> Rows:
@@ -223,29 +199,18 @@ def _count_rows(files: Iterable[str]) -> int:
 
 def _decoded(parts: dict[str, Rows]) -> dict[str, Any]:
     """All images of a small set: 170 MB for the largest, SVHN."""
-    train, test = (_stacked(part.rows) for part in parts.values())
-    return {
-        "images": train[0],
-        "labels": train[1],
-        "test_images": test[0],
-        "test_labels": test[1],
-        "classes": next(iter(parts.values())).classes,
-    }
-
-
-def _stacked(rows: Any) -> tuple[Tensor, Tensor]:
-    images, labels = zip(*(decode(row) for row in progress(rows, "decoding", unit="image")), strict=True)
-    return torch.stack(images), torch.tensor(labels)
+    state: dict[str, Any] = {}
+    for prefix, part in zip(("", "test_"), parts.values(), strict=True):
+        rows = progress(part.rows, "decoding", unit="image")
+        images, labels = zip(*map(decode, rows), strict=True)
+        state |= {f"{prefix}images": torch.stack(images), f"{prefix}labels": torch.tensor(labels)}
+        state["classes"] = part.classes
+    return state
 
 
 def put_aside(count: int) -> int:
     """How many of so many training images are put aside for validation."""
     return min(_PUT_ASIDE, count // 10)
-
-
-def _sha256(file: Path) -> str:
-    with open(file, "rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def _check_reachable(name: str, hf: Any) -> None:

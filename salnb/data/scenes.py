@@ -5,7 +5,6 @@ They resemble SVHN, need no network, and tell, unlike any photograph, *which pix
 
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +15,8 @@ from salnb._common.packages import package_folder, require
 from salnb._common.progress import progress
 from salnb.data.base import Arrays, Dataset, cached, read_image
 
-__all__ = ["PHOTOGRAPHS", "compose", "digit_scenes"]
+# what the face of the package shows
+__all__ = ["PHOTOGRAPHS", "digit_scenes"]
 
 # to be raised with every change of what is drawn
 _VERSION = 1
@@ -91,18 +91,18 @@ def digit_scenes(size: int = 32, *, seed: int = 0, name: str = "digit-scenes") -
         raise ValueError(f"size of {name} must be one of {', '.join(map(str, sizes))}, got {size}")
     parts = {}
     for number, (split, files) in enumerate(PHOTOGRAPHS[name].items()):
-
-        def make(number: int = number, split: str = split, files: Sequence[str] = files) -> dict[str, Any]:
-            digits, labels = _digits(split)
-            # seeds of the splits, and of neighbouring seeds, must not coincide
-            generator = torch.Generator().manual_seed(3 * seed + number)
-            folder = package_folder("skimage", "train") / "data"
-            photographs = [read_image(folder / file) for file in files]
-            images, masks = compose(digits, photographs, size, generator)
-            return {"images": images, "labels": labels, "masks": masks}
-
+        # seeds of the splits, and of neighbouring seeds, must not coincide
+        make = functools.partial(_make, split, files, size, 3 * seed + number)
         parts[split] = Arrays(**cached(f"{name}-v{_VERSION}-{size}-seed{seed}-{split}", make))
     return Dataset(**parts, classes=[str(digit) for digit in range(10)])
+
+
+def _make(split: str, files: Sequence[str], size: int, seed: int) -> dict[str, Tensor]:
+    digits, labels = _digits(split)
+    folder = package_folder("skimage", "train") / "data"
+    photographs = [read_image(folder / file) for file in files]
+    images, masks = compose(digits, photographs, size, torch.Generator().manual_seed(seed))
+    return {"images": images, "labels": labels, "masks": masks}
 
 
 def _digits(split: str) -> tuple[Tensor, Tensor]:
@@ -141,7 +141,8 @@ def compose(
         Scenes (N, 3, S, S), uint8, and where their digits are, (N, 1, S, S), bool.
     """
     backgrounds = _backgrounds(len(digits), photographs, size, generator)
-    heights = _uniform(len(digits), *_HEIGHTS, generator=generator)
+    low, high = _HEIGHTS
+    heights = low + (high - low) * torch.rand(len(digits), generator=generator)
     # a digit's frame stays within the scene; its centre in coordinates from -1 to 1
     places = (2 * torch.rand(len(digits), 2, generator=generator) - 1) * (1 - heights)[:, None]
     colours = torch.rand(len(digits), 3, generator=generator)
@@ -196,7 +197,3 @@ def _told_apart(colours: Tensor, backgrounds: Tensor) -> Tensor:
     # towards the corner of the cube of colours that is farthest from the background
     corner = (backgrounds < 0.5).to(colours)
     return torch.where(distance < _CONTRAST, torch.lerp(colours, corner, 0.75), colours)
-
-
-def _uniform(count: int, low: float, high: float, *, generator: torch.Generator) -> Tensor:
-    return low + (high - low) * torch.rand(count, generator=generator)

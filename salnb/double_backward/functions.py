@@ -318,8 +318,12 @@ class _Split(Function):
 # What has no second derivative
 
 
-def check_second_derivative(maps: Tensor) -> None:
+def check_second_derivative(
+    maps: Tensor, what: str = "the saliency term", way_out: str = "use gamma=0"
+) -> None:
     """Raise a RuntimeError if an operation that `maps` were computed with cannot be differentiated again.
+
+    The error says `what` asks for that, and names a `way_out`.
 
     PyTorch would say so in the backward pass, in words that do not tell why; asked for the gradients of given
     tensors only, it may leave the operation's share out without a word.
@@ -336,6 +340,6 @@ def check_second_derivative(maps: Tensor) -> None:
                 node(*[None] * len(node._input_metadata))  # type: ignore[operator]
             except RuntimeError as error:
                 raise RuntimeError(
-                    "the saliency term differentiates the model twice, and one of its operations has no "
-                    f"second derivative ({error}): replace the operation, or use gamma=0"
+                    f"{what} differentiates the model twice, and one of its operations has no "
+                    f"second derivative ({error}): replace the operation, or {way_out}"
                 ) from None

@@ -18,8 +18,10 @@ function with a hand-written backward. The model is left alone: calls are caught
 
 from __future__ import annotations
 
+import contextvars
 import functools
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -88,6 +90,31 @@ class fast_double_backward(RecomputedMode):  # noqa: N801 (a context manager, us
         return func(*args, **kwargs)
 
 
+class _Shared:
+    """A context that sets switches of the whole process: entered by the first thread, left by the last."""
+
+    def __init__(self, make: Callable[[], AbstractContextManager[None]]):
+        self.make, self.lock, self.inside = make, threading.Lock(), 0
+
+    def __enter__(self) -> None:
+        with self.lock:
+            if not self.inside:
+                # PyTorch keeps part of it in context variables, which are a thread's own
+                self.variables, self.context = contextvars.copy_context(), self.make()
+                self.variables.run(self.context.__enter__)
+            self.inside += 1
+
+    def __exit__(self, *exc_info: object) -> None:
+        with self.lock:
+            self.inside -= 1
+            if not self.inside:
+                self.variables.run(self.context.__exit__, None, None, None)
+
+
+_eager = _Shared(lambda: torch.compiler.set_stance("force_eager"))
+_plain_attention = _Shared(lambda: sdpa_kernel(SDPBackend.MATH))
+
+
 @contextmanager
 def differentiable_twice() -> Iterator[None]:
     """Fast second derivatives, and neither compiled modules nor fused attention kernels, which have none."""
@@ -101,14 +128,14 @@ def differentiable_twice() -> Iterator[None]:
 
 @contextmanager
 def _with_second_derivatives() -> Iterator[None]:
-    with as_written(), sdpa_kernel(SDPBackend.MATH):
+    with as_written(), _plain_attention:
         yield
 
 
 def as_written() -> AbstractContextManager[None]:
     """Compiled modules hide their ReLUs and refuse a second derivative: run them uncompiled."""
     # setting the stance imports the compiler, which takes seconds and is needless where nothing was compiled
-    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+    return _eager if "torch._dynamo" in sys.modules else nullcontext()
 
 
 def _plain(*tensors: Maybe) -> bool:
@@ -236,7 +263,7 @@ def _hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
     """`torch.nn.functional.hardsigmoid`, of which PyTorch has no second derivative."""
     if not _plain(input):
         return NotImplemented
-    result = F.relu6(input + 3) / 6
+    result = (F.hardtanh(input, -3, 3) + 3) / 6
     return input.copy_(result) if inplace else result
 
 

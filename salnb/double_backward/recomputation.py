@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 __all__ = [
@@ -237,6 +238,8 @@ class _ModelState:
         """What puts the model back into the state of this moment."""
         swaps: list[tuple[dict, str, Callable[[], Any]]] = []
         for module in self.model.modules():
+            if isinstance(module, torch.jit.ScriptModule | LazyModuleMixin):
+                continue  # of these nothing can be swapped
             find: Callable[[Any], Callable[[], Any]] = self._buffer
             if isinstance(module, _NormBase) and type(module).__module__.split(".")[0] in _KNOWN:
                 # in train mode statistics are written and not read, in eval mode read and not written

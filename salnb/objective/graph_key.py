@@ -72,7 +72,7 @@ def graph_key(step: nn.Module, settings: Any, given: list[Tensor], structure: py
         "a global hook": tuple(_frozen_hooks(getattr(torch_modules, name)) for name in _GLOBAL_HOOKS),
     }
     classes: dict[type, None] = {}
-    tensors: dict[int, int] = {}
+    tensors: dict[Any, int] = {}  # which keeps them: an address may be taken again
     for name, module in step.named_modules(remove_duplicate=False):
         if name:
             classes[type(module)] = None
@@ -82,7 +82,7 @@ def graph_key(step: nn.Module, settings: Any, given: list[Tensor], structure: py
     return key
 
 
-def _entries(module: nn.Module, tensors: dict[int, int]) -> list[tuple]:
+def _entries(module: nn.Module, tensors: dict[Any, int]) -> list[tuple]:
     entries: list[tuple] = [("", type(module))]
     # what pruning, weight_norm and spectral_norm set anew in each pass, before it is looked at
     hooks = module._forward_pre_hooks.values()
@@ -98,7 +98,7 @@ def _entries(module: nn.Module, tensors: dict[int, int]) -> list[tuple]:
     for store in (module._parameters, module._buffers):
         for name, tensor in store.items():
             # tied ones have one number
-            number = tensors.setdefault(id(tensor), len(tensors))
+            number = tensors.setdefault(tensor, len(tensors))
             entries.append((name, number, None if tensor is None else _tensor_kind(tensor)))
     return entries
 

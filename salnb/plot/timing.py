@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, ScalarFormatter
 
-from salnb.plot.maps import INK
+from salnb.plot.style import INK
 from salnb.timing.cases import PAPER
 from salnb.timing.profiler import KINDS
 from salnb.timing.tables import METHOD, Pair, Record, TimingRow, batches_of, method_label, ratio_series

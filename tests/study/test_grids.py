@@ -131,6 +131,20 @@ MISTAKES = [
     ({"studies": {"open": {"seeds": [1000]}}}, ValueError, r"gamma_seeds of scale 'given' must not be among seeds, got \[1000\]"),
     ({"gammas": [0, 1]}, ValueError, r"gammas of scale 'given' must be positive numbers, got \(0, 1\)"),
     ({"gammas": ["1e-1"]}, ValueError, "gammas of scale 'given' must be positive numbers"),
+    ({"gammas": [float("nan")]}, ValueError, r"gammas of scale 'given' must be positive numbers, got \(nan,\)"),
+    ({"gammas": [float("inf")]}, ValueError, r"gammas of scale 'given' must be positive numbers, got \(inf,\)"),
+    ({"gammas": [True]}, ValueError, r"gammas of scale 'given' must be positive numbers, got \(True,\)"),
+    ({"gammas": [1, 1.0]}, ValueError, r"gammas of scale 'given' must not name anything twice, got \[1, 1.0\]"),
+    ({"gammas": [0.1, 0.10000001]}, ValueError, "gammas of scale 'given' must not name anything twice"),
+    ({"seeds": ["0", "1"]}, TypeError, r"seeds of scale 'given' must be whole numbers, got \('0', '1'\)"),
+    ({"seeds": [0.5]}, TypeError, r"seeds of scale 'given' must be whole numbers, got \(0.5,\)"),
+    ({"gamma_seeds": [True]}, TypeError, r"gamma_seeds of scale 'given' must be whole numbers, got \(True,\)"),
+    ({"seeds": b"01"}, TypeError, "seeds of scale 'given' must be a list, not empty, got b'01'"),
+    ({"data": [["cifar10"]]}, ValueError, r"data of scale 'given': \['cifar10'\] is unknown"),
+    ({"data": {"cifar10": 1}}, TypeError, "data of scale 'given' must be a list, not empty, got {'cifar10': 1}"),
+    ({"training": {"seed": 3}}, ValueError, "training of scale 'given' must leave seed to the studies"),
+    ({"training": {"out": "a", "gamma": 1}}, ValueError, "training of scale 'given' must leave gamma, out to the"),
+    ({"studies": {"open": {"training": {"model": "small"}}}}, ValueError, "must leave model to the studies"),
 ]  # fmt: skip
 
 
@@ -143,15 +157,27 @@ def test_mistakes_in_a_scale_are_answered_by_name(changes, error, message):
 def test_what_a_scale_lacks_is_named():
     with pytest.raises(ValueError, match="scale 'given' lacks data, seeds"):
         load_scale({"networks": ["small"]})
+    with pytest.raises(ValueError, match="key of scale 'given' 3 is unknown"):
+        load_scale(BASE | {3: 1})
     with pytest.raises(ValueError, match=r"scale 'labtop' is unknown \(did you mean 'laptop'\?\)"):
         load_scale("labtop")
 
 
-@pytest.mark.parametrize("content", ["seeds: [0]", "- 1", "", "scale: [", b"\xff\xfe\x00"], ids=repr)
+NO_SCALES = [
+    b"seeds: [0]", b"- 1", b"", b"scale: [", b"\xff\xfe\x00", b"scale: caf\xe9", b"3", b"scale",
+    b"scale: {seeds: !!int x}", b"scale: {seeds: 2020-13-45}", b"? [1]\n: 2", b"scale: !!python/object:os.x y",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("content", NO_SCALES, ids=repr)
 def test_what_is_no_scale_file_is_named(tmp_path, content):
     path = tmp_path / "mine.yml"
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(ValueError, match=rf"scale {path} is no file with a mapping named scale"):
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"scale {path} is no file with a mapping named scale") as refused:
+        load_scale(path)
+    assert "\n" not in str(refused.value)
+    path.write_text("scale: 3")
+    with pytest.raises(TypeError, match="scale 'mine' must be a mapping, got 3"):
         load_scale(path)
     with pytest.raises(ValueError, match="is no file with a mapping"):
         load_scale(tmp_path / "missing.yml")
@@ -165,6 +191,14 @@ def test_what_is_no_scale_file_is_named(tmp_path, content):
         ({"training": {"size": "32"}}, "size must be of type int, got '32'"),
         ({"seeds": [-1]}, "seed must be at least 0, got -1"),
         ({"networks": ["resnet18"], "variants": ["grad_cam"]}, "method grad_cam needs a layer"),
+        ({"training": {"alpha": float("nan")}}, "alpha must be a finite number, got nan"),
+        (
+            {"training": {"layers": None}},
+            "training of scale 'given': layers must be names of layers, got None",
+        ),
+        ({"training": {"layers": "stage1"}}, "layers must be names of layers, got 'stage1'"),
+        ({"networks": [3]}, "training of scale 'given': model must be of type str, got 3"),
+        ({"variants": [3]}, "variants of scale 'given': variant 3 is unknown"),
         ({"data": ["svhn"]}, "train_images must be given in the study of open questions for svhn"),
     ],
     ids=lambda value: str(value)[:40],

@@ -210,7 +210,7 @@ def test_a_failed_training_leaves_its_error_and_the_others_go_on(tmp_path, finis
     assert [r["status"] for r in records] == ["done", "failed", "done", "failed"]
     failed = records[1]
     assert failed["error"].startswith("NonFiniteError: saliency_loss is nan in step 1")
-    assert "in collect" in "".join(failed["trace"])
+    assert "in add_steps" in "".join(failed["trace"])
     assert failed == results.read_record(tmp_path / "table2" / f"{failed['name']}.json")
     assert f"{failed['name']}: NonFiniteError" in display.getvalue()
     assert "2 of 4 done, 2 failed" in display.getvalue()
@@ -223,6 +223,81 @@ def test_a_failed_training_leaves_its_error_and_the_others_go_on(tmp_path, finis
     for record in (records[0], records[2]):
         path = tmp_path / "table2" / f"{record['name']}.json"
         assert files(tmp_path)[path] == before[path]
+
+
+def fail(*args, **options):
+    raise RuntimeError("is broken")
+
+
+@pytest.mark.parametrize("target", ["peak_memory", "parameters_sha256", "provenance", "commit"])
+def test_a_record_does_without_what_fails_beside_the_measurement(tmp_path, finished, monkeypatch, target):
+    monkeypatch.setattr(results, target, fail)
+    first, _ = run(tmp_path, scale=scale_of(seeds=[0], training=TRAINING | {"epochs": 2}))
+    assert first == results.read_record(tmp_path / "table2" / f"{first['name']}.json")
+    whole, found = finished[1][0]["result"], first["result"]
+    assert (first["status"], found["test_accuracy"]) == ("done", whole["test_accuracy"])
+    place = found["provenance"] if target == "commit" else found
+    field = {"peak_memory": "peak_memory_bytes"}.get(target, target)
+    assert place.pop("missing") == {field: "RuntimeError: is broken"}
+    assert place[field] is None
+    assert found.keys() == whole.keys()
+    # what is there is enough to go on
+    assert run(tmp_path, scale=scale_of(seeds=[0]))[0]["name"] == first["name"]
+
+
+@pytest.mark.parametrize("place", ["file", "file/deeper", "x" * 300, "\ud800"], ids=ascii)
+def test_a_folder_that_cannot_be_made_is_named(tmp_path, counted, place):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"out must be a folder that can be written to, got '.*': ") as refused:
+        run(tmp_path / place)
+    assert ascii(place)[1:-1] in ascii(str(refused.value)).replace("\\\\", "\\")
+    with pytest.raises(ValueError, match="out must name a folder, got ''"):
+        run("")
+    assert counted == []
+
+
+def test_a_folder_whose_name_is_no_utf8_is_as_good_as_any(tmp_path):
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    records = run(folder, scale=scale_of(seeds=[0], training=TRAINING | {"epochs": 1}))
+    assert [record["status"] for record in records] == ["done", "done"]
+    assert len(study.read(folder, "table2")) == 2
+
+
+def test_a_full_disk_costs_no_record_that_was_there(tmp_path, monkeypatch, counted):
+    one = scale_of(seeds=[0], training=TRAINING | {"epochs": 1})
+    (tmp_path / "table2").mkdir()
+    (tmp_path / "table2" / ".draft-killed").write_text("half a rec")
+    write, left = results.write_record, [False, True]
+
+    def fill(path, record):
+        if path.parent.name == "table2" and not left.pop():
+            raise OSError(28, "No space left on device", str(path))
+        write(path, record)
+
+    monkeypatch.setattr(results, "write_record", fill)
+    with pytest.raises(OSError, match=r"out must be a folder .*, got '.*': No space left on device"):
+        run(tmp_path, scale=one)
+    monkeypatch.undo()
+    (path,) = (tmp_path / "table2").iterdir()
+    before = files(tmp_path)
+    assert len(run(tmp_path, scale=one)) == 2
+    assert files(tmp_path)[path] == before[path]
+
+
+@pytest.mark.parametrize("damage", ["cut", "other study"])
+def test_a_record_that_is_damaged_stops_the_study_with_its_name(tmp_path, finished, counted, damage):
+    planned = trainings("table2", scale_of(), *grids.UNCHOSEN)[2]
+    path = tmp_path / "table2" / f"{planned.name}.json"
+    results.write_record(path, finished[1][2] | {"study": "table1"})
+    if damage == "cut":
+        path.write_text(path.read_text()[:200])
+    message = {
+        "cut": "is not a record",
+        "other study": "is no record of the study 'table2', got one of 'table1'",
+    }
+    with pytest.raises(ValueError, match=f"{path} {message[damage]}"):
+        run(tmp_path)
+    assert counted == []
 
 
 def test_a_record_of_other_settings_is_refused(finished, counted):
@@ -297,6 +372,13 @@ def test_without_a_training_there_is_no_choice():
         RuntimeError, match="no weight can be chosen for svhn, as all trainings failed: MemoryError: 3"
     ):
         choose_gammas(records)
+
+
+def test_an_accuracy_that_is_no_number_is_no_choice():
+    with pytest.raises(
+        ValueError, match=r"validation_accuracy must be a finite number, got nan in the record"
+    ):
+        choose_gammas([gamma_record(1, 7, 0.5), gamma_record(3, 7, float("nan"))])
 
 
 def test_a_study_chooses_its_weight_first_and_keeps_to_it(tmp_path, counted):

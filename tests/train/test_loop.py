@@ -193,7 +193,7 @@ def test_two_processes_stop_and_go_on(tmp_path, cache):
     process = subprocess.Popen([*base, "--out", str(out)], env=environment, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline()
     process.terminate()
-    process.communicate(timeout=90)
+    process.communicate()
     assert load_checkpoint(out / "checkpoints")["epoch"] < 60
     subprocess.run([*base, "--out", str(out), "--resume"], env=environment, check=True, capture_output=True)
     hashes = {
