@@ -30,7 +30,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
 
 from salnb.double_backward.functions import (
     Affine,
@@ -41,6 +40,7 @@ from salnb.double_backward.functions import (
     MaxPool2d,
     ReLU,
 )
+from salnb.double_backward.recomputation import RecomputedMode, again_in_recomputation
 
 Maybe = Tensor | None
 Size = int | Sequence[int]
@@ -49,7 +49,7 @@ Size = int | Sequence[int]
 __all__ = ["as_written", "differentiable_twice", "fast_double_backward"]
 
 
-class fast_double_backward(TorchFunctionMode):  # noqa: N801 (a context manager, used like torch.no_grad)
+class fast_double_backward(RecomputedMode):  # noqa: N801 (a context manager, used like torch.no_grad)
     """Context in which the functions of a convolutional network have a fast double backward.
 
     Only the forward pass has to run inside; what it recorded keeps the fast derivatives when
@@ -60,7 +60,8 @@ class fast_double_backward(TorchFunctionMode):  # noqa: N801 (a context manager,
     spelling (module, functional, method, in-place), and `hardsigmoid`, which PyTorch cannot differentiate
     twice at all. Everything else goes on to PyTorch unchanged, as do calls that record no graph and inputs
     that are not batches of dense floating-point images or vectors. Another `TorchFunctionMode` with a rule
-    of its own for ReLU comes first, in whichever order the two are entered.
+    of its own for ReLU comes first, in whichever order the two are entered. What is recomputed in a backward
+    pass (`torch.utils.checkpoint` with `use_reentrant=False`) runs inside again.
 
     Example:
         >>> import torch
@@ -117,7 +118,17 @@ _plain_attention = _Shared(lambda: sdpa_kernel(SDPBackend.MATH))
 @contextmanager
 def differentiable_twice() -> Iterator[None]:
     """Fast second derivatives, and neither compiled modules nor fused attention kernels, which have none."""
-    with as_written(), _plain_attention, fast_double_backward():
+    with (
+        _with_second_derivatives(),
+        fast_double_backward(),
+        again_in_recomputation(lambda: _with_second_derivatives),
+    ):
+        yield
+
+
+@contextmanager
+def _with_second_derivatives() -> Iterator[None]:
+    with as_written(), _plain_attention:
         yield
 
 

@@ -20,6 +20,7 @@ from salnb.augment import Augmentation
 from salnb.augment.mixing import both_targets
 from salnb.double_backward.functions import check_second_derivative
 from salnb.double_backward.mode import differentiable_twice
+from salnb.double_backward.recomputation import model_of_the_forward_pass
 from salnb.losses import class_loss, invariance_loss, saliency_loss
 from salnb.objective.precision import LossScale, autocast_dtype, full_precision
 from salnb.saliency.recording import ForwardRecorder, class_scores, recorded_outputs
@@ -146,7 +147,8 @@ def step_losses(
                 pixels.requires_grad_()
         features = stack.enter_context(_features(model, settings)) if settings.has_invariance else {}
         # a model may work in place on its input, which a leaf of the graph does not allow
-        logits = model(pixels.clone() if recorder else pixels)
+        with model_of_the_forward_pass(model):
+            logits = model(pixels.clone() if settings.has_saliency else pixels)
         k = _num_classes(logits, 2 * n, settings.num_classes)
         targets = both_targets(target, augmentation.targets(target, params, k), k)
         if settings.has_saliency:

@@ -14,6 +14,12 @@ from torch import Tensor, nn
 
 from salnb._common.catalog import METHODS
 from salnb._common.checks import at_least_float32
+from salnb.double_backward.recomputation import (
+    again_in_recomputation,
+    is_recomputing,
+    model_of_the_forward_pass,
+    reentrant_explained,
+)
 from salnb.saliency.layers import LastConvolution, check_layout, find_layer
 from salnb.saliency.relu_rules import ReLURule, relus_unreached
 
@@ -37,7 +43,8 @@ def logits_of(model: nn.Module, images: Tensor) -> Tensor:
     Raises:
         ValueError: it does not return (N, K) logits.
     """
-    logits = model(images.clone())
+    with model_of_the_forward_pass(model):
+        logits = model(images.clone())
     if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[0] != images.shape[0]:
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ValueError(f"model must return logits of shape (N, K) with N = {images.shape[0]}, got {got}")
@@ -93,6 +100,8 @@ def recorded_outputs(
     here = _place()
 
     def record(name: str, module: nn.Module, args: Any, output: Any) -> Tensor | None:
+        if is_recomputing():
+            return None
         place = _place()
         if place[0] != here[0]:
             return None
@@ -105,7 +114,17 @@ def recorded_outputs(
     with ExitStack() as stack:
         for name, layer in layers.items():
             stack.callback(layer.register_forward_hook(partial(record, name)).remove)
+        stack.enter_context(again_in_recomputation(lambda: partial(_cloned_outputs, list(layers.values()))))
         yield outputs
+
+
+@contextmanager
+def _cloned_outputs(layers: list[nn.Module]) -> Iterator[None]:
+    """What `recorded_outputs` does to a pass, without recording it."""
+    with ExitStack() as stack:
+        for layer in layers:
+            stack.callback(layer.register_forward_hook(lambda module, args, output: output.clone()).remove)
+        yield
 
 
 def _place() -> tuple[int, int]:
@@ -169,6 +188,7 @@ class ForwardRecorder:
         self._stem.close()  # from here on a graph is needed
         return output.detach().requires_grad_()
 
+    @reentrant_explained()
     def maps(
         self, images: Tensor, scores: Tensor, *, create_graph: bool = False, reduce: str | None = "max"
     ) -> Tensor:

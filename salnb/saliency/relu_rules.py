@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
+from salnb.double_backward.recomputation import RecomputedMode
 from salnb.saliency.relu_spellings import SIGNS, SPELLINGS, ReLUCall, note_sign
 
 __all__ = ["ReLURule", "Rectifier", "relus_unreached"]
 
 
-class ReLURule(TorchFunctionMode):
+class ReLURule(RecomputedMode):
     """Swaps every ReLU that a model calls for one whose backward pass can follow another rule.
 
     A ReLU is caught at the call, so modules, functions, methods, in-place variants, `clamp(min=0)`, ReLU6 and
