@@ -5,9 +5,10 @@ The modules that own the things behind the names are loaded only when a run is s
 
 import difflib
 import re
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
+from salnb._common.limits import check_integer, check_number
 from salnb._common.packages import package_folder
 
 
@@ -107,6 +108,17 @@ def did_you_mean(given: object, names: Iterable[str]) -> str:
     """The nearest of the names as the end of an error message; nothing where none is near."""
     near = difflib.get_close_matches(str(given), list(names), n=1)
     return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def check_options(method: str, options: Mapping[str, Any]) -> None:
+    """Raise unless a method has options of these names, and allows their values; a layer is not looked at."""
+    allowed = METHODS[method].options
+    for name in options:
+        if name not in allowed:
+            raise unknown(f"method_options of {method}", name, sorted(allowed))
+    for name, check, least in (("n_samples", check_integer, 1), ("noise_level", check_number, 0)):
+        if name in options:
+            check(name, options[name], least, 10**9)
 
 
 def network(name: str) -> Network:

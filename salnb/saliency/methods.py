@@ -154,10 +154,7 @@ def smoothgrad(
     Raises:
         TypeError, ValueError: as `vanilla_gradient`, and for `n_samples` below 1 or a negative `noise_level`.
     """
-    if n_samples < 1:
-        raise ValueError(f"n_samples must be at least 1, got {n_samples}")
-    if not noise_level >= 0:
-        raise ValueError(f"noise_level must be at least 0, got {noise_level}")
+    catalog.check_options("smoothgrad", {"n_samples": n_samples, "noise_level": noise_level})
     _check_arguments(model, images, reduce)
     with torch.inference_mode(False), torch.enable_grad():
         images, target = images.detach().clone(), as_target(target, len(images))
