@@ -12,16 +12,32 @@ that change the backward pass of ReLU do so only while the map's own gradient is
 map (`create_graph=True`) has the right gradient with respect to the parameters.
 """
 
-import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointError
 
 from salnb._common import catalog
-from salnb._common.checks import check_finite, check_images, check_target
-from salnb.saliency.recording import ForwardRecorder, class_scores, logits_of, reduce_channels
+from salnb._common.checks import (
+    as_target,
+    at_least_float32,
+    check_finite,
+    check_images,
+    check_no_transform,
+    check_target,
+)
+from salnb.double_backward.functions import check_second_derivative
+from salnb.double_backward.mode import as_written, differentiable_twice
+from salnb.saliency.isolation import check_usable, left_as_found
+from salnb.saliency.layers import OtherLayerError
+from salnb.saliency.recording import (
+    ForwardRecorder,
+    NoGradientError,
+    class_scores,
+    logits_of,
+    reduce_channels,
+)
 
 __all__ = [
     "METHODS",
@@ -142,17 +158,19 @@ def smoothgrad(
         raise ValueError(f"n_samples must be at least 1, got {n_samples}")
     if not noise_level >= 0:
         raise ValueError(f"noise_level must be at least 0, got {noise_level}")
-    _check_arguments(images, reduce)
-    if target is None:
-        with torch.no_grad():
-            target = logits_of(model, images).argmax(1)
-    spread = images.detach().flatten(1)
-    sigma = noise_level * (spread.amax(1) - spread.amin(1)).view(-1, 1, 1, 1)
-    total = torch.zeros_like(images)
-    for _ in range(n_samples):
-        noisy = images.detach() + sigma * _gaussian_like(images, generator)
-        total = total + _explain("vanilla_gradient", model, noisy, target, None, create_graph, None)
-    return reduce_channels(total / n_samples, reduce)
+    _check_arguments(model, images, reduce)
+    with torch.inference_mode(False), torch.enable_grad():
+        images, target = images.detach().clone(), as_target(target, len(images))
+        if target is None:
+            with left_as_found(model), torch.no_grad():
+                target = logits_of(model, images).argmax(1)
+        spread = at_least_float32(images).flatten(1)
+        sigma = noise_level * (spread.amax(1) - spread.amin(1)).view(-1, 1, 1, 1)
+        total = torch.zeros_like(images, dtype=spread.dtype)
+        for _ in range(n_samples):
+            noisy = images + (sigma * _gaussian_like(images, generator)).to(images.dtype)
+            total = total + _map("vanilla_gradient", model, noisy, target, create_graph=create_graph)
+        return reduce_channels(total / n_samples, reduce).to(images.dtype)
 
 
 def grad_cam(
@@ -215,14 +233,42 @@ def _explain(
     create_graph: bool,
     reduce: str | None,
 ) -> Tensor:
-    """One forward pass of `model`, and the map of `method` from it."""
-    _check_arguments(images, reduce)
+    """The map of a method that takes one forward pass."""
+    _check_arguments(model, images, reduce)
     spec = catalog.METHODS[method]
     frozen_stem = spec.layer and not spec.pixels and not create_graph
+    with torch.inference_mode(False):
+        target = as_target(target, len(images))
+        while True:
+            try:
+                return _map(
+                    method, model, images, target, layer, create_graph, reduce, frozen_stem=frozen_stem
+                )
+            except OtherLayerError as error:
+                layer = error.layer
+            except (NoGradientError, CheckpointError):
+                # what switches gradients on and off around the layer, or recomputes it, needs the whole graph
+                if not frozen_stem:
+                    raise
+                frozen_stem = False
+
+
+def _map(
+    method: str,
+    model: nn.Module,
+    images: Tensor,
+    target: Tensor | int | None,
+    layer: nn.Module | str | None = None,
+    create_graph: bool = False,
+    reduce: str | None = None,
+    *,
+    frozen_stem: bool = False,
+) -> Tensor:
+    """One forward pass of `model`, and the map of `method` from it."""
     with (
-        torch.inference_mode(False),
+        left_as_found(model),
         torch.enable_grad(),
-        as_written(),
+        differentiable_twice() if create_graph else as_written(),
         ForwardRecorder(model, method, layer, frozen_stem=frozen_stem) as recorder,
     ):
         pixels = images.clone() if images.is_inference() else images.detach()
@@ -231,13 +277,10 @@ def _explain(
         logits = logits_of(model, pixels)
         check_target(target, *logits.shape)
         scores = class_scores(logits, target)
-        return recorder.maps(pixels, scores, create_graph=create_graph, reduce=reduce)
-
-
-def as_written() -> AbstractContextManager:
-    """Compiled modules hide their ReLUs and refuse a second derivative: run them uncompiled."""
-    # setting the stance imports the compiler, which takes seconds and is needless where nothing was compiled
-    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+        maps = recorder.maps(pixels, scores, create_graph=create_graph, reduce=reduce)
+    if create_graph:
+        check_second_derivative(maps, "create_graph=True", "leave create_graph out")
+    return maps
 
 
 def _gaussian_like(images: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -245,8 +288,10 @@ def _gaussian_like(images: Tensor, generator: torch.Generator | None) -> Tensor:
     return torch.randn(images.shape, generator=generator, device=where, dtype=images.dtype).to(images.device)
 
 
-def _check_arguments(images: Tensor, reduce: str | None) -> None:
+def _check_arguments(model: nn.Module, images: Tensor, reduce: str | None) -> None:
     check_images(images)
+    check_no_transform()
+    check_usable(model)
     check_finite(images, name="images")
     if reduce not in ("max", None):
         raise ValueError(f"reduce must be 'max' or None, got {reduce!r}")
