@@ -100,30 +100,37 @@ test-slow: $(READY)  ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow --ignore tests/book/test_pages.py
 
 # the oldest versions that pyproject.toml promises, in an environment of their own
-test-oldest: .venv-oldest/.ready  ## test the package with the oldest versions that it promises
-	$(OLDEST_PYTEST) tests --ignore tests/book --ignore tests/test_project.py
-
-test-oldest-quick: .venv-oldest/.ready  ## of these, what depends on torch the most
-	$(OLDEST_PYTEST) $(addprefix tests/,saliency objective double_backward test_losses.py test_trust.py test_pool.py)
-
-OLDEST_PYTEST := OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n 2 -p no:cacheprovider -m 'not slow'
+OLDEST := .venv-oldest
+OLDEST_PYTEST := OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n 2 -p no:cacheprovider -m 'not slow'
+NOT_PACKAGE := book tools test_makefile.py test_project.py test_workflows.py
+QUICK := saliency objective double_backward test_losses.py test_trust.py test_pool.py
 
 # some of them have wheels for no newer Python
-.venv-oldest/.ready: PYTHON = python3.11
-.venv-oldest/.ready: pyproject.toml constraints-oldest.txt
+$(OLDEST)/.ready: PYTHON = python3.11
+$(OLDEST)/.ready: pyproject.toml constraints-oldest.txt
 	@$(CHECK_PYTHON)
-	@$(PYTHON) tools/install.py .venv-oldest --constraint constraints-oldest.txt --editable '.[train]' \
+	@$(PYTHON) tools/install.py $(OLDEST) --constraint constraints-oldest.txt --editable '.[train]' \
 		hypothesis matplotlib pytest pytest-xdist seaborn timm
-	@.venv-oldest/bin/pip list --format freeze | tee $@
+	@$(OLDEST)/bin/pip list --format freeze > $@
 
-# as a reader on Colab has it: a wheel, no source tree, and the torch that Colab brings
-test-colab: $(READY)  ## run every chapter from a wheel, in an environment that holds what Colab has
-	rm -rf _build/colab .venv-colab
-	$(BIN)/python -m hatchling build --target wheel --directory _build/colab
-	@trap 'rm -rf .venv-colab' EXIT; \
-	$(PYTHON) tools/install.py .venv-colab 'torch==2.11.*' 'torchvision==0.26.*' \
-		"$$(echo _build/colab/*.whl)[chapters]" ipykernel papermill; \
-	.venv-colab/bin/python -P tools/elsewhere.py $(NOTEBOOKS) --outputs _build/colab
+test-oldest: $(OLDEST)/.ready  ## test the package with the oldest versions that it promises
+	$(OLDEST_PYTEST) tests $(NOT_PACKAGE:%=--ignore tests/%)
+
+test-oldest-quick: $(OLDEST)/.ready  ## of these tests, what depends on PyTorch the most
+	$(OLDEST_PYTEST) $(QUICK:%=tests/%)
+
+# as a reader on Colab has it: its PyTorch, to which the set-up cell adds the package; no source tree
+COLAB := .venv-colab
+COLAB_PACKAGES := 'torch==2.11.*' 'torchvision==0.26.*' ipykernel papermill
+
+test-colab:  ## run every chapter from a wheel, in an environment that holds what Colab has
+	@$(CHECK_PYTHON)
+	rm -rf _build/colab $(COLAB)
+	@trap 'rm -rf $(COLAB)' EXIT; \
+	$(PYTHON) tools/install.py $(COLAB) $(COLAB_PACKAGES); \
+	$(COLAB)/bin/pip wheel --quiet --no-deps --wheel-dir _build/colab .; \
+	$(PYTHON) tools/install.py $(COLAB) "$$(echo _build/colab/*.whl)[chapters]"; \
+	$(COLAB)/bin/python -P tools/elsewhere.py $(NOTEBOOKS) --outputs _build/colab
 
 lint: $(READY)  ## ruff, mypy and the rules for notebooks
 	$(BIN)/ruff check .

@@ -31,7 +31,7 @@ def test_constraints_hold_a_version_that_the_package_allows(requirement):
     assert requirement.specifier.contains(exact)
 
 
-@pytest.mark.parametrize("name", sorted(OLDEST.keys() - {"numpy"}))
+@pytest.mark.parametrize("name", sorted(OLDEST.keys() & {canonicalize_name(r.name) for r in DIRECT}))
 def test_the_oldest_versions_are_those_that_the_package_promises(name):
     bounds = {s.version for r in DIRECT if canonicalize_name(r.name) == name for s in r.specifier}
     assert {Version(bound) for bound in bounds} == {Version(OLDEST[name])}

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -52,6 +53,7 @@ def main() -> int:
     if package is None or Path(package.origin or "").resolve().parent == TREE / "salnb":
         print("salnb must be installed here, from a wheel")
         return 1
+    print(*(f"{name} {version(name)}" for name in ("salnb", "torch", "torchvision")), sep=", ", flush=True)
     arguments.outputs.mkdir(parents=True, exist_ok=True)
     outputs = [(arguments.outputs / path.name).resolve() for path in arguments.notebooks]
     with ThreadPoolExecutor(arguments.jobs) as pool:

@@ -1,5 +1,6 @@
 """Running chapters where the source tree is not."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -38,4 +39,5 @@ def test_each_chapter_runs_in_an_empty_folder(tmp_path):
     assert "failed bad: " in ended.stdout
     assert "ZeroDivisionError" in ended.stdout
     assert ended.stdout.endswith("1 passed, 1 failed\n")
+    assert re.match(r"salnb \S+, torch \S+, torchvision \S+\n", ended.stdout)
     assert (tmp_path / "outputs" / "good.ipynb").exists()

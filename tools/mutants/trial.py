@@ -25,7 +25,7 @@ COPIED = ("notebooks", "results", "salnb", "tests", "tools")
 PRELOADED = (
     *("torch", "torchvision", "torchvision.transforms.v2", "torch.fx.experimental.proxy_tensor"),
     *("torch._dynamo", "torch._functorch.aot_autograd", "pytest", "hypothesis", "coverage"),
-    *("lightning.fabric", "yaml", "torchmetrics", "PIL.Image", "datasets"),
+    *("lightning.fabric", "yaml", "torchmetrics", "PIL.Image"),
 )
 # comparisons with other libraries: they repeat what a definition in the same file tests, and load for seconds
 LEFT_OUT = "not captum and not kornia"
