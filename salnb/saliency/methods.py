@@ -166,7 +166,8 @@ def smoothgrad(
         Maps as those of `vanilla_gradient`.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as `vanilla_gradient`, and for `n_samples` below 1 or a negative `noise_level`.
+        TypeError, ValueError, RuntimeError: as `vanilla_gradient`, and for `n_samples` below 1 or a negative
+            `noise_level`.
     """
     if n_samples < 1:
         raise ValueError(f"n_samples must be at least 1, got {n_samples}")
