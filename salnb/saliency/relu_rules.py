@@ -93,8 +93,10 @@ class Rectifier(torch.autograd.Function):
             # where PyTorch has a derivative of a half or one at zero, eq. 4 has none
             positive = slope > 0 if rule is None else (slope > 0) & (out > 0)
             grad = (grad * slope).where(positive, 0)
-        if rule is not None:
-            grad = _pass_where(grad.detach(), grad)  # eq. 4, DeconvNet, and guided both: gradient positive
+        if rule == "deconvnet":
+            grad = _pass_where(grad.detach(), grad)  # eq. 4, DeconvNet: gradient positive
+        elif rule == "guided_backprop":
+            grad = _pass_where(grad.detach(), grad)  # eq. 4, guided: both positive
         return grad, None, None, None, None
 
 
