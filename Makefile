@@ -23,7 +23,7 @@ PACKAGE := $(shell find salnb -name '*.py')
 PAGES := _config.yml _toc.yml $(shell find book -type f -not -path '*/__pycache__/*')
 
 .PHONY: help env book test test-unit test-notebooks test-pages test-slow test-oldest test-oldest-quick test-colab
-.PHONY: lint serve notebook notebooks bench clean
+.PHONY: lint serve notebook notebooks bench mutants clean
 
 CHECK_PYTHON = command -v $(PYTHON) >/dev/null || { echo "there is no $(PYTHON): make PYTHON=…"; exit 1; }; \
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, $(PYTHON) is %d.%d: make PYTHON=python3.12" % sys.version_info[:2])'
@@ -140,6 +140,13 @@ lint: $(READY)  ## ruff, mypy and the rules for notebooks
 
 bench: $(READY)  ## print speeds, each as a ratio of two things measured in one run
 	for file in benchmarks/[a-z]*.py; do $(BIN)/python -m benchmarks.$$(basename $$file .py); done
+
+MINUTES := 30
+SAMPLE := 200
+SEED := 0
+mutants: $(READY)  ## make mutants MINUTES=30 SAMPLE=200 SEED=0: break the package, see which tests notice
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[mutants]'
+	OMP_NUM_THREADS=1 $(BIN)/python -m tools.mutants --minutes $(MINUTES) --sample $(SAMPLE) --seed $(SEED) $(if $(AGAIN),--again)
 
 clean:  ## remove everything that was built; the environments stay
 	rm -rf _build .mypy_cache .pytest_cache .ruff_cache .hypothesis

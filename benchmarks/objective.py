@@ -32,7 +32,7 @@ def steps_of(case: Case, device: torch.device, *, compiled: bool) -> dict[str, T
 
     class Plain(SaliencyStep):
         def __call__(self) -> None:
-            with mock.patch("salnb.objective.terms.fast_double_backward", contextlib.nullcontext):
+            with mock.patch("salnb.double_backward.mode.fast_double_backward", contextlib.nullcontext):
                 super().__call__()
 
     steps = {

@@ -1,7 +1,9 @@
 """Networks by name, untrained and pretrained: all take images in [0, 1] and return logits."""
 
+import pickle
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,6 +11,8 @@ from torch import Tensor, nn
 
 from salnb._common.catalog import network as look_up
 from salnb._common.catalog import unknown
+from salnb._common.files import DamagedFileError, place_error
+from salnb._common.limits import check_integer
 from salnb._common.packages import require
 
 __all__ = ["PRETRAINED", "Block", "Normalized", "SmallResNet", "build", "pretrained"]
@@ -22,12 +26,9 @@ _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 class Normalized(nn.Module):
-    """A network that takes images in [0, 1]: (image - mean) / std, then the network.
+    """A network that takes images in [0, 1]: (image - mean) / std of each channel, then the network.
 
-    Args:
-        network: maps standardised images (N, 3, H, W) to logits (N, K).
-        mean: of each channel.
-        std: of each channel.
+    Images are of any floating-point dtype; the network gets them in that of its parameters.
     """
 
     mean: Tensor
@@ -41,17 +42,15 @@ class Normalized(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (N, K) of images (N, 3, H, W) in [0, 1]."""
-        return self.network((images - self.mean) / self.std)
+        standardised = (images - self.mean) / self.std
+        parameter = next(self.network.parameters(), standardised)
+        return self.network(standardised.to(parameter.dtype))
 
 
 class Block(nn.Module):
-    """A residual block: two 3×3 convolutions and a shortcut.
+    """A residual block: two 3×3 convolutions, the first with a stride, and a shortcut.
 
-    Args:
-        inputs: number of channels that come in.
-        outputs: number of channels that go out.
-        stride: 2 halves height and width.
-        norm: from a number of channels to a normalisation layer.
+    `norm` makes a normalisation layer for a number of channels.
     """
 
     def __init__(self, inputs: int, outputs: int, stride: int, norm: Callable[[int], nn.Module]):
@@ -74,12 +73,8 @@ class Block(nn.Module):
 class SmallResNet(nn.Module):
     """A residual network for small images on a CPU: 78,000 parameters, 3 million multiplications at 32×32.
 
-    Height and width are halved at once, as the first layers are where the pixels, and the time, are.
-
-    Args:
-        num_classes: K.
-        norm: from a number of channels to a normalisation layer.
-        width: channels of the first stage.
+    Height and width are halved at once, as the first layers are where the pixels, and the time, are. `width`
+    is the number of channels of the first stage; for `norm` see `Block`.
     """
 
     def __init__(self, num_classes: int, norm: Callable[[int], nn.Module] = nn.BatchNorm2d, width: int = 16):
@@ -99,6 +94,8 @@ class SmallResNet(nn.Module):
 def build(name: str, num_classes: int) -> nn.Module:
     """An untrained network by its name, in train mode; draw its weights by seeding torch before.
 
+    Its parameters are of torch's default dtype, on torch's default device.
+
     Args:
         name: "small", "small_groupnorm" (the same without batch norm, so that an image's result does not
             depend on its neighbours), torchvision's "resnet18", "resnet50", "vgg16", "vgg16_bn",
@@ -115,8 +112,7 @@ def build(name: str, num_classes: int) -> nn.Module:
         ModuleNotFoundError: timm is asked for and is not installed.
     """
     look_up(name)
-    if num_classes < 2:
-        raise ValueError(f"num_classes must be at least 2, got {num_classes}")
+    num_classes = check_integer("num_classes", num_classes, 2, 10**6)
     if name == "small":
         network: nn.Module = SmallResNet(num_classes)
     elif name == "small_groupnorm":
@@ -144,6 +140,8 @@ def pretrained(name: str = "efficientnet_lite0") -> nn.Module:
         ValueError: `name` is unknown.
         ModuleNotFoundError: the extra `chapters` is not installed.
         ConnectionError: torchvision's weights are not on this machine and cannot be downloaded.
+        OSError: they cannot be kept or read where torch keeps such files; the message says what to set.
+        DamagedFileError: they are there, but truncated or altered.
     """
     if name not in PRETRAINED:
         raise unknown("name", name, PRETRAINED)
@@ -152,13 +150,22 @@ def pretrained(name: str = "efficientnet_lite0") -> nn.Module:
     import torchvision
 
     weights = torchvision.models.get_model_weights(name).DEFAULT
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    out = f"set TORCH_HOME to a folder that can be written and has room, instead of {folder}"
+    if any(part.startswith("~") for part in folder.parts):  # torch would make a folder of this name
+        raise OSError(f"the weights of {name} cannot be kept (the home folder is not known): {out}")
     try:
         network = torchvision.models.get_model(name, weights=weights)
     except OSError as error:
+        if place_error(error):
+            raise OSError(f"the weights of {name} cannot be kept or read ({error}): {out}") from error
         raise ConnectionError(
             f"the weights of {name} could not be downloaded; fetch {weights.url} on a machine with "
-            f"network and put the file into {torch.hub.get_dir()}/checkpoints"
+            f"network and put the file into {folder}"
         ) from error
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        file, why = folder / Path(weights.url).name, str(error).partition(".")[0]
+        raise DamagedFileError(f"{file} is truncated or altered ({why}): remove it") from error
     return Normalized(network, *_IMAGENET).eval()
 
 

@@ -1,21 +1,57 @@
 """Checks of arguments, each of whose errors names the argument, what came and what is allowed; dtypes."""
 
+import operator
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from salnb._common.catalog import did_you_mean as did_you_mean
 from salnb._common.catalog import unknown as unknown
 
 
 def is_traced(tensor: Tensor) -> bool:
-    """Whether the tensor has no values to look at: under `torch.compile`, `make_fx`, or a fake tensor."""
+    """Whether the tensor has no values to look at: while a graph is recorded, on "meta", or under `vmap`.
+
+    A tensor of any other subclass has, and so it has under a dispatch mode that only watches.
+    """
     return (
         torch.compiler.is_compiling()
-        or _get_current_dispatch_mode() is not None
-        or type(tensor) not in (Tensor, torch.nn.Parameter)
+        or get_proxy_mode() is not None  # make_fx, also where it records real tensors
+        or isinstance(tensor, FakeTensor | FunctionalTensor)
         or tensor.is_meta
+        or torch._is_functional_tensor(tensor)
+        or _is_batched(tensor)
     )
+
+
+def _is_batched(tensor: Tensor) -> bool:
+    """Whether the tensor is one of `vmap`, alone or with other transforms of `torch.func` around it."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        if functorch.is_batchedtensor(tensor):
+            return True
+        tensor = functorch.get_unwrapped(tensor)
+    return False
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """The tensor as one of no subclass, which autograd may save; itself where it is that already.
+
+    Subclasses that only add methods or metadata (those of `torchvision.tv_tensors`, a user's own) would come
+    back from some operations and not from others; those that dispatch on their own are left alone. What was
+    made in inference mode is copied outside of it.
+    """
+    if torch.compiler.is_compiling():
+        return tensor
+    if type(tensor) is not Tensor and type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__:
+        tensor = tensor.as_subclass(Tensor)
+    if tensor.is_inference() and not torch.is_inference_mode_enabled():
+        tensor = tensor.clone()
+    return tensor
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
@@ -28,8 +64,8 @@ def at_least_float32_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def check_images(images: Tensor, *, name: str = "images", unit_range: bool = False) -> None:
-    """Raise unless `images` is a floating-point (N, C, H, W) tensor with at least one sample.
+def check_images(images: Tensor, *, name: str = "images", unit_range: bool = False) -> Tensor:
+    """The `images` as a `plain` tensor, if they are a floating-point (N, C, H, W) with at least one sample.
 
     Args:
         images: what the caller gave.
@@ -60,6 +96,7 @@ def check_images(images: Tensor, *, name: str = "images", unit_range: bool = Fal
                 f"{name} must lie in [0, 1], got values from {low:.4g} to {high:.4g}: "
                 "augment before normalising"
             )
+    return plain(images)
 
 
 def check_finite(values: Tensor, *, name: str) -> None:
@@ -75,6 +112,29 @@ def check_finite(values: Tensor, *, name: str) -> None:
         raise ValueError(
             f"{name} must be finite, got {int(bad.sum())} NaN or infinite values, the first at index {first}"
         )
+
+
+def check_no_transform() -> None:
+    """Raise a RuntimeError inside `torch.vmap` or another transform of `torch.func`."""
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            "torch.vmap and the other transforms of torch.func do not work here, where values are looked at "
+            "and gradients are taken: call this outside of them, with the whole batch"
+        )
+
+
+def as_target(target: Any, n: int) -> Any:
+    """A target of n images with its integer-likes (NumPy's, tensors without dimensions) made usable.
+
+    What was made in inference mode is copied, as it can take part in no graph.
+    """
+    if not isinstance(target, Tensor):
+        whole = (
+            hasattr(target, "__index__") and not isinstance(target, bool) and not getattr(target, "ndim", 0)
+        )
+        return operator.index(target) if whole else target
+    target = target.clone() if target.is_inference() else target
+    return target.expand(n) if target.ndim == 0 and _is_integer(target) else target
 
 
 def check_target(target: Tensor | int | None, n: int, num_classes: int) -> None:

@@ -1,6 +1,7 @@
 """Files that are there whole or not at all, and that tell whether they were altered since."""
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import os
@@ -10,15 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-__all__ = [
-    "DRAFT",
-    "DamagedFileError",
-    "load_hashed",
-    "locked",
-    "remove_drafts",
-    "save_hashed",
-    "write_atomic",
-]
+__all__ = ["DamagedFileError", "load_hashed", "locked", "place_error", "remove_drafts"]
+__all__ += ["save_hashed", "sha256", "write_atomic"]
 
 # what a killed process may leave behind begins with this
 DRAFT = ".draft-"
@@ -28,16 +22,19 @@ _DIGITS = 16
 _PATIENCE = 10.0
 
 
+# what is wrong with a place, and not with what is written there or read from a network
+_OF_PLACES = {
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT),
+    *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP),
+}
+
+
 class DamagedFileError(RuntimeError):
     """A file is not what was written: it is truncated or altered."""
 
 
 def write_atomic(path: str | Path, content: bytes) -> None:
-    """Write a file so that, whatever happens meanwhile, its old or its new content is there, never a part.
-
-    Args:
-        path: the file; its folder must exist.
-        content: all of it.
+    """Write a file, in a folder that exists, so that its old or its new content is there, never a part.
 
     Raises:
         OSError: the content could not be written (a full disk, say); what was there before still is.
@@ -49,52 +46,57 @@ def write_atomic(path: str | Path, content: bytes) -> None:
 
 
 def save_hashed(folder: Path, stem: str, state: Any) -> Path:
-    """Save what `torch.save` can, atomically, under a name that holds the content's SHA-256.
+    """Save what `torch.save` can, atomically, as `stem.<sixteen digits>.pt`, in a folder that exists.
 
-    Such a file needs no second one to be checked against, which might be newer or older than it.
-
-    Args:
-        folder: where to; it must exist.
-        stem: the name's beginning.
-        state: tensors, numbers, strings, and lists and dictionaries of them.
-
-    Returns:
-        The file, `stem.<sixteen digits>.pt`.
+    The digits are of its SHA-256: it needs no second file to be checked against, newer or older than it.
     """
     import torch
 
     with _draft(folder) as file:
-        writer = _Hashing(file)
         try:
-            torch.save(state, writer)  # type: ignore[arg-type]
-        except RuntimeError as error:
-            raise writer.error or error from None
-        path = folder / f"{stem}.{writer.sha.hexdigest()[:_DIGITS]}.pt"
+            torch.save(state, file)
+        except RuntimeError as error:  # about positions in the file, whatever went wrong before
+            raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
+        file.flush()
+        path = folder / f"{stem}.{sha256(Path(file.name))[:_DIGITS]}.pt"
         _place(file, path)
     return path
 
 
-def load_hashed(path: Path, *, map_location: Any = "cpu") -> Any:
-    """Load what `save_hashed` saved, tensors and plain values only.
+def load_hashed(path: Path) -> Any:
+    """Load what `save_hashed` saved, tensors and plain values only, onto the CPU.
 
     Raises:
         DamagedFileError: the content does not belong to the name.
     """
     import torch
 
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()[:_DIGITS]
+    digest = sha256(path)[:_DIGITS]
     if digest != path.name.split(".")[-2]:
         raise DamagedFileError(f"{path} is truncated or altered: its SHA-256 begins with {digest}")
-    return torch.load(path, map_location=map_location, weights_only=True)
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file's content, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def place_error(error: BaseException | None) -> OSError | None:
+    """Of an error and those behind it, the one that says that a place cannot be read, written or is full."""
+    while error is not None:
+        # Hugging Face's library looks for room ahead, and has no number for what it finds
+        if isinstance(error, OSError) and (error.errno in _OF_PLACES or "disk space" in str(error)):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def remove_drafts(folder: Path, *, older: float = 0.0) -> None:
-    """Remove what a killed process left behind.
+    """Remove what a killed process left behind, if it was written `older` seconds ago.
 
-    Args:
-        folder: where it was writing.
-        older: seconds since it wrote last; 0 where nobody else may be writing now.
+    Zero is for a folder in which nobody else may be writing now.
     """
     for path in folder.glob(f"{DRAFT}*"):
         with contextlib.suppress(FileNotFoundError):
@@ -130,26 +132,6 @@ def locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
         with contextlib.suppress(OSError):  # something is in it
             folder.rmdir()
-
-
-class _Hashing:
-    """A file to write to, that hashes what passes."""
-
-    def __init__(self, file: IO[bytes]):
-        self.file = file
-        self.sha = hashlib.sha256()
-        self.error: OSError | None = None
-
-    def write(self, content: bytes) -> int:
-        self.sha.update(content)
-        try:
-            return self.file.write(content)
-        except OSError as error:
-            self.error = error  # torch.save answers with an error of its own, about positions in the file
-            raise
-
-    def flush(self) -> None:
-        self.file.flush()
 
 
 @contextlib.contextmanager

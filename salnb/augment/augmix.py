@@ -7,25 +7,18 @@ import torch
 from torch import Tensor
 
 from salnb._common.checks import at_least_float32, at_least_float32_dtype
-from salnb.augment.base import Augmentation, Draw, Params, apply_where, check_number, column
+from salnb._common.limits import check_integer, check_number
+from salnb.augment.base import Augmentation, Draw, Params, apply_where, column
+from salnb.augment.mixing import ALPHAS
 from salnb.augment.photometric import check_channels
-from salnb.augment.warp import Warp, affine_matrix, compose, fully_valid, invert, resample
+from salnb.augment.warp import Warp, affine_warp, compose, fully_valid, resample
 
 __all__ = ["AugMix", "AugMixParams"]
 
-OPERATIONS = (
-    "autocontrast",
-    "equalize",
-    "posterize",
-    "solarize",
-    "rotate",
-    "shear_x",
-    "shear_y",
-    "translate_x",
-    "translate_y",
-)
+COLOURS = ("autocontrast", "equalize", "posterize", "solarize")
+OPERATIONS = (*COLOURS, "rotate", "shear_x", "shear_y", "translate_x", "translate_y")
+FIRST_GEOMETRIC = len(COLOURS)
 NONE = -1
-FIRST_GEOMETRIC = OPERATIONS.index("rotate")
 
 
 @dataclass(frozen=True)
@@ -81,12 +74,7 @@ def step_matrix(operation: Tensor, level: Tensor, size: Sequence[int]) -> Tensor
     """The movement of one step, `(N, 2, 3)` from the new frame to the old; none for what is not geometric.
 
     At level 10 an image is turned by 30 degrees, sheared by 0.3 or shifted by a third of its side, all
-    about its centre.
-
-    Args:
-        operation: `(N,)` indices into `OPERATIONS`.
-        level: `(N,)`, signed.
-        size: height and width of the frame, in pixels.
+    about its centre. The level is signed.
     """
     height, width = size
 
@@ -95,7 +83,7 @@ def step_matrix(operation: Tensor, level: Tensor, size: Sequence[int]) -> Tensor
 
     shear = torch.stack([amount("shear_x", 0.3), amount("shear_y", 0.3)], -1).atan().rad2deg()
     shift = torch.stack([amount("translate_x", width / 3), amount("translate_y", height / 3)], -1)
-    return invert(affine_matrix(amount("rotate", 30), torch.ones_like(level), shift, shear))
+    return affine_warp(amount("rotate", 30), torch.ones_like(level), shift, shear).backward
 
 
 def recolour(images: Tensor, operation: Tensor, level: Tensor) -> Tensor:
@@ -150,8 +138,8 @@ class AugMix(Augmentation[AugMixParams]):
         severity: strength of the operations, from 0.1 to 10.
         width: number of chains.
         depth: operations in a chain; -1 draws 1, 2 or 3 for each chain.
-        alpha: above 0; of the Dirichlet distribution of the chains' weights and of the Beta distribution of
-            their share against the original.
+        alpha: from 0.01 to 1e6; of the Dirichlet distribution of the chains' weights and of the Beta
+            distribution of their share against the original.
     """
 
     params_class = AugMixParams
@@ -161,11 +149,11 @@ class AugMix(Augmentation[AugMixParams]):
     def __init__(self, severity: float = 3.0, width: int = 3, depth: int = -1, alpha: float = 1.0) -> None:
         super().__init__()
         self.severity = check_number("severity", severity, 0.1, 10)
-        self.width = int(check_number("width", width, 1, 100))
-        if depth != -1:
-            check_number("depth", depth, 1, 100)
-        self.depth = int(depth)
-        self.alpha = check_number("alpha", alpha, 0, 1e6, above=True)
+        self.width = check_integer("width", width, 1, 100)
+        self.depth = check_integer("depth", depth, -1, 100)
+        if self.depth != -1:
+            check_integer("depth", depth, 1, 100)
+        self.alpha = check_number("alpha", alpha, *ALPHAS)
 
     def _draw(self, draw: Draw) -> AugMixParams:
         depth = 3 if self.depth == -1 else self.depth

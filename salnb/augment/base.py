@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from salnb._common.checks import at_least_float32_dtype, check_images, is_traced
+from salnb._common.checks import at_least_float32_dtype, check_images, is_traced, plain
 
 # what the face of the package shows; the rest serves those who write an augmentation
 __all__ = ["Augmentation", "Batch", "Draw", "NotInvertibleError", "Params"]
@@ -43,7 +43,7 @@ class Params:
     @property
     def first(self) -> Tensor:
         """The first tensor of the draw, which stands for all in questions of length and device."""
-        return getattr(self, dataclasses.fields(self)[0].name)
+        return pytree.tree_leaves(self)[0]
 
     def to(self, device: torch.device | str) -> Self:
         """The same draw on another device."""
@@ -100,11 +100,15 @@ class Draw:
         return torch.empty_like(order).scatter(0, order, order.roll(1))
 
 
+def on_cpu(tensor: Tensor) -> bool:
+    """Whether values can be looked at for free: the host would wait for a GPU, and a trace has none."""
+    return tensor.device.type == "cpu" and not is_traced(tensor)
+
+
 def apply_where(chosen: Tensor, kernel: Callable[..., Tensor], images: Tensor, *per_sample: Tensor) -> Tensor:
     """Apply a kernel to the chosen samples and leave the others as they are.
 
-    On a CPU only the chosen samples are computed. Where that would make the host wait for the device, or
-    where the choice is not known because the call is being traced, all are computed and the chosen ones kept.
+    Only the chosen samples are computed where it is known which they are, else all.
 
     Args:
         chosen: `(N,)` booleans.
@@ -112,7 +116,7 @@ def apply_where(chosen: Tensor, kernel: Callable[..., Tensor], images: Tensor, *
         images: `(N, C, H, W)`.
         *per_sample: tensors of first dimension N.
     """
-    if is_traced(images) or images.device.type != "cpu":
+    if not on_cpu(images):
         return torch.where(chosen[:, None, None, None], kernel(images, *per_sample), images)
     index = chosen.nonzero()[:, 0]
     if len(index) == len(images):
@@ -140,13 +144,11 @@ def in_pieces(function: Callable[..., Any], samples: Tensor, params: P) -> Any:
         params: of N samples.
     """
     length = max(1, PIECE * len(samples) // samples.numel())
-    if length >= len(samples) or is_traced(samples) or samples.device.type != "cpu":
+    if length >= len(samples) or not on_cpu(samples):
         return function(samples, params)
     pieces = [slice(start, start + length) for start in range(0, len(samples), length)]
     results = [function(samples[piece], params[piece]) for piece in pieces]
-    if isinstance(results[0], Tensor):
-        return torch.cat(results)
-    return tuple(torch.cat(parts) for parts in zip(*results, strict=True))
+    return pytree.tree_map(lambda *parts: torch.cat(parts), *results)
 
 
 def column(values: Tensor, images: Tensor) -> Tensor:
@@ -177,20 +179,23 @@ class Batch:
 
     def align(self, maps: Tensor, new_maps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Both maps in one frame and where they may be compared; see `Augmentation.align`."""
-        if maps.shape[-2:] != self.images.shape[-2:]:
-            raise ValueError(
-                f"maps must have the images' size {tuple(self.images.shape[-2:])}, "
-                f"got {tuple(maps.shape[-2:])}"
-            )
+        size, given = tuple(self.images.shape[-2:]), tuple(check_images(maps, name="maps").shape[-2:])
+        if given != size:
+            raise ValueError(f"maps must have the images' size {size}, got {given}")
         return self.augmentation.align(maps, new_maps, self.params)
 
 
 class Augmentation(nn.Module, Generic[P]):
     """One augmentation of a batch of images, with its effect on labels and on saliency maps.
 
+    Its methods take `images` `(N, C, H, W)`, a `target` `(N,)` of integer labels or `(N, K)` of class
+    weights, maps `(N, 1, H, W)` of originals (`maps`) or of augmented images (`new_maps`), and `params`, what
+    was drawn for these N samples. What comes back are plain tensors, of whatever subclass those given are.
+    There is no state: what a call did is in its params.
+
     A subclass draws in `_draw`, changes images in `_transform` and maps in `_carry`, labels in `_relabel`
     if need be; one that can be undone has `_invert` and sets `invertible`. These may rely on arguments that
-    were checked. There is no state: what a call did is in its params.
+    were checked.
 
     Attributes:
         params_class: the kind of params that it draws.
@@ -207,10 +212,10 @@ class Augmentation(nn.Module, Generic[P]):
     piecewise: bool = False
 
     def make_params(self, images: Tensor, generator: torch.Generator | None = None) -> P:
-        """Draw for each image of the batch.
+        """Draw for each image of the batch, of which only shape, dtype and device are read.
 
         Args:
-            images: `(N, C, H, W)`; only their shape, dtype and device are read.
+            images: see above.
             generator: the source of randomness; None is torch's global one.
 
         Raises:
@@ -225,48 +230,35 @@ class Augmentation(nn.Module, Generic[P]):
 
     def images(self, images: Tensor, params: P) -> Tensor:
         """The augmented images: same shape, dtype and device, and differentiable where the operation is."""
-        check_images(images, unit_range=self.unit_range)
-        self._check_params(images, params, "images")
-        return (
-            in_pieces(self._transform, images, params) if self.piecewise else self._transform(images, params)
-        )
+        images = check_images(images, unit_range=self.unit_range)
+        params = self._checked(params, images, "images")
+        if self.piecewise:
+            return in_pieces(self._transform, images, params)
+        return self._transform(images, params)
 
     def targets(self, target: Tensor, params: P, num_classes: int | None = None) -> Tensor:
-        """The labels of the augmented images.
+        """The labels of the augmented images: the target itself, or `(N, K)` weights where images are mixed.
 
-        Args:
-            target: `(N,)` integer labels or `(N, K)` class weights.
-            params: what was drawn.
-            num_classes: K; needed only where labels are mixed and given as integers.
-
-        Returns:
-            The target itself, or `(N, K)` weights where images are mixed.
+        `num_classes` is K, needed only where labels are mixed and given as integers.
         """
-        self._check_params(target, params, "target")
-        return self._relabel(target, params, num_classes)
+        params = self._checked(params, target, "target")
+        return self._relabel(plain(target), params, num_classes)
 
     def carry(self, maps: Tensor, params: P, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Push maps of the original images forward: the maps expected of the augmented images.
 
-        Args:
-            maps: `(N, 1, H, W)`, of the originals.
-            params: what was drawn.
-            valid: `(N, 1, H, W)` booleans, where the maps hold at all; None is everywhere.
+        `valid`, `(N, 1, H, W)` booleans, says where the maps hold at all; None is everywhere.
 
         Returns:
             The maps in the new frame, and where in it they hold.
         """
-        check_images(maps, name="maps")
-        self._check_params(maps, params, "maps")
-        carried, valid = self._carry(maps, params, valid)
+        maps = check_images(maps, name="maps")
+        params = self._checked(params, maps, "maps")
+        carried, valid = self._carry(maps, params, valid if valid is None else plain(valid))
         return carried, everywhere(carried) if valid is None else valid
 
     def inverse(self, new_maps: Tensor, params: P) -> tuple[Tensor, Tensor]:
         """Pull maps of the augmented images back into the originals' frame.
-
-        Args:
-            new_maps: `(N, 1, H, W)`, of the augmented images.
-            params: what was drawn.
 
         Returns:
             The maps in the originals' frame and `valid`, `(N, 1, H, W)`: false wherever the pixel had
@@ -275,9 +267,8 @@ class Augmentation(nn.Module, Generic[P]):
         Raises:
             NotInvertibleError: there is no way back.
         """
-        check_images(new_maps, name="new_maps")
-        self._check_params(new_maps, params, "new_maps")
-        return self._invert(new_maps, params)
+        new_maps = check_images(new_maps, name="new_maps")
+        return self._invert(new_maps, self._checked(params, new_maps, "new_maps"))
 
     def align(self, maps: Tensor, new_maps: Tensor, params: P) -> tuple[Tensor, Tensor, Tensor]:
         """Bring the maps of the originals and of the augmented images into one frame.
@@ -285,21 +276,16 @@ class Augmentation(nn.Module, Generic[P]):
         In the originals' frame (the new map pulled back) where an inverse exists, else in the new frame (the
         originals' map pushed forward). See the paper's Section 3.1 and eq. 7.
 
-        Args:
-            maps: `(N, 1, H, W)`, of the originals.
-            new_maps: the same shape, of the augmented images.
-            params: what was drawn.
-
         Returns:
             The two maps, and `valid` `(N, 1, H, W)`: where they may be compared.
         """
+        maps, new_maps = check_images(maps, name="maps"), check_images(new_maps, name="new_maps")
         if maps.shape != new_maps.shape:
             raise ValueError(
                 f"maps and new_maps must have one shape, got {tuple(maps.shape)} and {tuple(new_maps.shape)}"
             )
         if self.invertible:
-            pulled, valid = self.inverse(new_maps, params)
-            return maps, pulled, valid
+            return maps, *self.inverse(new_maps, params)
         expected, valid = self.carry(maps, params)
         return expected, new_maps, valid
 
@@ -311,14 +297,7 @@ class Augmentation(nn.Module, Generic[P]):
         num_classes: int | None = None,
         generator: torch.Generator | None = None,
     ) -> Batch:
-        """Draw, and apply to images and labels.
-
-        Args:
-            images: `(N, C, H, W)`.
-            target: `(N,)` integer labels or `(N, K)` class weights, or None.
-            num_classes: K; needed only where labels are mixed and given as integers.
-            generator: the source of randomness; None is torch's global one.
-        """
+        """Draw, and apply to images and, where there are any, labels; see `make_params` and `targets`."""
         params = self.make_params(images, generator)
         labels = None if target is None else self.targets(target, params, num_classes)
         return Batch(self.images(images, params), labels, params, self)
@@ -348,41 +327,15 @@ class Augmentation(nn.Module, Generic[P]):
             "originals' maps forward with the same operation"
         )
 
-    def _check_params(self, samples: Tensor, params: P, name: str) -> None:
+    def _checked(self, params: P, samples: Tensor, name: str) -> P:
+        """The params in a form that autograd may save, if they belong to these samples."""
+        wanted, given = self.params_class.__name__, type(params).__name__
         if not isinstance(params, self.params_class):
-            raise TypeError(
-                f"params of {self._get_name()} must be {self.params_class.__name__}, "
-                f"got {type(params).__name__}"
-            )
+            raise TypeError(f"params of {self._get_name()} must be {wanted}, got {given}")
         if len(params) != len(samples):
             raise ValueError(f"params were drawn for {len(params)} samples, but {name} has {len(samples)}")
         if params.first.device != samples.device:
             raise ValueError(
                 f"params are on {params.first.device}, but {name} on {samples.device}: use params.to(device)"
             )
-
-
-def check_number(name: str, value: float, low: float, high: float, *, above: bool = False) -> float:
-    """The value as a float, if it lies in [low, high], or in (low, high] with `above`.
-
-    Raises:
-        ValueError: naming the argument, the value and what is allowed.
-    """
-    if not (low < value if above else low <= value) or not value <= high:
-        interval = f"{'(' if above else '['}{low:g}, {high:g}]"
-        raise ValueError(f"{name} must lie in {interval}, got {value!r}")
-    return float(value)
-
-
-def check_range(
-    name: str, value: float | tuple[float, float], low: float, high: float, *, above: bool = False
-) -> tuple[float, float]:
-    """The pair as floats, if both ends lie between low and high and are in order.
-
-    A single number x means from -x to x.
-    """
-    pair = (-value, value) if isinstance(value, int | float) else tuple(value)
-    if len(pair) != 2 or pair[0] > pair[1]:
-        raise ValueError(f"{name} must be a pair (from, to) in this order, got {value!r}")
-    first, last = (check_number(name, end, low, high, above=above) for end in pair)
-    return first, last
+        return params if torch.compiler.is_compiling() else pytree.tree_map(plain, params)

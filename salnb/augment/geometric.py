@@ -3,48 +3,21 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 
 import torch
 from torch import Tensor
 
-from salnb._common.checks import at_least_float32_dtype, is_traced
-from salnb.augment.base import (
-    Augmentation,
-    Draw,
-    P,
-    Params,
-    check_number,
-    check_range,
-    everywhere,
-    in_pieces,
-)
-from salnb.augment.warp import (
-    Warp,
-    affine_matrix,
-    flip,
-    invert,
-    matrix,
-    merge,
-    pull_maps,
-    push_maps,
-    resample,
-    resize_boxes,
-)
+from salnb._common.checks import at_least_float32_dtype
+from salnb._common.limits import check_number, check_pair, check_range
+from salnb.augment.base import Augmentation, Draw, P, Params, apply_where, everywhere, in_pieces, on_cpu
+from salnb.augment.warp import Warp, affine_warp, matrix, merge, pull_maps, push_maps, resample, resize_boxes
 
-__all__ = [
-    "Affine",
-    "AffineParams",
-    "CropParams",
-    "FlipParams",
-    "Geometric",
-    "HorizontalFlip",
-    "Rescale",
-    "ResizedCrop",
-    "Rotation",
-    "VerticalFlip",
-]
+__all__ = ["Affine", "Geometric", "HorizontalFlip", "Rescale", "ResizedCrop", "Rotation", "VerticalFlip"]
+__all__ += ["AffineParams", "CropParams", "FlipParams"]
 
+# beyond these a factor leaves nothing to be seen, and in half precision overflows soon
+FACTORS = (1e-3, 1e3)
 # below this many pixels a loop over the samples costs more than it saves
 SMALL_IMAGE = 64 * 64
 
@@ -144,7 +117,8 @@ def _all_flips(steps: Sequence[Step]) -> bool:
 
 def _flip_all(images: Tensor, steps: Sequence[Step]) -> Tensor:
     for step, params in steps:
-        images = flip(images, params.flipped, step.dim)  # type: ignore[attr-defined, arg-type]
+        mirror = partial(torch.flip, dims=(step.dim,))  # type: ignore[arg-type]
+        images = apply_where(params.flipped, mirror, images)  # type: ignore[attr-defined]
     return images
 
 
@@ -154,8 +128,6 @@ def _merged(steps: Sequence[Step], images: Tensor) -> Warp:
 
 
 class _Flip(Geometric[FlipParams]):
-    """Flip each image with probability p."""
-
     params_class = FlipParams
     dim: int
 
@@ -175,33 +147,43 @@ class _Flip(Geometric[FlipParams]):
 
 
 class HorizontalFlip(_Flip):
-    """Exchange left and right of each image with probability p. Exact, on images and maps.
-
-    Args:
-        p: in [0, 1].
-    """
+    """Exchange left and right of each image with probability p. Exact, on images and maps."""
 
     dim = -1
 
 
 class VerticalFlip(_Flip):
-    """Exchange top and bottom of each image with probability p. Exact, on images and maps.
-
-    Args:
-        p: in [0, 1].
-    """
+    """Exchange top and bottom of each image with probability p. Exact, on images and maps."""
 
     dim = -2
 
 
-class _Affine(Geometric[AffineParams]):
-    """What rescaling, rotation and the general affine movement share; the ranges default to no movement."""
+class Affine(Geometric[AffineParams]):
+    """Shear, rescale and turn each image about its centre, then shift it.
+
+    Args:
+        degrees: range of the angle, positive counter-clockwise; one number d means from -d to d.
+        translate: largest shift across and down, as fractions of width and height.
+        scale: range of the factor; above 1 enlarges.
+        shear: range of the shear angle in degrees, drawn along x and along y; one number s means
+            from -s to s.
+    """
 
     params_class = AffineParams
-    degrees: tuple[float, float] = (0.0, 0.0)
-    translate: tuple[float, float] = (0.0, 0.0)
-    scale: tuple[float, float] = (1.0, 1.0)
-    shear: tuple[float, float] = (0.0, 0.0)
+
+    def __init__(
+        self,
+        degrees: float | tuple[float, float] = 30.0,
+        translate: tuple[float, float] = (0.1, 0.1),
+        scale: tuple[float, float] = (0.8, 1.2),
+        shear: float | tuple[float, float] = 10.0,
+    ) -> None:
+        super().__init__()
+        self.degrees = check_range("degrees", degrees, -360, 360, about=0)
+        self.translate = check_pair("translate", translate, 0, 1, "a pair (across, down)")
+        self.scale = check_range("scale", scale, *FACTORS)
+        # the inverse of a shear by 45 degrees both ways is rounded by as much as `warp.slack` leaves room for
+        self.shear = check_range("shear", shear, -45, 45, about=0)
 
     def _draw(self, draw: Draw) -> AffineParams:
         across, down = self.translate
@@ -217,58 +199,21 @@ class _Affine(Geometric[AffineParams]):
         height, width = size
         shift = torch.stack([params.translate[:, 0] * width, params.translate[:, 1] * height], -1)
         parts = (params.angle, params.scale, shift, params.shear)
-        return Warp(invert(affine_matrix(*(part.to(dtype) for part in parts))))
+        return affine_warp(*(part.to(dtype) for part in parts))
 
 
-class Rescale(_Affine):
-    """Enlarge or shrink each image about its centre; the frame keeps its size.
-
-    Args:
-        scale: range of the factor; above 1 enlarges.
-    """
+class Rescale(Affine):
+    """Enlarge or shrink each image about its centre by a factor from `scale`; the frame keeps its size."""
 
     def __init__(self, scale: tuple[float, float] = (0.8, 1.2)) -> None:
-        super().__init__()
-        self.scale = check_range("scale", scale, 0, math.inf, above=True)
+        super().__init__(0, (0, 0), scale, 0)
 
 
-class Rotation(_Affine):
-    """Turn each image about its centre.
-
-    Args:
-        degrees: range of the angle, positive counter-clockwise; one number d means from -d to d.
-    """
+class Rotation(Affine):
+    """Turn each image about its centre by an angle from `degrees`; see `Affine`."""
 
     def __init__(self, degrees: float | tuple[float, float] = 30.0) -> None:
-        super().__init__()
-        self.degrees = check_range("degrees", degrees, -360, 360)
-
-
-class Affine(_Affine):
-    """Shear, rescale and turn each image about its centre, then shift it.
-
-    Args:
-        degrees: range of the angle, positive counter-clockwise; one number d means from -d to d.
-        translate: largest shift across and down, as fractions of width and height.
-        scale: range of the factor; above 1 enlarges.
-        shear: range of the shear angle in degrees, drawn along x and along y; one number s means
-            from -s to s.
-    """
-
-    def __init__(
-        self,
-        degrees: float | tuple[float, float] = 30.0,
-        translate: tuple[float, float] = (0.1, 0.1),
-        scale: tuple[float, float] = (0.8, 1.2),
-        shear: float | tuple[float, float] = 10.0,
-    ) -> None:
-        super().__init__()
-        self.degrees = check_range("degrees", degrees, -360, 360)
-        across, down = translate
-        self.translate = (check_number("translate", across, 0, 1), check_number("translate", down, 0, 1))
-        self.scale = check_range("scale", scale, 0, math.inf, above=True)
-        # two shears of 45 degrees in one direction would flatten the image
-        self.shear = check_range("shear", shear, -44, 44)
+        super().__init__(degrees, (0, 0), (1, 1), 0)
 
 
 class ResizedCrop(Geometric[CropParams]):
@@ -289,7 +234,7 @@ class ResizedCrop(Geometric[CropParams]):
     ) -> None:
         super().__init__()
         self.scale = check_range("scale", scale, 0, 1, above=True)
-        self.ratio = check_range("ratio", ratio, 0, math.inf, above=True)
+        self.ratio = check_range("ratio", ratio, *FACTORS)
 
     def _draw(self, draw: Draw) -> CropParams:
         high, wide = draw.size
@@ -320,7 +265,6 @@ class ResizedCrop(Geometric[CropParams]):
         return Warp(backward, torch.stack([middle - reach, middle + reach], -1))
 
     def _transform(self, images: Tensor, params: CropParams) -> Tensor:
-        small = images.shape[-2] * images.shape[-1] < SMALL_IMAGE
-        if small or is_traced(images) or images.device.type != "cpu":
-            return super()._transform(images, params)
-        return resize_boxes(images, params.box)
+        if images.shape[-2] * images.shape[-1] >= SMALL_IMAGE and on_cpu(images):
+            return resize_boxes(images, params.box)
+        return super()._transform(images, params)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from salnb._common.checks import check_labels, check_labels_to_mix
-from salnb.augment.base import Augmentation, Draw, Params, check_number
+from salnb._common.limits import check_number
+from salnb.augment.base import Augmentation, Draw, Params
 
 __all__ = ["CutMix", "CutMixParams", "CutOut", "CutOutParams", "MixUp", "MixUpParams"]
 
@@ -45,18 +46,15 @@ class CutMixParams(MixUpParams):
 
 
 M = TypeVar("M", bound=MixUpParams)
+# Beta and Dirichlet are drawn through numbers that a smaller alpha would round to zero
+ALPHAS = (0.01, 1e6)
 
 
 def clipped_box(centre: Tensor, sides: Tensor, size: Sequence[int]) -> Tensor:
-    """Boxes `(N, 4)` of given sides about given centres, as far as they lie in the frame.
-
-    Args:
-        centre: `(N, 2)` integers, row and column.
-        sides: `(N, 2)` integers, height and width.
-        size: height and width of the frame, in pixels.
+    """Boxes of given sides about given centres, `(N, 2)` integers each, as far as they lie in the frame.
 
     Returns:
-        Top, left, bottom and right, the last two excluded.
+        `(N, 4)`: top, left, bottom and right, the last two excluded.
     """
     start = centre - sides // 2
     edges = torch.cat([start, start + sides], -1)
@@ -81,11 +79,7 @@ def mix(samples: Tensor, partner: Tensor, weight: Tensor) -> Tensor:
 
 
 def class_weights(target: Tensor, num_classes: int | None, dtype: torch.dtype) -> Tensor:
-    """Class weights `(N, K)`: the target itself if it has them, else one-hot rows of its labels `(N,)`.
-
-    Raises:
-        TypeError, ValueError: the target cannot be mixed; see `check_labels_to_mix`.
-    """
+    """Class weights `(N, K)`: the target itself if it has them, else one-hot rows of its labels `(N,)`."""
     num_classes = check_labels_to_mix(target, num_classes)
     if target.ndim == 2:
         return target
@@ -135,7 +129,7 @@ class _Mixing(Augmentation[M]):
 
     def __init__(self, alpha: float = 1.0) -> None:
         super().__init__()
-        self.alpha = check_number("alpha", alpha, 0, 1e6, above=True)
+        self.alpha = check_number("alpha", alpha, *ALPHAS)
 
     def _relabel(self, target: Tensor, params: M, num_classes: int | None) -> Tensor:
         own = class_weights(target, num_classes, params.weight.dtype)
@@ -145,10 +139,8 @@ class _Mixing(Augmentation[M]):
 class MixUp(_Mixing[MixUpParams]):
     """Mix each image with a partner by a weight from Beta(alpha, alpha) (arXiv 1710.09412).
 
-    The maps of the originals are mixed by the same weight.
-
-    Args:
-        alpha: above 0; the larger, the nearer the weights are to one half.
+    The maps of the originals are mixed by the same weight. The larger alpha, from 0.01 to 1e6, the nearer the
+    weights are to one half.
     """
 
     params_class = MixUpParams
@@ -167,11 +159,8 @@ class MixUp(_Mixing[MixUpParams]):
 class CutMix(_Mixing[CutMixParams]):
     """Replace a box of each image by the same box of a partner (arXiv 1905.04899).
 
-    The box has a share of the area drawn from Beta(alpha, alpha) before it is clipped at the frame; the
+    The box has a share of the area drawn from Beta(alpha, alpha), alpha from 0.01 to 1e6, then clipped; the
     labels are weighted by the real area. The maps of the originals are put together in the same way.
-
-    Args:
-        alpha: above 0; the larger, the nearer the shares are to one half.
     """
 
     params_class = CutMixParams

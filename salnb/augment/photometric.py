@@ -4,35 +4,16 @@ Images hold values in [0, 1] and one (grey) or three (red, green, blue) channels
 torchvision's `adjust_*` with a factor for each sample.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from salnb.augment.base import (
-    Augmentation,
-    Draw,
-    P,
-    Params,
-    apply_where,
-    check_number,
-    check_range,
-    column,
-    everywhere,
-)
+from salnb._common.limits import check_number, check_range
+from salnb.augment.base import Augmentation, Draw, P, Params, apply_where, column, everywhere
 
-__all__ = [
-    "ColorJitter",
-    "Contrast",
-    "ContrastParams",
-    "Grayscale",
-    "GrayscaleParams",
-    "Identity",
-    "IdentityParams",
-    "JitterParams",
-    "Photometric",
-]
+__all__ = ["ColorJitter", "Contrast", "Grayscale", "Identity", "Photometric"]
+__all__ += ["ContrastParams", "GrayscaleParams", "IdentityParams", "JitterParams"]
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 
@@ -88,19 +69,8 @@ def luminance(images: Tensor) -> Tensor:
 
 
 def blend(reference: Tensor, images: Tensor, factor: Tensor) -> Tensor:
-    """Move the images away from (factor > 1) or towards (factor < 1) a reference, and clip to [0, 1].
-
-    Args:
-        reference: anything that broadcasts with the images.
-        images: `(N, C, H, W)`.
-        factor: `(N,)`.
-    """
+    """Move images away from (factor `(N,)` > 1) or towards (< 1) a reference, and clip to [0, 1]."""
     return torch.lerp(reference, images, column(factor, images)).clamp(0, 1)
-
-
-def adjust_contrast(images: Tensor, factor: Tensor) -> Tensor:
-    """Scale by a factor `(N,)` about the mean luminance of each image."""
-    return blend(luminance(images.mean((-2, -1), keepdim=True)), images, factor)
 
 
 def adjust_hue(images: Tensor, turn: Tensor) -> Tensor:
@@ -122,29 +92,6 @@ def adjust_hue(images: Tensor, turn: Tensor) -> Tensor:
     return torch.stack([torch.addcmul(low, chroma, profile.clamp(0, 1)) for profile in profiles], 1)
 
 
-def color_jitter(images: Tensor, factors: Tensor, hue: Tensor, order: Tensor) -> Tensor:
-    """Change brightness, contrast, saturation and hue of each image in its own order.
-
-    Brightness, contrast and saturation are one blend with different references (black, the mean luminance,
-    the luminance of the pixel), so that one pass at each place of the order serves all samples.
-
-    Args:
-        images: `(N, C, H, W)`.
-        factors: `(N, 3)`.
-        hue: `(N,)` turns.
-        order: `(N, 4)`.
-    """
-    # hue's place in the order is a blend with factor 1, which changes nothing
-    by_operation = torch.cat([factors, torch.ones_like(factors[:, :1])], -1)
-    for place in order.unbind(-1):
-        gray = luminance(images)
-        mean = gray.mean((-2, -1), keepdim=True)
-        reference = gray * column(place == SATURATION, images) + mean * column(place == CONTRAST, images)
-        images = blend(reference, images, by_operation.gather(-1, place[:, None])[:, 0])
-        images = apply_where(place == HUE, adjust_hue, images, hue)
-    return images
-
-
 class Photometric(Augmentation[P]):
     """An augmentation that moves nothing: maps of both images are compared as they are."""
 
@@ -163,7 +110,7 @@ class Identity(Photometric[IdentityParams]):
     params_class = IdentityParams
 
     def _draw(self, draw: Draw) -> IdentityParams:
-        return IdentityParams(torch.empty(draw.samples, 0, device=draw.device))
+        return IdentityParams(torch.empty(draw.samples, 0, dtype=torch.float32, device=draw.device))
 
     def _transform(self, images: Tensor, params: IdentityParams) -> Tensor:
         return images
@@ -182,7 +129,7 @@ class Contrast(Photometric[ContrastParams]):
 
     def __init__(self, factor: tuple[float, float] = (0.5, 1.5), p: float = 0.5) -> None:
         super().__init__()
-        self.factor = check_range("factor", factor, 0, math.inf)
+        self.factor = check_range("factor", factor, 0, 1000)
         self.p = check_number("p", p, 0, 1)
 
     def _draw(self, draw: Draw) -> ContrastParams:
@@ -191,11 +138,15 @@ class Contrast(Photometric[ContrastParams]):
 
     def _transform(self, images: Tensor, params: ContrastParams) -> Tensor:
         check_channels(images)
-        return adjust_contrast(images, params.factor)
+        mean = luminance(images.mean((-2, -1), keepdim=True))  # of all pixels' luminance
+        return blend(mean, images, params.factor)
 
 
 class ColorJitter(Photometric[JitterParams]):
     """Change brightness, contrast, saturation and hue of each image, in a random order of its own.
+
+    Brightness, contrast and saturation are one blend with different references (black, the mean luminance,
+    the luminance of the pixel), so that one pass at each place of the order serves all samples.
 
     Args:
         brightness: range of the factor; one number b means from max(0, 1 - b) to 1 + b.
@@ -219,10 +170,10 @@ class ColorJitter(Photometric[JitterParams]):
         p: float = 1.0,
     ) -> None:
         super().__init__()
-        self.brightness = _about_one("brightness", brightness)
-        self.contrast = _about_one("contrast", contrast)
-        self.saturation = _about_one("saturation", saturation)
-        self.hue = check_range("hue", hue, -0.5, 0.5)
+        self.brightness = check_range("brightness", brightness, 0, 1000, about=1)
+        self.contrast = check_range("contrast", contrast, 0, 1000, about=1)
+        self.saturation = check_range("saturation", saturation, 0, 1000, about=1)
+        self.hue = check_range("hue", hue, -0.5, 0.5, about=0)
         self.p = check_number("p", p, 0, 1)
 
     def _draw(self, draw: Draw) -> JitterParams:
@@ -237,15 +188,19 @@ class ColorJitter(Photometric[JitterParams]):
 
     def _transform(self, images: Tensor, params: JitterParams) -> Tensor:
         check_channels(images)
-        return color_jitter(images, params.factors, params.hue, params.order)
+        # hue's place in the order is a blend with factor 1, which changes nothing
+        factors = torch.cat([params.factors, torch.ones_like(params.factors[:, :1])], -1)
+        for place in params.order.unbind(-1):
+            gray = luminance(images)
+            mean = gray.mean((-2, -1), keepdim=True)
+            reference = gray * column(place == SATURATION, images) + mean * column(place == CONTRAST, images)
+            images = blend(reference, images, factors.gather(-1, place[:, None])[:, 0])
+            images = apply_where(place == HUE, adjust_hue, images, params.hue)
+        return images
 
 
 class Grayscale(Photometric[GrayscaleParams]):
-    """Take the colour out of each image with probability p; it keeps its channels.
-
-    Args:
-        p: in [0, 1].
-    """
+    """Take the colour out of each image with probability p; it keeps its channels."""
 
     params_class = GrayscaleParams
 
@@ -259,11 +214,3 @@ class Grayscale(Photometric[GrayscaleParams]):
     def _transform(self, images: Tensor, params: GrayscaleParams) -> Tensor:
         check_channels(images)
         return apply_where(params.gray, lambda chosen: luminance(chosen).expand_as(chosen), images)
-
-
-def _about_one(name: str, value: float | tuple[float, float]) -> tuple[float, float]:
-    """A range of factors: one number v means from max(0, 1 - v) to 1 + v."""
-    if isinstance(value, int | float):
-        check_number(name, value, 0, math.inf)
-        value = (max(0.0, 1.0 - value), 1.0 + value)
-    return check_range(name, value, 0, math.inf)

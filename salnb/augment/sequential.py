@@ -1,11 +1,13 @@
 """Augmentations one after another, and those of the paper that are made of others."""
 
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 from torch import Tensor, nn
 
-from salnb.augment.base import Augmentation, Draw, Params, check_number, everywhere, in_pieces
+from salnb._common.limits import check_number
+from salnb.augment.base import Augmentation, Draw, Params, everywhere, in_pieces
 from salnb.augment.geometric import (
     Affine,
     Geometric,
@@ -26,11 +28,6 @@ class SequentialParams(Params):
     """The params of each step, first to last."""
 
     steps: tuple[Any, ...]
-
-    @property
-    def first(self) -> Tensor:
-        """The first tensor of the first step."""
-        return self.steps[0].first
 
 
 class Sequential(Augmentation[SequentialParams]):
@@ -112,13 +109,8 @@ class Sequential(Augmentation[SequentialParams]):
 
     def _runs(self, params: SequentialParams) -> list[tuple[bool, list[Any]]]:
         """The steps in runs, each of geometric ones only (True) or of others only."""
-        runs: list[tuple[bool, list[Any]]] = []
-        for step, drawn in self._flat(params):
-            geometric = isinstance(step, Geometric)
-            if not runs or runs[-1][0] != geometric:
-                runs.append((geometric, []))
-            runs[-1][1].append((step, drawn))
-        return runs
+        runs = groupby(self._flat(params), key=lambda pair: isinstance(pair[0], Geometric))
+        return [(geometric, list(steps)) for geometric, steps in runs]
 
 
 class Combined(Sequential):

@@ -14,24 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from salnb.augment.base import apply_where
-
-__all__ = [
-    "Warp",
-    "affine_matrix",
-    "compose",
-    "coordinates",
-    "flip",
-    "fully_valid",
-    "invert",
-    "matrix",
-    "merge",
-    "pull_maps",
-    "push_maps",
-    "resample",
-    "resize_boxes",
-    "valid_mask",
-]
+__all__ = ["Warp", "affine_warp", "compose", "invert", "matrix", "merge", "resample", "valid_mask"]
 
 
 @dataclass(frozen=True)
@@ -53,27 +36,27 @@ def matrix(*entries: Tensor) -> Tensor:
     return torch.stack(entries, -1).unflatten(-1, (2, 3))
 
 
-def affine_matrix(angle: Tensor, scale: Tensor, shift: Tensor, shear: Tensor) -> Tensor:
-    """The matrix that shears, scales and turns about the centre, then shifts (torchvision's `affine`).
+def affine_warp(angle: Tensor, scale: Tensor, shift: Tensor, shear: Tensor) -> Warp:
+    """The movement that shears, scales and turns about the centre, then shifts.
+
+    As torchvision's `affine`, but positive angles turn counter-clockwise as seen on the displayed image.
 
     Args:
-        angle: `(N,)` degrees, positive counter-clockwise as seen on the displayed image.
+        angle: `(N,)` degrees.
         scale: `(N,)`, above 1 enlarges.
         shift: `(N, 2)` pixels to the right and down.
         shear: `(N, 2)` degrees along x and y.
-
-    Returns:
-        `(N, 2, 3)`, from the old frame to the new one.
     """
     turn = angle.deg2rad()
     cos, sin = scale * turn.cos(), scale * turn.sin()
     along_x, along_y = shear.deg2rad().tan().unbind(-1)
     both = 1 + along_x * along_y
     right, down = shift.unbind(-1)
-    return matrix(
+    forward = matrix(
         *(cos - sin * along_y, sin * both - cos * along_x, right),
         *(-sin - cos * along_y, cos * both + sin * along_x, down),
     )
+    return Warp(invert(forward))
 
 
 def invert(affine: Tensor) -> Tensor:
@@ -111,13 +94,9 @@ def coordinates(affine: Tensor, height: int, width: int) -> Tensor:
 
 
 def resample(images: Tensor, warp: Warp) -> Tensor:
-    """Read the images bilinearly at the warp's coordinates; beyond the frame they are zero.
+    """Read images `(N, C, H, W)` bilinearly at the warp's coordinates; beyond the frame they are zero.
 
     Half precision is computed in float32, for the sake of the coordinates.
-
-    Args:
-        images: `(N, C, H, W)`.
-        warp: of N samples.
     """
     height, width = images.shape[-2:]
     grid = coordinates(_normalised(warp.backward, height, width), height, width)
@@ -139,15 +118,12 @@ def slack(size: Sequence[int], dtype: torch.dtype) -> float:
 
 
 def valid_mask(warp: Warp, size: Sequence[int], valid: Tensor | None = None) -> Tensor:
-    """Which pixels of the new frame show the old image and nothing filled in.
+    """Where all that bilinear interpolation reads is inside the old frame and real: `(N, 1, H, W)` booleans.
 
     Args:
         warp: of N samples.
         size: height and width of the frame, in pixels.
         valid: `(N, 1, H, W)` booleans, where the old image is real; None is everywhere.
-
-    Returns:
-        `(N, 1, H, W)` booleans: true where all that bilinear interpolation read was inside and real.
     """
     height, width = size
     edge = warp.backward.new_tensor([(width - 1) / 2, (height - 1) / 2])[:, None]
@@ -178,11 +154,7 @@ def push_maps(maps: Tensor, warp: Warp, valid: Tensor | None = None) -> tuple[Te
 
 
 def pull_maps(new_maps: Tensor, warps: Sequence[Warp]) -> tuple[Tensor, Tensor]:
-    """Bring maps of warped images back with one resampling.
-
-    Args:
-        new_maps: `(N, 1, H, W)`, of the images after all the warps.
-        warps: as the images went through them, first to last, each a resampling of its own.
+    """Bring maps `(N, 1, H, W)` of images after some warps, each a resampling, back with one resampling.
 
     Returns:
         The maps in the first frame and `valid`, `(N, 1, H, W)`: where all four pixels read in the new
@@ -199,20 +171,10 @@ def pull_maps(new_maps: Tensor, warps: Sequence[Warp]) -> tuple[Tensor, Tensor]:
     return maps.to(new_maps.dtype), fully_valid(weight)
 
 
-def flip(images: Tensor, flipped: Tensor, dim: int) -> Tensor:
-    """Flip the chosen images `(N, C, H, W)` along one dimension, exactly."""
-    return apply_where(flipped, lambda chosen: chosen.flip(dim), images)
-
-
 def resize_boxes(images: Tensor, box: Tensor) -> Tensor:
-    """Cut a box out of each image and enlarge it bilinearly to the image's size, one image after another.
+    """Cut a box `(N, 4)` (top, left, height, width) out of each image and enlarge it to the image's size.
 
-    The same as `resample` of a warp with that box; faster on a CPU for large images, as it needs no
-    grid.
-
-    Args:
-        images: `(N, C, H, W)`.
-        box: `(N, 4)` integers, top, left, height and width.
+    The same as `resample` of a warp with that box; faster on a CPU for large images, as it needs no grid.
     """
     size = images.shape[-2:]
     cuts = (

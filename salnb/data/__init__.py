@@ -1,48 +1,24 @@
 """Images to work with: photographs that come in a package, digit scenes, and the paper's data sets."""
 
+# ruff: noqa: F403, F405  each module says in its `__all__` what is shown here
+
 from typing import Any
 
 from salnb._common.catalog import DATA, unknown
 from salnb._common.files import DamagedFileError
-from salnb.data.base import (
-    WHOLE,
-    Arrays,
-    Dataset,
-    DiskImages,
-    Examples,
-    Share,
-    Split,
-    StreamedImages,
-    batches,
-    cache_folder,
-)
-from salnb.data.paper import HUB, NotFetchedError, load_paper, local_files, verify
-from salnb.data.photographs import CIFAR10_CLASSES, Photos, imagenet_classes, photos
-from salnb.data.scenes import PHOTOGRAPHS, digit_scenes
+from salnb.data import base, cache, paper, photographs, scenes
+from salnb.data.base import *
+from salnb.data.cache import *
+from salnb.data.paper import *
+from salnb.data.photographs import *
+from salnb.data.scenes import *
 
-__all__ = [
-    "CIFAR10_CLASSES",
-    "PHOTOGRAPHS",
-    "WHOLE",
-    "Arrays",
-    "DamagedFileError",
-    "Dataset",
-    "DiskImages",
-    "Examples",
-    "NotFetchedError",
-    "Photos",
-    "Share",
-    "Split",
-    "StreamedImages",
-    "batches",
-    "cache_folder",
-    "digit_scenes",
-    "fetch",
-    "imagenet_classes",
-    "load",
-    "load_paper",
-    "photos",
-]
+__all__ = ["DamagedFileError", "fetch", "load"]
+__all__ += base.__all__
+__all__ += cache.__all__
+__all__ += paper.__all__
+__all__ += photographs.__all__
+__all__ += scenes.__all__
 
 
 def load(name: str, size: int, *, workers: int = 4) -> Dataset:
@@ -67,21 +43,14 @@ def load(name: str, size: int, *, workers: int = 4) -> Dataset:
 
 
 def fetch(name: str, size: int = 32) -> dict[str, Any]:
-    """Make sure that a data set is here and whole; downloads show their progress.
-
-    Args:
-        name: as in `load`.
-        size: as in `load`.
+    """Make sure that a data set is here and whole; downloads show their progress. See `load`.
 
     Returns:
         What there is: the number of images of each split, the number of classes, the folder.
-
-    Raises:
-        ValueError, NotFetchedError, DamagedFileError: see `load`.
     """
     plain = name.removesuffix("-streamed")
-    if plain in HUB and local_files(plain):
-        verify(plain)  # `load` does not, where that would take minutes
+    if plain in paper.HUB and paper.local_files(plain):
+        paper.verify(plain)  # `load` does not, where that would take minutes
     dataset = load(name, size)
     return {
         "name": name,

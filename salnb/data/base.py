@@ -1,10 +1,9 @@
 """Splits of labelled images, in memory, on disk or streamed, each an endless source of batches by epoch."""
 
 import io
-import os
-import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from operator import itemgetter
 from pathlib import Path
 from typing import IO, Any, NamedTuple, Protocol
 
@@ -13,29 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from salnb._common.files import DamagedFileError, load_hashed, remove_drafts, save_hashed
+from salnb._common.files import DamagedFileError
+from salnb._common.limits import check_integer
 
-__all__ = [
-    "WHOLE",
-    "Arrays",
-    "Dataset",
-    "DiskImages",
-    "Examples",
-    "Share",
-    "Split",
-    "StreamedImages",
-    "batches",
-    "cache_folder",
-    "cached",
-    "centre",
-    "decode",
-    "read_image",
-]
+# what the face of the package shows
+__all__ = ["WHOLE", "Arrays", "Dataset", "DiskImages", "Examples", "Origin", "Share", "Split"]
+__all__ += ["StreamedImages", "batches"]
 
 # what is smaller is kept on the accelerator
 _FITS_THE_DEVICE = 2**30
-# seconds after which a file that is still not whole has been left behind: nothing takes so long to write
-_ABANDONED = 24 * 3600.0
 
 
 class Examples(NamedTuple):
@@ -103,13 +88,7 @@ class Dataset:
 
 @dataclass
 class Arrays:
-    """Images in memory.
-
-    Attributes:
-        images: (N, 3, H, W), uint8.
-        labels: (N,), int64.
-        masks: (N, 1, H, W), bool, or None.
-    """
+    """Images in memory, as in `Examples`."""
 
     images: Tensor
     labels: Tensor
@@ -121,24 +100,46 @@ class Arrays:
 
     def first(self, count: int) -> "Arrays":
         """The first so many of the images."""
-        return Arrays(
-            self.images[:count], self.labels[:count], None if self.masks is None else self.masks[:count]
-        )
+        return Arrays(*_each(self, lambda tensor: tensor[:count]))
 
     def to(self, device: torch.device) -> "Arrays":
         """The same, kept on a device, unless that would take more than 1 GiB of it."""
         if self.images.nbytes > _FITS_THE_DEVICE:
             return self
-        masks = None if self.masks is None else self.masks.to(device)
-        return Arrays(self.images.to(device), self.labels.to(device), masks)
+        return Arrays(*_each(self, lambda tensor: tensor.to(device)))
 
     def epoch(
         self, batch_size: int, *, seed: int | None = None, start: int = 0, share: Share = WHOLE
     ) -> Iterator[Examples]:
         """One pass over the images; see `Split`."""
         for index in _orders(len(self), batch_size, seed, start, share, self.labels.device):
-            masks = None if self.masks is None else self.masks[index]
-            yield Examples(self.images[index], self.labels[index], masks)
+            yield Examples(*_each(self, itemgetter(index)))
+
+
+class Origin(NamedTuple):
+    """Where the rows of a split stand, for the error that one of them may cause.
+
+    Attributes:
+        classes: K: labels are from 0 to K - 1; None: not known.
+        files: the name of each file and its number of rows, in order.
+        first: number of the row that the split begins with.
+    """
+
+    classes: int | None = None
+    files: tuple[tuple[str, int], ...] = ()
+    first: int = 0
+
+    def row(self, index: int) -> str:
+        """The name of a row of the split."""
+        index += self.first
+        for file, count in self.files:
+            if index < count:
+                return f"row {index} of {file}"
+            index -= count
+        return f"row {index}"
+
+
+ANYWHERE = Origin()
 
 
 @dataclass
@@ -149,11 +150,13 @@ class DiskImages:
         rows: has a length, and gives for an index a dictionary with the encoded bytes and the label.
         size: height and width that the images are brought to.
         workers: number of processes; 0 decodes in this one.
+        origin: where the rows stand.
     """
 
     rows: Any
     size: int
     workers: int = 0
+    origin: Origin = ANYWHERE
 
     def __len__(self) -> int:
         """The number of images."""
@@ -161,11 +164,11 @@ class DiskImages:
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         """One image, decoded, and its label."""
-        return decode(self.rows[index], self.size)
+        return decode(self.rows[index], self.size, self.origin.row(index), self.origin.classes)
 
     def first(self, count: int) -> "DiskImages":
         """The first so many of the images."""
-        return DiskImages(self.rows.select(range(min(count, len(self)))), self.size, self.workers)
+        return replace(self, rows=self.rows.select(range(min(count, len(self)))))
 
     def epoch(
         self, batch_size: int, *, seed: int | None = None, start: int = 0, share: Share = WHOLE
@@ -177,9 +180,14 @@ class DiskImages:
             batch_sampler=[index.tolist() for index in orders],
             num_workers=self.workers,
             pin_memory=torch.cuda.is_available(),
+            collate_fn=_collate,
         )
-        for images, labels in loader:
-            yield Examples(images, labels)
+        with torch.device("cpu"):  # it draws a seed
+            ready = iter(loader)
+        try:
+            yield from ready
+        except DamagedFileError as error:  # from another process with its traceback, of which this is the end
+            raise DamagedFileError(str(error).rpartition("DamagedFileError: ")[2].strip()) from error
 
 
 @dataclass
@@ -191,12 +199,14 @@ class StreamedImages:
         size: height and width that the images are brought to.
         count: how many there are.
         buffer: how many are kept at hand to choose the next one from; a shuffled pass mixes that far.
+        origin: where the rows stand.
     """
 
     rows: Any
     size: int
     count: int
     buffer: int = 10_000
+    origin: Origin = ANYWHERE
 
     def __len__(self) -> int:
         """The number of images."""
@@ -205,36 +215,54 @@ class StreamedImages:
     def first(self, count: int) -> "StreamedImages":
         """The first so many of the images."""
         count = min(count, self.count)
-        return StreamedImages(self.rows.take(count), self.size, count, self.buffer)
+        return replace(self, rows=self.rows.take(count), count=count)
 
     def epoch(
         self, batch_size: int, *, seed: int | None = None, start: int = 0, share: Share = WHOLE
     ) -> Iterator[Examples]:
         """One pass over the images; see `Split`."""
+        check_integer("batch_size", batch_size, 1, 2**31)
         rows = self.rows if seed is None else self.rows.shuffle(seed=seed, buffer_size=self.buffer)
-        batch: list[Any] = []
-        for row in rows.skip(start * batch_size):
-            batch.append(row)  # still encoded: only this process's share is decoded
+        batch: list[tuple[Any, str]] = []
+        for number, row in enumerate(rows.skip(start * batch_size), start * batch_size):
+            # still encoded: only this process's share is decoded
+            batch.append((row, self.origin.row(number) if seed is None else self._unordered(row)))
             if len(batch) == batch_size:
                 yield from self._decoded(batch[share.rank :: share.of])
                 batch = []
         if seed is None:
             yield from self._decoded(batch[share.rank :: share.of])
 
-    def _decoded(self, rows: list[Any]) -> Iterator[Examples]:
+    def _decoded(self, rows: list[tuple[Any, str]]) -> Iterator[Examples]:
         if rows:
-            images, labels = zip(*(decode(row, self.size) for row in rows), strict=True)
-            yield Examples(torch.stack(images), torch.tensor(labels))
+            yield _collate([decode(row, self.size, name, self.origin.classes) for row, name in rows])
+
+    def _unordered(self, row: dict[str, Any]) -> str:
+        """What can be told of a row when its number is not known any more."""
+        path = (row["image"] or {}).get("path")
+        files = ", ".join(file for file, _ in self.origin.files[:1])
+        return f"image {path or 'without a name'} with label {row['label']}, in {files} or a later file"
+
+
+def _collate(examples: list[tuple[Tensor, int]]) -> Examples:
+    images, labels = zip(*examples, strict=True)
+    return Examples(torch.stack(images), torch.tensor(labels, device="cpu"))
+
+
+def _each(examples: Any, function: Callable[[Tensor], Tensor]) -> list[Any]:
+    """A function of images, labels and, where there are any, masks."""
+    tensors = [getattr(examples, name) for name in Examples._fields]
+    return [None if tensor is None else function(tensor) for tensor in tensors]
 
 
 def _orders(
     count: int, batch_size: int, seed: int | None, start: int, share: Share, device: torch.device
 ) -> Iterator[Tensor]:
     """The indices of each batch's share."""
-    if seed is None:
-        order = torch.arange(count)
-    else:
-        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    check_integer("batch_size", batch_size, 1, 2**31)
+    order = torch.arange(count, device="cpu")
+    if seed is not None:
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed), device="cpu")
         order = order[: count // batch_size * batch_size]
     for batch in order.to(device).split(batch_size)[start:]:
         if len(mine := batch[share.rank :: share.of]):
@@ -252,7 +280,7 @@ def read_image(file: Path | IO[bytes], *, least: int | None = None) -> Tensor:
     from PIL import Image
     from torchvision.transforms.v2.functional import pil_to_tensor
 
-    with Image.open(file) as image:
+    with Image.open(file) as image, torch.device("cpu"):
         if least is not None:
             image.draft("RGB", (least, least))
         return pil_to_tensor(image.convert("RGB"))
@@ -265,19 +293,31 @@ def centre(image: Tensor, short: int, size: int) -> Tensor:
     return tv.center_crop(tv.resize(image, [short], antialias=True), [size, size])
 
 
-def decode(row: dict[str, Any], size: int | None = None) -> tuple[Tensor, int]:
+def decode(
+    row: dict[str, Any], size: int | None = None, name: str = "a row", classes: int | None = None
+) -> tuple[Tensor, int]:
     """An encoded image as (3, H, W), uint8, with its label.
 
     Args:
         row: "image", with the encoded "bytes", and "label".
         size: the short side is resized with antialiasing to 8/7 of it, and the centre is cut out; None
             leaves the image as it is.
+        name: of the row.
+        classes: K; None: any label will do.
+
+    Raises:
+        DamagedFileError: with the row's name: the image cannot be decoded, or the label is none.
     """
-    file = io.BytesIO(row["image"]["bytes"])
-    if size is None:
-        return read_image(file), row["label"]
-    short = size * 8 // 7
-    return centre(read_image(file, least=short), short, size), row["label"]
+    label, short = row["label"], None if size is None else size * 8 // 7
+    if classes is not None and (label is None or not 0 <= label < classes):
+        raise DamagedFileError(f"{name}: the label must be from 0 to {classes - 1}, got {label}")
+    try:
+        image = read_image(io.BytesIO(row["image"]["bytes"]), least=short)
+    except Exception as error:  # whatever the bytes lead the decoders of Pillow to
+        raise DamagedFileError(f"{name}: the image cannot be decoded ({error})") from error
+    if size is None or short is None:
+        return image, label
+    return centre(image, short, size), label
 
 
 def batches(split: Split, size: int, device: torch.device, **epoch: Any) -> Iterator[Examples]:
@@ -289,41 +329,9 @@ def batches(split: Split, size: int, device: torch.device, **epoch: Any) -> Iter
         device: where the batches go; what is to be resized travels small.
         **epoch: of `Split.epoch`.
     """
-    for images, labels, masks in split.epoch(**epoch):
-        images = images.to(device, non_blocking=True).float().div_(255)
+    for examples in split.epoch(**epoch):
+        images, *others = _each(examples, lambda tensor: tensor.to(device, non_blocking=True))
+        images = images.float().div_(255)
         if images.shape[-2:] != (size, size):
             images = F.interpolate(images, (size, size), mode="bilinear", antialias=True, align_corners=False)
-        yield Examples(
-            images,
-            labels.to(device, non_blocking=True),
-            None if masks is None else masks.to(device, non_blocking=True),
-        )
-
-
-def cache_folder() -> Path:
-    """Where data sets are kept: `$SALNB_CACHE`, or `~/.cache/salnb`."""
-    return Path(os.environ.get("SALNB_CACHE") or Path.home() / ".cache" / "salnb")
-
-
-def cached(name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What `make` gives, made once and kept on disk.
-
-    Args:
-        name: of the file; a change of what is made asks for a new one.
-        make: gives tensors and plain values by name.
-
-    Warns:
-        UserWarning: the file was truncated or altered; it is made again.
-    """
-    folder = cache_folder()
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in folder.glob(f"{name}.*.pt"):
-        try:
-            return load_hashed(path)
-        except DamagedFileError as error:
-            warnings.warn(f"{error}; it is made again", stacklevel=2)
-            path.unlink(missing_ok=True)  # another process may have come before
-    remove_drafts(folder, older=_ABANDONED)
-    state = make()
-    save_hashed(folder, name, state)
-    return state
+        yield Examples(images, *others)

@@ -4,39 +4,28 @@ The small ones are decoded once and kept in memory as uint8; ImageNet is read fr
 streamed. Each may also come from Parquet files put into a folder by hand, for machines without network.
 """
 
+import contextlib
 import hashlib
 import importlib
-from collections.abc import Iterable
+import json
+import os
+import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from salnb._common.catalog import unknown
-from salnb._common.files import DamagedFileError, write_atomic
+from salnb._common.catalog import DATA, unknown
+from salnb._common.files import DamagedFileError, place_error, sha256, write_atomic
+from salnb._common.limits import check_integer
 from salnb._common.packages import require
 from salnb._common.progress import progress
-from salnb.data.base import (
-    Arrays,
-    Dataset,
-    DiskImages,
-    StreamedImages,
-    cache_folder,
-    cached,
-    decode,
-)
+from salnb.data.base import Arrays, Dataset, DiskImages, Origin, StreamedImages, decode
+from salnb.data.cache import cache_folder, cached, using_cache, writable
 
-__all__ = [
-    "HUB",
-    "Hub",
-    "NotFetchedError",
-    "files_folder",
-    "load_paper",
-    "local_files",
-    "put_aside",
-    "verify",
-]
+# what the face of the package shows
+__all__ = ["NotFetchedError", "load_paper"]
 
 
 class Hub(NamedTuple):
@@ -75,6 +64,7 @@ class Rows(NamedTuple):
     rows: Any
     number: int
     classes: list[str]
+    origin: Origin
 
 
 def load_paper(name: str, size: int = 224, *, workers: int = 4, streamed: bool = False) -> Dataset:
@@ -92,44 +82,47 @@ def load_paper(name: str, size: int = 224, *, workers: int = 4, streamed: bool =
         that is put aside, always the same.
 
     Raises:
-        ValueError: `name` is unknown, or a set other than ImageNet is to be streamed.
+        TypeError, ValueError: `name` or `size` is unknown, or a set other than ImageNet is to be streamed.
         NotFetchedError: it is neither here nor can be fetched; the message says what to download.
-        DamagedFileError: a file is truncated or altered.
+        DamagedFileError: a file is truncated or altered, or not what the set consists of; the message names
+            it, and of a row its number.
+        OSError: the folder for what is fetched or decoded cannot be used; the message says what to set.
     """
     if name not in HUB:
         raise unknown("name", name, HUB)
-    hub, files = HUB[name], local_files(name)
-    if hub.in_memory:
-        if streamed:
-            raise ValueError(f"streamed is for imagenet, got {name}")
-        # what was decoded from other files must not be taken for these
-        source = f"files-{verify(name)[:8]}" if files else "hub"
-        parts = cached(f"{name}-{source}", lambda: _decoded(_open(name)))
-        images, labels = parts["images"], parts["labels"]
-        aside = put_aside(len(labels))
-        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-        return Dataset(
-            Arrays(images[order[aside:]], labels[order[aside:]]),
-            Arrays(images[order[:aside]], labels[order[:aside]]),
-            Arrays(parts["test_images"], parts["test_labels"]),
-            parts["classes"],
-        )
-    if sum(file.stat().st_size for file in files) <= _QUICKLY_HASHED:
+    size, workers = check_integer("size", size, 1, 10_000), check_integer("workers", workers, 0, 1000)
+    if not HUB[name].in_memory:
+        return _from_disk(name, size, workers, streamed)
+    if streamed:
+        raise ValueError(f"streamed is for imagenet, got {name}")
+    # what was decoded from other files must not be taken for these
+    source = f"files-{verify(name)[:8]}" if local_files(name) else "hub"
+    parts = cached(f"{name}-{source}", lambda: _decoded(_open(name)))
+    images, labels = parts["images"], parts["labels"]
+    aside = put_aside(len(labels))
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0), device="cpu")
+    train, validation = (Arrays(images[some], labels[some]) for some in (order[aside:], order[:aside]))
+    test = Arrays(parts["test_images"], parts["test_labels"])
+    return Dataset(train, validation, test, parts["classes"])
+
+
+def _from_disk(name: str, size: int, workers: int, streamed: bool) -> Dataset:
+    if sum(file.stat().st_size for file in local_files(name)) <= _QUICKLY_HASHED:
         verify(name)
-    parts = _open(name, streamed=streamed)
-    train, test = parts["train"], parts[hub.test]
+    train, test = _open(name, streamed=streamed).values()
     aside = put_aside(train.number)  # ImageNet's rows lie in a random order already
+    rest = train.origin._replace(first=aside)
     if streamed:
         return Dataset(
-            StreamedImages(train.rows.skip(aside), size, train.number - aside),
-            StreamedImages(train.rows.take(aside), size, aside),
-            StreamedImages(test.rows, size, test.number),
+            StreamedImages(train.rows.skip(aside), size, train.number - aside, origin=rest),
+            StreamedImages(train.rows.take(aside), size, aside, origin=train.origin),
+            StreamedImages(test.rows, size, test.number, origin=test.origin),
             train.classes,
         )
     return Dataset(
-        DiskImages(train.rows.select(range(aside, train.number)), size, workers),
-        DiskImages(train.rows.select(range(aside)), size, workers),
-        DiskImages(test.rows, size, workers),
+        DiskImages(train.rows.select(range(aside, train.number)), size, workers, rest),
+        DiskImages(train.rows.select(range(aside)), size, workers, train.origin),
+        DiskImages(test.rows, size, workers, test.origin),
         train.classes,
     )
 
@@ -148,7 +141,7 @@ def verify(name: str) -> str:
     """Compare the files that were put there with their checksums.
 
     The checksums stand in `SHA256SUMS` beside the files, as `sha256sum` writes and reads them. Where
-    there are none yet, they are written down.
+    there are none yet, they are written down, if that can be done.
 
     Returns:
         The SHA-256 of the list of checksums, in hexadecimal.
@@ -159,10 +152,11 @@ def verify(name: str) -> str:
     folder = files_folder(name)
     sums = folder / _SUMS
     files = progress(local_files(name), f"checking {name}", unit="file")
-    found = "".join(f"{_sha256(file)}  {file.relative_to(folder)}\n" for file in files)
+    found = "".join(f"{sha256(file)}  {file.relative_to(folder)}\n" for file in files)
     if not sums.exists() and found:
-        write_atomic(sums, found.encode())
-    written = sums.read_text() if sums.exists() else ""
+        with contextlib.suppress(OSError):  # a folder that is only to be read
+            write_atomic(sums, found.encode())
+    written = sums.read_text() if sums.exists() else found
     if different := set(found.splitlines()) ^ set(written.splitlines()):
         names = ", ".join(sorted({line.split("  ", 1)[-1] for line in different}))
         raise DamagedFileError(
@@ -176,76 +170,131 @@ def _open(name: str, *, streamed: bool = False) -> dict[str, Rows]:
     """The training and the test images, by the name of the split."""
     hf = require("datasets", "train")
     hub, files = HUB[name], local_files(name)
-    splits = ("train", hub.test)
-    options: dict[str, Any] = {"cache_dir": str(cache_folder() / "hub"), "streaming": streamed}
-    if files:
-        data_files = {split: [str(file) for file in files if _is_of(file, split)] for split in splits}
-        for split, found in data_files.items():
-            if not found:
-                raise NotFetchedError(f"{files_folder(name)} has no {split}-*.parquet\n{_instructions(name)}")
-        try:
-            parts = hf.load_dataset("parquet", data_files=data_files, **options)
-        except Exception as error:  # pyarrow's and datasets' own, which have no common ancestor
-            raise DamagedFileError(f"the files in {files_folder(name)} cannot be read: {error}") from error
-        counts = {split: _count_rows(found) for split, found in data_files.items()}
-    else:
-        _check_reachable(name, hf)
-        try:
-            parts = hf.load_dataset(hub.repository, hub.config, **options)
-        except (OSError, hf.exceptions.DatasetsError) as error:
-            raise NotFetchedError(f"{name} could not be fetched: {error}\n{_instructions(name)}") from error
-        counts = {split: parts[split].info.splits[split].num_examples for split in splits}
-    return {split: _rows(name, parts[split], counts[split], hf) for split in splits}
+    found = {split: [f for f in files if f.name.startswith(f"{split}-")] for split in ("train", hub.test)}
+    for split in found if files else ():
+        if not found[split]:
+            raise NotFetchedError(f"{files_folder(name)} has no {split}-*.parquet\n{_instructions(name)}")
+    if streamed:
+        with tempfile.TemporaryDirectory() as nothing_kept:
+            parts = _loaded(name, hf, found if files else None, cache_dir=nothing_kept, streaming=True)
+    elif (parts := _kept(name, hf)) is None:
+        with using_cache() as cache:
+            writable(cache / "hub")
+            parts = _loaded(name, hf, found if files else None, cache_dir=str(cache / "hub"))
+            _keep(name, parts)
+    return {split: _rows(name, split, parts[split], found[split], hf) for split in found}
 
 
-def _is_of(file: Path, split: str) -> bool:
-    return file.name.startswith(f"{split}-")
-
-
-def _rows(name: str, rows: Any, count: int, hf: Any) -> Rows:
+def _loaded(name: str, hf: Any, files: dict[str, list[Path]] | None, **options: Any) -> Any:
+    """What Hugging Face's library makes of the files, or of what it fetches."""
     hub = HUB[name]
-    features = rows.features or {}
-    if hub.image not in features or not hasattr(features.get(hub.label), "names"):
+    try:
+        if files is None:
+            _check_reachable(name, hf)
+            return hf.load_dataset(hub.repository, hub.config, **options)
+        data_files = {split: [str(file) for file in found] for split, found in files.items()}
+        return hf.load_dataset("parquet", data_files=data_files, **options)
+    except NotFetchedError:
+        raise
+    except Exception as error:  # pyarrow's and datasets' own, which have no common ancestor
+        if place := place_error(error):
+            raise place from None
+        if files is None:
+            raise NotFetchedError(f"{name} could not be fetched: {error}\n{_instructions(name)}") from error
+        raise DamagedFileError(f"the files in {files_folder(name)} cannot be read: {error}") from error
+
+
+def _index(name: str) -> Path:
+    """The file that lists what was made of the files that are there now, or of those that were fetched."""
+    sums = files_folder(name) / _SUMS
+    listed = [sums.read_text() if sums.exists() else ""]
+    for file in local_files(name):
+        made = "" if sums.exists() else file.stat().st_mtime_ns
+        listed.append(f"{file.relative_to(files_folder(name))} {file.stat().st_size} {made}")
+    digest = hashlib.sha256("\n".join(listed).encode()).hexdigest()[:16]
+    return cache_folder() / "hub" / f"{name}-{digest}.json"
+
+
+def _keep(name: str, parts: Any) -> None:
+    """List the files that the library has made, so that they are found without its locks."""
+    index = _index(name)
+    made = {split: [file["filename"] for file in parts[split].cache_files] for split in parts}
+    relative = {split: [os.path.relpath(file, index.parent) for file in made[split]] for split in parts}
+    write_atomic(index, json.dumps(relative).encode())
+
+
+def _kept(name: str, hf: Any) -> dict[str, Any] | None:
+    """What `_keep` has listed, only read; None where there is no list, or a file of it is gone."""
+    if not (index := _index(name)).exists():
+        return None
+    made = {
+        split: [index.parent / f for f in files] for split, files in json.loads(index.read_text()).items()
+    }
+    if not all(file.exists() for files in made.values() for file in files):
+        return None
+    try:
+        return {
+            split: hf.concatenate_datasets([hf.Dataset.from_file(str(file)) for file in files])
+            for split, files in made.items()
+        }
+    except Exception as error:  # pyarrow's
+        raise DamagedFileError(f"what was made of {name} is damaged ({error}): remove {index}") from error
+
+
+def _rows(name: str, split: str, rows: Any, files: list[Path], hf: Any) -> Rows:
+    hub, features = HUB[name], rows.features or {}
+    kind = features.get(hub.image)
+    if not isinstance(kind, hf.Image) or not hasattr(features.get(hub.label), "names"):
         raise DamagedFileError(
             f"the files of {name} must have the columns {hub.image} (an image) and {hub.label} (a class "
             f"label), as in https://huggingface.co/datasets/{hub.repository}; got {', '.join(features)}"
         )
+    classes, known = list(features[hub.label].names), DATA[name].num_classes
+    if len(classes) != known:
+        raise DamagedFileError(f"the files of {name} must name {known} classes, got {len(classes)}")
     names = {hub.image: "image", hub.label: "label"}
     rows = rows.select_columns(list(names)).cast_column(hub.image, hf.Image(decode=False))
     rows = rows.rename_columns({old: new for old, new in names.items() if old != new})
-    return Rows(rows, count, list(features[hub.label].names))
-
-
-def _count_rows(files: Iterable[str]) -> int:
-    parquet = importlib.import_module("pyarrow.parquet")
-    return sum(parquet.ParquetFile(file).metadata.num_rows for file in files)
+    if files:
+        parquet = importlib.import_module("pyarrow.parquet")
+        counts = tuple((str(file), parquet.ParquetFile(file).metadata.num_rows) for file in files)
+    else:
+        told = len(rows) if isinstance(rows, hf.Dataset) else rows.info.splits[split].num_examples
+        counts = ((f"{split} of {hub.repository}", told),)
+    number = sum(count for _, count in counts)
+    least = 1 if split == hub.test else 10
+    if number < least:
+        where = ", ".join(file for file, _ in counts)
+        why = "" if split == hub.test else ", as a tenth is put aside for validation"
+        raise DamagedFileError(f"{where}: {number} images, but at least {least} are needed{why}")
+    return Rows(rows, number, classes, Origin(len(classes), counts))
 
 
 def _decoded(parts: dict[str, Rows]) -> dict[str, Any]:
     """All images of a small set: 170 MB for the largest, SVHN."""
-    train, test = (_stacked(part.rows) for part in parts.values())
-    return {
-        "images": train[0],
-        "labels": train[1],
-        "test_images": test[0],
-        "test_labels": test[1],
-        "classes": next(iter(parts.values())).classes,
-    }
-
-
-def _stacked(rows: Any) -> tuple[Tensor, Tensor]:
-    images, labels = zip(*(decode(row) for row in progress(rows, "decoding", unit="image")), strict=True)
-    return torch.stack(images), torch.tensor(labels)
+    state: dict[str, Any] = {}
+    for prefix, part in zip(("", "test_"), parts.values(), strict=True):
+        images: list[Tensor] = []
+        labels: list[int] = []
+        for number, row in enumerate(progress(part.rows, "decoding", unit="image")):
+            name = part.origin.row(number)
+            image, label = decode(row, None, name, part.origin.classes)
+            if images and image.shape != images[0].shape:
+                size, first = ("×".join(map(str, one.shape[1:])) for one in (image, images[0]))
+                raise DamagedFileError(f"{name}: the image is {size}, the first of the file's split {first}")
+            images.append(image)
+            labels.append(label)
+        state |= {
+            f"{prefix}images": torch.stack(images),
+            f"{prefix}labels": torch.tensor(labels, device="cpu"),
+        }
+        state["classes"] = part.classes
+    return state
 
 
 def put_aside(count: int) -> int:
     """How many of so many training images are put aside for validation."""
     return min(_PUT_ASIDE, count // 10)
-
-
-def _sha256(file: Path) -> str:
-    with open(file, "rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def _check_reachable(name: str, hf: Any) -> None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from salnb._common.catalog import unknown
+from salnb._common.limits import check_integer
 from salnb._common.packages import package_folder
 from salnb.data.base import centre, read_image
 
@@ -42,14 +43,12 @@ def photos(name: str = "imagenet", *, size: int | None = None) -> Photos:
         Images, labels and class names, in a fixed order.
 
     Raises:
-        ValueError: `name` is unknown or `size` is not positive.
+        TypeError, ValueError: `name` is unknown, or `size` is no number of pixels from 1 to 10,000.
         ModuleNotFoundError: the extra `chapters`, which brings the photographs, is not installed.
     """
     if name not in _SIZES:
         raise unknown("name", name, _SIZES)
-    size = _SIZES[name] if size is None else size
-    if size < 1:
-        raise ValueError(f"size must be at least 1 pixel, got {size}")
+    size = _SIZES[name] if size is None else check_integer("size", size, 1, 10_000)
     files = sorted((package_folder("foolbox", "chapters") / "data").glob(f"{name}_*"))
     enlarged = size * 8 // 7 if name == "imagenet" else size
     images = [centre(read_image(path), enlarged, size) for path in files]
@@ -60,7 +59,7 @@ def photos(name: str = "imagenet", *, size: int | None = None) -> Photos:
         "cifar100": [f"class {i}" for i in range(100)],  # the package does not name them
     }[name]
     stacked = torch.stack(images).float().div(255)
-    return Photos(stacked, torch.tensor(labels), [words[label] for label in labels])
+    return Photos(stacked, torch.tensor(labels, device="cpu"), [words[label] for label in labels])
 
 
 def imagenet_classes() -> list[str]:

@@ -5,18 +5,20 @@ They resemble SVHN, need no network, and tell, unlike any photograph, *which pix
 
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from salnb._common.catalog import DATA, unknown
+from salnb._common.limits import check_integer
 from salnb._common.packages import package_folder, require
 from salnb._common.progress import progress
-from salnb.data.base import Arrays, Dataset, cached, read_image
+from salnb.data.base import Arrays, Dataset, read_image
+from salnb.data.cache import cached
 
-__all__ = ["PHOTOGRAPHS", "compose", "digit_scenes"]
+# what the face of the package shows
+__all__ = ["PHOTOGRAPHS", "digit_scenes"]
 
 # to be raised with every change of what is drawn
 _VERSION = 1
@@ -87,22 +89,24 @@ def digit_scenes(size: int = 32, *, seed: int = 0, name: str = "digit-scenes") -
     """
     if name not in PHOTOGRAPHS:
         raise unknown("name", name, PHOTOGRAPHS)
+    seed, size = check_integer("seed", seed, -(2**60), 2**60), check_integer("size", size, 1, 10_000)
     if size not in (sizes := DATA[name].sizes or ()):
         raise ValueError(f"size of {name} must be one of {', '.join(map(str, sizes))}, got {size}")
     parts = {}
     for number, (split, files) in enumerate(PHOTOGRAPHS[name].items()):
-
-        def make(number: int = number, split: str = split, files: Sequence[str] = files) -> dict[str, Any]:
-            digits, labels = _digits(split)
-            # seeds of the splits, and of neighbouring seeds, must not coincide
-            generator = torch.Generator().manual_seed(3 * seed + number)
-            folder = package_folder("skimage", "train") / "data"
-            photographs = [read_image(folder / file) for file in files]
-            images, masks = compose(digits, photographs, size, generator)
-            return {"images": images, "labels": labels, "masks": masks}
-
+        # seeds of the splits, and of neighbouring seeds, must not coincide
+        make = functools.partial(_make, split, files, size, 3 * seed + number)
         parts[split] = Arrays(**cached(f"{name}-v{_VERSION}-{size}-seed{seed}-{split}", make))
     return Dataset(**parts, classes=[str(digit) for digit in range(10)])
+
+
+def _make(split: str, files: Sequence[str], size: int, seed: int) -> dict[str, Tensor]:
+    with torch.device("cpu"):
+        digits, labels = _digits(split)
+        folder = package_folder("skimage", "train") / "data"
+        photographs = [read_image(folder / file) for file in files]
+        images, masks = compose(digits, photographs, size, torch.Generator().manual_seed(seed))
+    return {"images": images, "labels": labels, "masks": masks}
 
 
 def _digits(split: str) -> tuple[Tensor, Tensor]:
@@ -140,11 +144,13 @@ def compose(
     Returns:
         Scenes (N, 3, S, S), uint8, and where their digits are, (N, 1, S, S), bool.
     """
+    rand = functools.partial(torch.rand, dtype=torch.float32, generator=generator)
     backgrounds = _backgrounds(len(digits), photographs, size, generator)
-    heights = _uniform(len(digits), *_HEIGHTS, generator=generator)
+    low, high = _HEIGHTS
+    heights = low + (high - low) * rand(len(digits))
     # a digit's frame stays within the scene; its centre in coordinates from -1 to 1
-    places = (2 * torch.rand(len(digits), 2, generator=generator) - 1) * (1 - heights)[:, None]
-    colours = torch.rand(len(digits), 3, generator=generator)
+    places = (2 * rand(len(digits), 2) - 1) * (1 - heights)[:, None]
+    colours = rand(len(digits), 3)
     masks = torch.empty(len(digits), 1, size, size, dtype=torch.bool)
     # pieces: some thousand scenes of 224×224 at once would take gigabytes as floats
     pieces = torch.arange(len(digits)).split(max(1, 2**21 // size**2))
@@ -166,8 +172,8 @@ def _backgrounds(count: int, photographs: Sequence[Tensor], size: int, generator
         tv.resize(photo, [round(zoom * size)], antialias=True) for photo in photographs for zoom in _ZOOMS
     ]
     which = torch.randint(len(scales), (count,), generator=generator)
-    corners = torch.rand(count, 2, generator=generator)
-    mirrored = torch.rand(count, generator=generator) < 0.5
+    corners = torch.rand(count, 2, dtype=torch.float32, generator=generator)
+    mirrored = torch.rand(count, dtype=torch.float32, generator=generator) < 0.5
     pieces = torch.empty(count, 3, size, size, dtype=torch.uint8)
     for number, photo in enumerate(scales):
         mine = (which == number).nonzero()[:, 0]
@@ -181,7 +187,7 @@ def _backgrounds(count: int, photographs: Sequence[Tensor], size: int, generator
 
 def _placed(digits: Tensor, heights: Tensor, places: Tensor, size: int) -> Tensor:
     """How far each digit covers each pixel of its scene: (N, 1, S, S) in [0, 1]."""
-    theta = torch.zeros(len(digits), 2, 3)
+    theta = heights.new_zeros(len(digits), 2, 3)
     theta[:, 0, 0] = theta[:, 1, 1] = 1 / heights
     theta[:, :, 2] = -places / heights[:, None]
     grid = F.affine_grid(theta, [len(digits), 1, size, size], align_corners=False)
@@ -196,7 +202,3 @@ def _told_apart(colours: Tensor, backgrounds: Tensor) -> Tensor:
     # towards the corner of the cube of colours that is farthest from the background
     corner = (backgrounds < 0.5).to(colours)
     return torch.where(distance < _CONTRAST, torch.lerp(colours, corner, 0.75), colours)
-
-
-def _uniform(count: int, low: float, high: float, *, generator: torch.Generator) -> Tensor:
-    return low + (high - low) * torch.rand(count, generator=generator)

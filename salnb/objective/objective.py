@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from salnb._common.catalog import METHODS
+from salnb._common.catalog import METHODS, check_options
 from salnb._common.checks import check_images, check_training_target, unknown
 from salnb.augment import Augmentation
 from salnb.losses import DISTANCES, FEATURE_DISTANCES, NORMALIZATIONS
@@ -222,10 +222,7 @@ class Objective(nn.Module):
                 "model must not be wrapped in DistributedDataParallel: wrap the objective, "
                 "DistributedDataParallel(Objective(model, ...))"
             )
-        allowed = METHODS[self.method].options
-        for name in self.method_options:
-            if name not in allowed:
-                raise unknown(f"method_options of {self.method}", name, sorted(allowed))
+        check_options(self.method, self.method_options)
         if self.gamma:
             self._term_settings().recorder(self.model)  # finds the layer, or says that there is none
 

@@ -6,6 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+__all__ = ["LossScale", "autocast_dtype", "full_precision", "tf32"]
+
 
 def autocast_dtype(images: Tensor) -> torch.dtype | None:
     """What autocast computes in on the images' device, or None where it is off."""

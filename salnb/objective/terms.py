@@ -6,25 +6,23 @@
 * total (eq. 8): alpha · class loss + beta · invariance loss + gamma · saliency loss
 """
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from salnb import saliency
 from salnb._common.catalog import METHODS, MethodSpec
 from salnb._common.checks import at_least_float32, at_least_float32_dtype
 from salnb.augment import Augmentation
 from salnb.augment.mixing import both_targets
-from salnb.double_backward import fast_double_backward
 from salnb.double_backward.functions import check_second_derivative
+from salnb.double_backward.mode import differentiable_twice
+from salnb.double_backward.recomputation import model_of_the_forward_pass
 from salnb.losses import class_loss, invariance_loss, saliency_loss
 from salnb.objective.precision import LossScale, autocast_dtype, full_precision
-from salnb.saliency.methods import as_written
 from salnb.saliency.recording import ForwardRecorder, class_scores, recorded_outputs
 
 __all__ = ["Losses", "StepInputs", "StepModules", "TermSettings", "step_losses"]
@@ -65,35 +63,21 @@ class Losses:
 
 
 class StepModules(NamedTuple):
-    """The modules that a step runs through.
-
-    Attributes:
-        model: maps images to logits.
-        augmentation: made the new images.
-        score_scale: for float16, of the score whose gradient makes the maps.
-        gradient_scale: for float16, of the total in a compiled step.
-    """
+    """The modules that a step runs through."""
 
     model: nn.Module
     augmentation: Augmentation
-    score_scale: LossScale
-    gradient_scale: LossScale
+    score_scale: LossScale  # for float16: of the score whose gradient makes the maps
+    gradient_scale: LossScale  # for float16: of the total in a compiled step
 
 
 class StepInputs(NamedTuple):
-    """A batch and what the augmentation made of it.
+    """A batch and what the augmentation made of it."""
 
-    Attributes:
-        images: (N, C, H, W), the originals.
-        new_images: (N, C, H, W), augmented.
-        target: (N,) labels or (N, K) weights of the originals.
-        params: what the augmentation drew.
-    """
-
-    images: Tensor
-    new_images: Tensor
-    target: Tensor
-    params: Any
+    images: Tensor  # (N, C, H, W)
+    new_images: Tensor  # (N, C, H, W), augmented
+    target: Tensor  # (N,) labels or (N, K) weights, of the originals
+    params: Any  # what the augmentation drew
 
 
 @dataclass(frozen=True)
@@ -157,13 +141,14 @@ def step_losses(
         recorder = None
         if settings.has_saliency:
             stack.enter_context(torch.enable_grad())
-            stack.enter_context(_differentiable_twice())
+            stack.enter_context(differentiable_twice())
             if recorder := settings.recorder(model):
                 stack.enter_context(recorder)
                 pixels.requires_grad_()
         features = stack.enter_context(_features(model, settings)) if settings.has_invariance else {}
         # a model may work in place on its input, which a leaf of the graph does not allow
-        logits = model(pixels.clone() if recorder else pixels)
+        with model_of_the_forward_pass(model):
+            logits = model(pixels.clone() if settings.has_saliency else pixels)
         k = _num_classes(logits, 2 * n, settings.num_classes)
         targets = both_targets(target, augmentation.targets(target, params, k), k)
         if settings.has_saliency:
@@ -245,13 +230,6 @@ def _num_classes(logits: Any, samples: int, num_classes: int | None) -> int:
             f"got {shape or type(logits).__name__}"
         )
     return shape[1]
-
-
-@contextmanager
-def _differentiable_twice() -> Iterator[None]:
-    """Fast second derivatives, and neither compiled modules nor fused attention kernels, which have none."""
-    with as_written(), sdpa_kernel(SDPBackend.MATH), fast_double_backward():
-        yield
 
 
 def _is_channels_last(images: Tensor) -> bool:

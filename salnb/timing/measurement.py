@@ -44,7 +44,7 @@ def measure(
         OutOfBudgetError: it would take longer than is left.
         torch.OutOfMemoryError: the device is too small for it.
     """
-    return case.to_dict() | asdict(measure_case(case, torch.device(device), iterations=iterations, left=left))
+    return asdict(case) | asdict(measure_case(case, torch.device(device), iterations=iterations, left=left))
 
 
 def measure_case(case: Case, device: torch.device, *, iterations: int, left: Callable[[], float]) -> Measured:
@@ -60,10 +60,8 @@ def measure_case(case: Case, device: torch.device, *, iterations: int, left: Cal
         watch.laps.append([])  # what follows is none of the protocol's
         kinds, peak = profiled(step, device)
     flops, convolutions = count_flops(case)
-    share = None
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    if (possible := peak_flops(name, case.precision)) and kinds["convolution"]:
-        share = convolutions / kinds["convolution"] / possible
+    possible, spent = peak_flops(name, case.precision), kinds["convolution"]
     return Measured(
         iterations=iterations,
         averaged=averaged,
@@ -75,7 +73,7 @@ def measure_case(case: Case, device: torch.device, *, iterations: int, left: Cal
         peak_bytes=step.held_bytes + peak,
         flops=flops,
         convolution_flops=convolutions,
-        peak_share=share,
+        peak_share=convolutions / spent / possible if possible and spent else None,
         clocks_mhz=speed,
         time=datetime.now(UTC).isoformat(timespec="seconds"),
     )

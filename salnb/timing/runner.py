@@ -17,12 +17,12 @@ from salnb import results
 from salnb._common.devices import resolve_device
 from salnb.timing.cases import Case, Settings, plan
 from salnb.timing.clock import OutOfBudgetError
-from salnb.timing.comparison import describe
 from salnb.timing.foresight import foreseen
 from salnb.timing.measurement import measure_case
 from salnb.timing.profiler import device_facts
 from salnb.timing.records import SCHEMA, Row, check_record
 from salnb.timing.steps import AUGMENTATION, NUM_CLASSES
+from salnb.timing.tables import describe
 
 __all__ = ["default_path", "study"]
 
@@ -64,18 +64,15 @@ def study(
         )
     path = Path(out) if out is not None else default_path(device)
     partial = path.with_name(f"{path.name}.partial")
-    budget, iterations = settings.budget, settings.iterations
-    assert budget is not None  # filled in by on(), as all the others
-    assert iterations is not None
     rows = [Row(case, "not run", "the study ended before its turn") for case in cases]
     record = _record(settings, device, rows)
 
     def left() -> float:
-        return budget - (now() - begin)
+        return (settings.budget or 0) - (now() - begin)
 
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         for i, case in enumerate(cases):
-            row = _attempt(case, device, iterations, left, rows[:i])
+            row = _attempt(case, device, settings.iterations or 0, left, rows[:i])
             ratio, flops_ratio = row.over(rows[cases.index(case.baseline)])
             rows[i] = replace(row, ratio=ratio, flops_ratio=flops_ratio)
             record["rows"][i] = rows[i].to_dict()

@@ -238,6 +238,28 @@ def test_ranges_are_used_in_full():
     assert params.translate.abs().amax(0).tolist() == pytest.approx([0.1, 0.2], rel=0.02)
 
 
+def test_the_largest_shear_is_rounded_by_no_more_than_what_valid_allows_for():
+    """And a larger one by more, which is why it is refused: pixels of the frame's edge would be taken for valid."""
+    n, size = 200, 64
+    draw = torch.rand(n, 3, dtype=torch.float64, generator=generator(13))
+    off = {}
+    for limit in (augment.Affine(shear=45).shear[1], 60.0):
+        parts = (
+            720 * draw[:, 0] - 360,
+            torch.ones(n),
+            torch.zeros(n, 2),
+            limit * (2 * draw[:, 1:].round() - 1),
+        )
+        exact, rounded = (
+            kernels.coordinates(kernels.affine_warp(*(part.to(dtype) for part in parts)).backward, size, size)
+            for dtype in (torch.float64, torch.float32)
+        )
+        inside = exact.abs().amax(1) <= size / 2
+        off[limit] = ((exact - rounded).abs().amax(1) * inside).max().item()
+    allowed = kernels.slack((size, size), torch.float32)
+    assert off[45.0] < allowed < off[60.0]
+
+
 def test_autocast_does_not_move_pixels():
     maps = smooth(dtype=torch.float32)
     aug = augment.Sequential(augment.Affine(), augment.Rotation())

@@ -149,7 +149,9 @@ def test_shares_follow_alpha():
     near_half = augment.MixUp(alpha=50.0).make_params(images, generator(5)).weight
     at_ends = augment.MixUp(alpha=0.1).make_params(images, generator(5)).weight
     even = augment.MixUp(alpha=1.0).make_params(images, generator(5)).weight
-    for weight, variance in ((near_half, 1 / (4 * 101)), (at_ends, 1 / (4 * 1.2)), (even, 1 / 12)):
+    least = augment.MixUp(alpha=0.01).make_params(images, generator(5)).weight
+    shares = ((near_half, 1 / (4 * 101)), (at_ends, 1 / (4 * 1.2)), (even, 1 / 12), (least, 1 / (4 * 1.02)))
+    for weight, variance in shares:
         assert weight.mean().item() == pytest.approx(0.5, abs=0.03)
         assert weight.var().item() == pytest.approx(variance, rel=0.1)
 

@@ -14,6 +14,7 @@ from salnb import data
 from salnb._common.files import DRAFT
 from salnb._common.packages import package_folder
 from salnb.data import base, paper, scenes
+from salnb.data import cache as kept
 from tests.helpers.paper_files import SCHEMAS, put_files
 
 hf = pytest.importorskip("datasets")
@@ -133,18 +134,18 @@ def test_scenes_are_kept_and_a_damaged_file_is_made_again(cache, monkeypatch):
         return {"images": torch.arange(1000)}
 
     for _ in range(2):
-        assert torch.equal(base.cached("thing", make)["images"], torch.arange(1000))
+        assert torch.equal(kept.cached("thing", make)["images"], torch.arange(1000))
     assert len(calls) == 1
     (file,) = cache.glob("thing.*.pt")
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
     with pytest.warns(UserWarning, match="truncated or altered.*made again"):
-        assert torch.equal(base.cached("thing", make)["images"], torch.arange(1000))
+        assert torch.equal(kept.cached("thing", make)["images"], torch.arange(1000))
     assert len(calls) == 2
     file.write_bytes(file.read_bytes()[:100])
     with pytest.warns(UserWarning, match="truncated or altered"):
-        base.cached("thing", make)
+        kept.cached("thing", make)
 
 
 def test_what_a_killed_process_left_long_ago_is_removed(cache):
@@ -153,7 +154,7 @@ def test_what_a_killed_process_left_long_ago_is_removed(cache):
         draft = cache / f"{DRAFT}{name}"
         draft.write_bytes(b"some")
         os.utime(draft, (time.time() - age,) * 2)
-    base.cached("thing", lambda: {})
+    kept.cached("thing", lambda: {})
     assert [path.name for path in cache.glob(f"{DRAFT}*")] == [f"{DRAFT}new"]
 
 
