@@ -110,7 +110,7 @@ $(OLDEST)/.ready: PYTHON = python3.11
 $(OLDEST)/.ready: pyproject.toml constraints-oldest.txt
 	@$(CHECK_PYTHON)
 	@$(PYTHON) tools/install.py $(OLDEST) --constraint constraints-oldest.txt --editable '.[train]' \
-		hypothesis matplotlib pytest pytest-xdist seaborn timm
+		foolbox hypothesis matplotlib pytest pytest-xdist seaborn timm
 	@$(OLDEST)/bin/pip list --format freeze > $@
 
 test-oldest: $(OLDEST)/.ready  ## test the package with the oldest versions that it promises
