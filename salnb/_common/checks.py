@@ -171,8 +171,42 @@ def check_labels(target: Tensor, num_classes: int) -> None:
     """
     if target.ndim == 2 and target.shape[1] != num_classes:
         raise ValueError(f"target weights must be ({len(target)}, {num_classes}), got {tuple(target.shape)}")
+    check_normalized(target)
     if target.ndim == 1 and target.device.type == "cpu" and not is_traced(target):
         _check_classes(int(target.min()), int(target.max()), num_classes)
+
+
+def check_normalized(target: Tensor, *, wait: bool = False) -> None:
+    """Raise a ValueError if `target` has weights (N, K) whose rows are no distributions over the classes.
+
+    Only looks at values on a CPU, or if it may `wait` for the device, and not while tracing.
+    """
+    if target.ndim != 2 or is_traced(target) or not (wait or target.device.type == "cpu"):
+        return
+    if torch._C._are_functorch_transforms_active():
+        return
+    target = target.detach()
+    sums = target.sum(1, dtype=torch.promote_types(target.dtype, torch.float32))
+    rounding = 1e-3 + (4 * torch.finfo(target.dtype).eps if target.is_floating_point() else 0)
+    # the negations catch NaN too
+    bad = ~((sums - 1).abs() <= rounding) | ~(target >= -rounding).all(1)
+    if bad.any():
+        i = int(bad.nonzero()[0])
+        raise ValueError(
+            "target weights (N, K) must be at least 0 and sum to one in each row, got a sum of "
+            f"{sums[i].item():.4g} and a least weight of {target[i].min().item():.4g} in row {i}: the class "
+            "loss is a softmax cross-entropy, for which several labels of one image share their weight"
+        )
+
+
+def check_several_classes(logits: Tensor, *, name: str) -> None:
+    """Raise a ValueError if `logits` (N, K) have one class only."""
+    if logits.shape[1] < 2:
+        raise ValueError(
+            f"{name} logits of two classes or more, got {tuple(logits.shape)}, whose softmax is one whatever "
+            "the image: make two of a logit z, torch.cat([torch.zeros_like(z), z], 1), and integer labels 0 "
+            "and 1 of the target"
+        )
 
 
 def check_training_target(target: Tensor, n: int) -> None:
