@@ -145,7 +145,9 @@ def test_a_mutant_needs_the_tests_that_reach_its_statement():
     assert list(sample.statement(source, Mutant("m.py", "a/B", 0, (4, 16), (4, 17)))) == [3, 4, 5]
     assert list(sample.statement(source, Mutant("m.py", "a/B", 0, (2, 9), (2, 10)))) == [2]
     room = Baseline(
-        {"slow": 2.0, "fast": 1.0, "other": 0.1}, {"m.py": {1: [""], 3: ["slow"], 4: ["slow", "fast"]}}
+        {"slow": 2.0, "fast": 1.0, "other": 0.1},
+        {"m.py": {1: [""], 3: ["slow"], 4: ["slow", "fast", "broken"]}},
+        ["broken"],
     )
     assert room.tests("m.py", range(3, 6)) == ["fast", "slow"]
     assert room.tests("m.py", range(1, 2)) == ["other", "fast", "slow"]  # it runs at import

@@ -21,13 +21,31 @@ plugins.OPERATOR_PROVIDERS["salnb"] = Provider()
 
 # the modules, and what is run for each, the fastest first
 ROOMS: dict[str, tuple[str, ...]] = {
-    "salnb/losses.py": ("salnb/losses.py", "tests/test_losses.py"),
+    "salnb/losses.py": ("salnb/losses.py", "tests/test_losses.py", "tests/test_pool.py"),
     "salnb/statistics.py": ("salnb/statistics.py", "tests/test_statistics.py"),
     "salnb/trust.py": ("salnb/trust.py", "tests/test_trust.py"),
-    "salnb/saliency/*.py": ("salnb/saliency", "tests/saliency", "tests/objective/test_objective.py"),
+    "salnb/saliency/relu_*.py": ("tests/saliency/test_relu_spellings.py",),
+    "salnb/saliency/*.py": (
+        "salnb/saliency",
+        "tests/saliency/test_definitions.py",
+        "tests/saliency/test_input.py",
+        "tests/saliency/test_methods.py",
+        "tests/saliency/test_layers.py",
+        "tests/saliency/test_surroundings.py",
+    ),
     "salnb/augment/*.py": ("salnb/augment", "tests/augment"),
-    "salnb/double_backward/*.py": ("tests/double_backward",),
-    "salnb/objective/*.py": ("salnb/objective", "tests/objective"),
+    "salnb/double_backward/recomputation.py": ("tests/double_backward/test_recomputation.py",),
+    "salnb/double_backward/*.py": (
+        "tests/double_backward/test_functions.py",
+        "tests/double_backward/test_limits.py",
+        "tests/double_backward/test_networks.py",
+    ),
+    "salnb/objective/compiled.py": (
+        "tests/objective/test_stale_graphs.py",
+        "tests/objective/test_compiled.py",
+    ),
+    "salnb/objective/graph_key.py": ("tests/objective/test_stale_graphs.py",),
+    "salnb/objective/*.py": ("tests/objective/test_input.py", "tests/objective/test_objective.py"),
 }
 # of cosmic-ray's operators those whose mutants run: `a >> b` of floating-point numbers would only fail
 KINDS = (
