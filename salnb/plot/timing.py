@@ -47,16 +47,17 @@ def show_parts(pairs: Mapping[str, Pair]) -> Figure:
     Of each two bars the right one is the step with saliency; see `salnb.timing.tables.pairs`.
     """
     fig, axes = plt.subplots(1, 2, figsize=(8.8, 3.8), layout="constrained")
-    x, rows = _bars_of(pairs)
     named = (("parts", _PARTS, _SHADES), ("kinds", KINDS, _SHADES[[0, 2, 3, 4]]))
     for ax, (field, names, colours) in zip(axes, named, strict=True):
-        units = np.repeat([sum(base[field].values()) for base, _ in pairs.values()], 2)
+        known = {network: both for network, both in pairs.items() if all(row[field] for row in both)}
+        x, rows = _bars_of(known)
+        units = np.repeat([sum(base[field].values()) for base, _ in known.values()], 2)
         height = np.zeros(len(rows))
         for name, colour in zip(names, colours, strict=True):
             shares = np.array([row[field].get(name, 0.0) for row in rows]) / units
             ax.bar(x, shares, 0.36, height, color=colour, label=name)
             height += shares
-        ax.set_xticks(range(len(pairs)), list(pairs), rotation=35, ha="right")
+        ax.set_xticks(range(len(known)), list(known), rotation=35, ha="right")
         ax.legend(fontsize="x-small", ncols=2, loc="upper left")
         ax.set_ylim(0, 1.35 * ax.get_ylim()[1])
     axes[0].set(ylabel="time / time of the baseline step", title="part of the step")
@@ -70,15 +71,21 @@ def _bars_of(pairs: Mapping[str, Pair]) -> tuple[np.ndarray, list[TimingRow]]:
     return np.repeat(np.arange(len(pairs)), 2) + np.tile([-0.2, 0.2], len(pairs)), rows
 
 
+def _numbers(rows: Sequence[TimingRow], field: str) -> np.ndarray:
+    return np.array(
+        [row[field] for row in rows], float
+    )  # NaN, which nothing is drawn for, where it is lacking
+
+
 def show_memory(pairs: Mapping[str, Pair]) -> Figure:
     """The most memory in use during a step, and a line at what is there before it; see `show_parts`."""
     fig, ax = plt.subplots(figsize=(7.2, 3.4), layout="constrained")
     x, rows = _bars_of(pairs)
-    peaks, held = (np.array([row[name] for row in rows]) / 2**20 for name in ("peak_bytes", "held_bytes"))
+    peaks, held = (_numbers(rows, name) / 2**20 for name in ("peak_bytes", "held_bytes"))
     ax.plot([x - 0.18, x + 0.18], [held, held], color="C3", lw=2)
     ax.plot([], [], color="C3", lw=2, label="parameters, buffers, batch")
     labels = ["baseline", "with saliency", *["_"] * (len(rows) - 2)]
-    ax.bar(x, peaks, 0.36, color=np.tile(_SHADES[[3, 0]], (len(pairs), 1)), label=labels)
+    ax.bar(x, peaks, 0.36, color=np.tile(_SHADES[[3, 0]], (len(pairs), 1)), label=labels[: len(rows)])
     ax.set_xticks(range(len(pairs)), list(pairs), rotation=20)
     ax.set(ylabel="MiB")
     ax.legend(fontsize="small", ncols=3, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1))
@@ -96,7 +103,7 @@ def show_batches(records: Mapping[str, Record]) -> Figure:
             # originals and augmented images: two for each
             per_image = [500 * row["seconds"]["mean"] / row["batch"] for row in rows]
             axes[0].plot(n, per_image, style, color=f"C{i}", label=f"{name}, {network}, {what}")
-        axes[1].plot(n, [row["ratio"] for row in rows], "o-", color=f"C{i}")
+        axes[1].plot(n, _numbers(rows, "ratio"), "o-", color=f"C{i}")
     axes[1].axhline(2, **_ARITHMETIC)
     for ax, label in zip(axes, ("milliseconds per image", "with saliency / baseline"), strict=True):
         ax.set_xscale("log", base=2)
@@ -110,13 +117,12 @@ def show_batches(records: Mapping[str, Record]) -> Figure:
 def show_method_costs(rows: Sequence[TimingRow]) -> Figure:
     """What each of `salnb.timing.tables.method_rows` costs in units of the baseline, and its arithmetic."""
     fig, ax = plt.subplots(figsize=(7.2, 3.2), layout="constrained")
-    labels, ratios = [method_label(row) for row in rows], [row["ratio"] for row in rows]
-    limits = [row["flops_ratio"] for row in rows]
+    labels, ratios, limits = map(method_label, rows), _numbers(rows, "ratio"), _numbers(rows, "flops_ratio")
     ax.barh(range(len(rows)), ratios, 0.6, color=_SHADES[1], label="measured")
     ax.plot(limits, range(len(rows)), "|", color="C3", ms=16, mew=2.5, label="arithmetic")
     ax.set_yticks(range(len(rows)), labels)
     ax.invert_yaxis()
-    xlim = 0.8 * min(1, *limits, *ratios), 1.2 * max(*limits, *ratios)
+    xlim = 0.8 * np.nanmin([1, *limits, *ratios]), 1.2 * np.nanmax([*limits, *ratios])
     ax.set(xscale="log", xlabel=f"time of a step / baseline, {rows[0]['network']}", xlim=xlim)
     ticks = [x for x in (1, 1.5, 2, 3, 5, 10, 20, 50) if x < xlim[1]]
     ax.xaxis.set(ticks=ticks, major_formatter=ScalarFormatter(), minor_formatter=NullFormatter())

@@ -98,7 +98,9 @@ def run_protocol(
     iterations: int,
     averaged: int,
     left: Callable[[], float] = lambda: float("inf"),
-) -> None:
+    *,
+    shrink: bool = False,
+) -> tuple[int, int]:
     """Run a step so often, with the device idle at the start and before the iterations that count.
 
     Args:
@@ -107,19 +109,29 @@ def run_protocol(
         iterations: how often, at least 4.
         averaged: how many of the last ones count.
         left: tells how many seconds are left.
+        shrink: run as often as there is time for, but 5 times at least.
+
+    Returns:
+        How often it was run, and how many of the last times count.
 
     Raises:
         OutOfBudgetError: after three iterations it is plain that the rest would take longer than is left.
     """
-    for i in range(iterations):
+    while len(watch.laps) < iterations:
+        i = len(watch.laps)
         if i in (0, 1, 3, iterations - averaged):
             watch.clock.wait()
         if i == 3:
-            needed = (iterations - i) * statistics.mean(watch.times(2))
-            if needed > left():
-                raise OutOfBudgetError(f"{needed:.0f} s more were needed, {max(left(), 0):.0f} s were left")
+            each, rest = statistics.mean(watch.times(2)), max(left(), 0)
+            needed = (iterations - i) * each
+            if needed > rest and not shrink:
+                raise OutOfBudgetError(f"{needed:.0f} s more were needed, {rest:.0f} s were left")
+            if needed > rest:
+                iterations = min(iterations, max(5, i + int(rest / each)))
+                averaged = iterations // 2
         watch.run(step)
     watch.clock.wait()
+    return iterations, averaged
 
 
 def distribution(times: Sequence[float]) -> dict[str, float]:

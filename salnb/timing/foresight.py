@@ -8,7 +8,7 @@ import torch
 from salnb.timing.cases import Case, counted
 from salnb.timing.records import Row
 
-__all__ = ["expected_seconds", "foreseen", "lacking"]
+__all__ = ["expected_seconds", "foreseen", "guaranteed", "lacking"]
 
 # seconds that compiling is taken to need before any was seen: of a baseline, of a step with saliency
 _COMPILING = (30.0, 90.0)
@@ -38,6 +38,16 @@ def foreseen(
     if left <= 0 or needed > left:
         return "not run", f"about {needed:.0f} s were needed, {max(left, 0):.0f} s were left"
     return None, ""
+
+
+def guaranteed(case: Case, before: Sequence[Row], left: float) -> bool:
+    """Whether a row is measured however long it takes: no pair was measured before it.
+
+    The plan begins with a pair; another takes its place while there is time. What has to be compiled may take
+    minutes, in which nothing is gained by fewer iterations.
+    """
+    paired = any(row.measured and row.case.method for row in before)
+    return not (paired or case.compiled) and (left > 0 or len(before) < 2)
 
 
 def expected_seconds(case: Case, iterations: int, before: Sequence[Row]) -> float:

@@ -6,6 +6,7 @@ import re
 import subprocess
 import warnings
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 from salnb.timing.cases import PRECISIONS
 from salnb.timing.steps import TimedStep
 
-__all__ = ["KINDS", "clocks", "device_facts", "kind_of", "peak_flops", "profiled", "seconds_by_kind"]
+__all__ = ["KINDS", "StepProfile", "clocks", "device_facts", "kind_of", "peak_flops", "seconds_by_kind"]
 
 KINDS = ("convolution", "batch norm", "matrix product", "other")
 
@@ -64,28 +65,40 @@ def kind_of(names: Sequence[str], kernel: str = "") -> str:
     return next((kind for kind, words in _WORDS.items() if any(map(words.search, names))), "other")
 
 
-def profiled(step: TimedStep, device: torch.device) -> tuple[dict[str, float], int]:
-    """One step under the profiler.
+class StepProfile:
+    """One step, looked into when asked: where its time goes, and how much memory it takes."""
 
-    Returns:
-        Seconds of each of `KINDS` (of the device's kernels where it has some, else of the host), and the
-        most memory that is taken beyond parameters, buffers and batch, in bytes: gradients are included.
-    """
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it reports its own start past sys.stderr
-    on_gpu = device.type == "cuda"
-    step.model.zero_grad()
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats(device)
-        held = torch.cuda.memory_allocated(device)
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about devices that are not there
-        with profile(activities=activities, profile_memory=not on_gpu) as run:
-            step()
-            if on_gpu:
-                torch.cuda.synchronize(device)
-    peak = torch.cuda.max_memory_allocated(device) - held if on_gpu else _most_memory(run)
-    return seconds_by_kind(run.events(), on_gpu), peak
+    def __init__(self, step: TimedStep, device: torch.device):
+        self.step, self.device, self.on_gpu = step, device, device.type == "cuda"
+
+    @cached_property
+    def _run(self) -> Any:
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it reports its own start past sys.stderr
+        self.step.model.zero_grad()
+        activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * self.on_gpu
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about devices that are not there
+            with profile(activities=activities, profile_memory=not self.on_gpu) as run:
+                self.step()
+                if self.on_gpu:
+                    torch.cuda.synchronize(self.device)
+        return run
+
+    @cached_property
+    def kinds(self) -> dict[str, float]:
+        """Seconds of each of `KINDS`: of the device's kernels where it has some, else of the host."""
+        return seconds_by_kind(self._run.events(), self.on_gpu)
+
+    @cached_property
+    def peak_bytes(self) -> int:
+        """The most memory taken beyond parameters, buffers and batch, in bytes: gradients are included."""
+        if not self.on_gpu:
+            return _most_memory(self._run)
+        self.step.model.zero_grad()
+        torch.cuda.reset_peak_memory_stats(self.device)
+        held = torch.cuda.memory_allocated(self.device)
+        self.step()
+        return torch.cuda.max_memory_allocated(self.device) - held
 
 
 def seconds_by_kind(events: Iterable[Any], on_gpu: bool) -> dict[str, float]:
@@ -147,10 +160,7 @@ def _nvidia_smi(device: torch.device, query: str) -> list[str] | None:
 
 
 def _number(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:  # "[N/A]"
-        return None
+    return float(text) if re.fullmatch(r"\d+(\.\d+)?", text) else None  # else "[N/A]"
 
 
 def _processor() -> str | None:

@@ -2,22 +2,39 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from salnb.results import read_record
 from salnb.timing.cases import PRECISIONS, Case
 
-__all__ = ["SCHEMA", "STATUSES", "Measured", "Row", "case_of", "check_record", "read_timing"]
+__all__ = [
+    "ACCESSORIES",
+    "SCHEMA",
+    "STATUSES",
+    "Measured",
+    "Row",
+    "case_of",
+    "check_record",
+    "read_timing",
+    "reason_of",
+]
 
 SCHEMA = "salnb timing 1"
 STATUSES = ("ok", "out of memory", "failed", "not run", "not available")
+_RATIOS = ("ratio", "flops_ratio")
+# what a row that has its times can do without: the name of each in `lacks`, and the fields that are null then
+ACCESSORIES = {
+    name: (name,) for name in ("parts", "kinds", "held_bytes", "peak_bytes", "peak_share", "clocks_mhz")
+} | {"flops": ("flops", "convolution_flops"), "ratio": _RATIOS}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Measured:
     """What was measured of a case; times are in seconds.
+
+    All but the times may be missing, if it could not be found out: `lacks` then says why.
 
     Attributes:
         iterations: how often the step was run.
@@ -33,21 +50,28 @@ class Measured:
         peak_share: speed of its convolutions over the device's peak; None where that is not known.
         clocks_mhz: of the device just after the last step; None where they cannot be read.
         time: when, in UTC.
+        lacks: which of `ACCESSORIES` are missing, and why each is.
     """
 
     iterations: int
     averaged: int
     seconds: Mapping[str, float]
-    parts: Mapping[str, float] | None
-    kinds: Mapping[str, float] | None
+    parts: Mapping[str, float] | None = None
+    kinds: Mapping[str, float] | None = None
     first_step_seconds: float
-    held_bytes: int
-    peak_bytes: int
-    flops: int
-    convolution_flops: int
-    peak_share: float | None
-    clocks_mhz: Mapping[str, float | None] | None
+    held_bytes: int | None = None
+    peak_bytes: int | None = None
+    flops: int | None = None
+    convolution_flops: int | None = None
+    peak_share: float | None = None
+    clocks_mhz: Mapping[str, float | None] | None = None
     time: str
+    lacks: Mapping[str, str] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as a record holds them; `lacks` only where something is missing."""
+        found = asdict(self)
+        return found if self.lacks else {name: found[name] for name in _FOUND}
 
 
 @dataclass(frozen=True)
@@ -73,7 +97,8 @@ class Row:
     @classmethod
     def from_dict(cls, row: Mapping[str, Any]) -> "Row":
         """A row of a record."""
-        measured = Measured(**{name: row[name] for name in _FOUND}) if row["status"] == "ok" else None
+        found = {name: row[name] for name in (*_FOUND, "lacks") if name in row}
+        measured = Measured(**found) if row["status"] == "ok" else None
         return cls(case_of(row), row["status"], row["reason"], measured, row["ratio"], row["flops_ratio"])
 
     def to_dict(self) -> dict[str, Any]:
@@ -82,18 +107,23 @@ class Row:
         if self.measured is None:
             return asdict(self.case) | dict.fromkeys(_UNMEASURED) | verdict
         ratios = {"ratio": self.ratio, "flops_ratio": self.flops_ratio}
-        return asdict(self.case) | asdict(self.measured) | verdict | ratios
+        return asdict(self.case) | self.measured.to_dict() | verdict | ratios
+
+    def check(self) -> "Row":
+        """Raise a ValueError, which names the field, unless a record may hold this row; return it."""
+        _check_row(self.to_dict(), self.case.label)
+        return self
 
     def over(self, baseline: "Row | None") -> tuple[float | None, float | None]:
         """Time and arithmetic over those of the baseline, where both were measured."""
         if self.case.method is None or baseline is None or not (self.measured and baseline.measured):
             return None, None
         ours, theirs = self.measured, baseline.measured
-        return ours.seconds["mean"] / theirs.seconds["mean"], ours.flops / theirs.flops
+        arithmetic = ours.flops / theirs.flops if ours.flops and theirs.flops else None
+        return ours.seconds["mean"] / theirs.seconds["mean"], arithmetic
 
 
-_CASE, _FOUND = (tuple(field.name for field in fields(kind)) for kind in (Case, Measured))
-_RATIOS = ("ratio", "flops_ratio")
+_CASE, (*_FOUND, _) = ([each.name for each in fields(kind)] for kind in (Case, Measured))
 # null in rows that were not measured, in this order
 _UNMEASURED = (*_FOUND[:-2], *_RATIOS, *_FOUND[-2:])
 
@@ -101,6 +131,11 @@ _UNMEASURED = (*_FOUND[:-2], *_RATIOS, *_FOUND[-2:])
 def case_of(row: Mapping[str, Any]) -> Case:
     """What a row of a record measures."""
     return Case(**{name: row[name] for name in _CASE})
+
+
+def reason_of(error: BaseException) -> str:
+    """An error in a line, as records give reasons."""
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:300]
 
 
 def read_timing(path: str | Path) -> dict[str, Any]:
@@ -123,14 +158,20 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
 
 
-def _are_numbers(value: Any) -> bool:
-    return isinstance(value, dict) and all(map(_is_number, value.values()))
+def _are_numbers(value: Any, *others: object) -> bool:
+    return isinstance(value, dict) and all(each in others or _is_number(each) for each in value.values())
+
+
+def _are_reasons(value: Any) -> bool:
+    return isinstance(value, dict) and value != {} and all(isinstance(why, str) for why in value.values())
 
 
 _MEANS = ("mean", "median", "p5", "p95", "min", "max")
+_COUNT = ("a positive integer", lambda value: isinstance(value, int) and _is_number(value) and value > 0)
 # what the fields of a record must be, by their types
 _TESTS: dict[Any, tuple[str, Callable[[Any], Any]]] = {
-    int: ("a positive integer", lambda value: isinstance(value, int) and _is_number(value) and value > 0),
+    int: _COUNT,
+    int | None: _COUNT,  # null only where `lacks` says why
     float: ("a number of seconds", _is_number),
     float | None: ("null or a number", lambda value: value is None or _is_number(value)),
     bool: ("true or false", lambda value: isinstance(value, bool)),
@@ -144,7 +185,10 @@ _TESTS: dict[Any, tuple[str, Callable[[Any], Any]]] = {
         "null or seconds by name",
         lambda value: value is None or _are_numbers(value),
     ),
-    Mapping[str, float | None] | None: ("null or an object", lambda value: isinstance(value, dict | None)),
+    Mapping[str, float | None] | None: (
+        "null or numbers by name, some null",
+        lambda value: value is None or _are_numbers(value, None),
+    ),
 }
 _PROTOCOL = {"iterations": int, "batch": int, "size": int, "budget_seconds": float, "spent_seconds": float}
 
@@ -161,6 +205,8 @@ def check_record(record: dict[str, Any]) -> dict[str, Any]:
         _expect(name in record["facts"], f"facts.{name}", "there", None)
     for name, kind in _PROTOCOL.items():
         _expect_kind(record["protocol"].get(name), kind, f"protocol.{name}")
+    if "lacks" in record:
+        _expect(_are_reasons(record["lacks"]), "lacks", "reasons by what is missing", record["lacks"])
     rows: Any = record.get("rows")
     _expect(isinstance(rows, list) and rows, "rows", "a list that is not empty", rows)
     found: dict[Case, Row] = {}
@@ -170,11 +216,12 @@ def check_record(record: dict[str, Any]) -> dict[str, Any]:
         _expect(row.case not in found, f"rows[{i}]", "a case of its own", row.case.label)
         found[row.case] = row
     for case, row in found.items():
+        if row.measured is None or "ratio" in row.measured.lacks:
+            continue
         expected = row.over(found.get(case.baseline))
         for name, got, value in zip(_RATIOS, (row.ratio, row.flops_ratio), expected, strict=True):
-            same = got == value or (
-                value and isinstance(got, int | float) and math.isclose(got, value, rel_tol=1e-6)
-            )
+            _expect_kind(got, float | None, f"{name} of {case.label}")
+            same = got == value or (value and got and math.isclose(got, value, rel_tol=1e-6))
             _expect(same, f"{name} of {case.label}", f"{value}, as its baseline says", got)
     return record
 
@@ -185,14 +232,15 @@ def _check_row(row: Any, place: str) -> None:
 
     _expect(isinstance(row, dict), place, "an object", row)
     names = {*_CASE, *_UNMEASURED, "status", "reason"}
-    different = sorted(names ^ row.keys())
+    different = sorted(names ^ (row.keys() - {"lacks"}))
     _expect(not different, place, f"an object of the fields {', '.join(sorted(names))}", different)
     for name, known in (("status", STATUSES), ("precision", PRECISIONS)):
         expect(name, row[name] in known, "one of " + ", ".join(known))
     measured = row["status"] == "ok"
-    for field in (*fields(Case), *(fields(Measured) if measured else ())):
-        if field.name != "samples" or row["samples"] != 0:
-            _expect_kind(row[field.name], field.type, f"{place}.{field.name}")
+    missing = _missing(row, place) if "lacks" in row else set()
+    for each in (*fields(Case), *(fields(Measured)[:-1] if measured else ())):
+        if each.name not in missing and (each.name, row[each.name]) != ("samples", 0):
+            _expect_kind(row[each.name], each.type, f"{place}.{each.name}")
     expect("reason", (row["reason"] is None) == measured, "a text unless the status is ok")
     if not measured:
         for name in _UNMEASURED:
@@ -205,6 +253,17 @@ def _check_row(row: Any, place: str) -> None:
     expect("seconds", ordered == sorted(ordered) and inside, "in order")
     total = sum((row["parts"] or {"all": seconds["mean"]}).values())
     expect("parts", math.isclose(total, seconds["mean"], rel_tol=1e-3), "as long as the mean", total)
+
+
+def _missing(row: Mapping[str, Any], place: str) -> set[str]:
+    """The fields that are null because the row lacks them."""
+    lacks, known = row["lacks"], ", ".join(ACCESSORIES)
+    right = row["status"] == "ok" and _are_reasons(lacks) and lacks.keys() <= ACCESSORIES.keys()
+    _expect(right, f"{place}.lacks", f"why a row that was measured is without some of {known}", lacks)
+    missing = {name for accessory in lacks for name in ACCESSORIES[accessory]}
+    for name in missing:
+        _expect(row[name] is None, f"{place}.{name}", "null where it is lacking", row[name])
+    return missing
 
 
 def _expect_kind(value: Any, kind: Any, place: str) -> None:

@@ -40,10 +40,11 @@ def describe(row: TimingRow) -> str:
     if row["status"] != "ok":
         return f"{label}: {row['status']} ({row['reason']})"
     mean, low, high = (1000 * row["seconds"][name] for name in ("mean", "p5", "p95"))
-    text = f"{label}: {mean:.2f} ms ({low:.2f} to {high:.2f}), {row['peak_bytes'] / 2**20:.0f} MiB"
-    if row["ratio"]:
-        text += f", {row['ratio']:.2f} times the baseline, {row['flops_ratio']:.2f} its arithmetic"
-    return text
+    words = [f"{label}: {mean:.2f} ms ({low:.2f} to {high:.2f})"]
+    words += [f"{row['peak_bytes'] / 2**20:.0f} MiB"] if row["peak_bytes"] else []
+    words += [f"{row['ratio']:.2f} times the baseline"] if row["ratio"] else []
+    words += [f"{row['flops_ratio']:.2f} its arithmetic"] if row["flops_ratio"] else []
+    return ", ".join(words + [f"without {name} ({why})" for name, why in row.get("lacks", {}).items()])
 
 
 def compare(first: Record, second: Record) -> str:
@@ -183,10 +184,14 @@ def paper_table(records: Mapping[str, Record]) -> str:
         for name, record in records.items():
             if found := pair(record, network):
                 a, b = (1000 * row["seconds"]["mean"] for row in found)
-                lines.append(f"{times('', a, b)} {found[1]['flops_ratio']:9.2f}  {name}")
+                lines.append(f"{times('', a, b)} {_number(found[1]['flops_ratio']):>9}  {name}")
             else:
                 lines.append(f"{'':12} {'not measured':>45}      {name}")
     return "\n".join(lines)
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"
 
 
 def part_table(found: Mapping[str, Pair]) -> str:
@@ -194,9 +199,11 @@ def part_table(found: Mapping[str, Pair]) -> str:
     lines = ["share of the step with saliency     forward  input gradient     loss  backward"]
     peaks = []
     for network, (_, row) in found.items():
-        parts = zip(("forward", "input gradient", "loss", "backward"), (8, 15, 8, 9), strict=True)
-        shares = (f"{row['parts'][part] / row['seconds']['mean']:{width}.0%}" for part, width in parts)
-        lines.append(" ".join([f"{network:34}", *shares]))
+        widths = {"forward": 8, "input gradient": 15, "loss": 8, "backward": 9}
+        parts, mean = row["parts"], row["seconds"]["mean"]
+        shares = (f"{parts[part] / mean:.0%}" if parts else "–" for part in widths)
+        cells = (f"{share:>{width}}" for share, width in zip(shares, widths.values(), strict=True))
+        lines.append(" ".join([f"{network:34}", *cells]))
         if row["peak_share"] is not None:
             peaks.append(f"{network}: convolutions reach {row['peak_share']:.0%} of the peak")
     return "\n".join(lines + peaks)
@@ -206,14 +213,16 @@ def memory_table(found: Mapping[str, Pair]) -> str:
     """How much more memory the step with saliency takes, beyond what is held anyway; see `pairs`."""
     lines = []
     for network, rows in found.items():
-        a, b = (row["peak_bytes"] - row["held_bytes"] for row in rows)
-        lines.append(f"{network:12} {b / a:.1f} times the memory beyond parameters and batch")
+        a, b = ((row["peak_bytes"] or 0) - (row["held_bytes"] or 0) for row in rows)
+        known = all(row["peak_bytes"] and row["held_bytes"] for row in rows)
+        times = f"{b / a:.1f}" if known else "–"
+        lines.append(f"{network:12} {times} times the memory beyond parameters and batch")
     return "\n".join(lines)
 
 
 def method_table(rows: Sequence[TimingRow]) -> str:
     """What each of `method_rows` costs, and its arithmetic, in units of the baseline."""
     return "\n".join(
-        f"{method_label(row):22} {row['ratio']:6.2f} measured {row['flops_ratio']:6.2f} arithmetic"
+        f"{method_label(row):22} {row['ratio']:6.2f} measured {_number(row['flops_ratio']):>6} arithmetic"
         for row in rows
     )
