@@ -173,7 +173,8 @@ def deletion_curve(
         (N, `steps` + 1): from nothing replaced to everything replaced.
 
     Raises:
-        TypeError, ValueError: an argument is not as described, or images or maps are not finite.
+        TypeError, ValueError: an argument is not as described, images or maps are not finite, or the model
+            returns one logit only.
 
     >>> model = nn.Sequential(nn.Flatten(), nn.Linear(12, 5))
     >>> images, maps = torch.rand(2, 3, 2, 2), torch.rand(2, 1, 2, 2)

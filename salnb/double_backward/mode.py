@@ -263,7 +263,8 @@ def _hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
     """`torch.nn.functional.hardsigmoid`, of which PyTorch has no second derivative."""
     if not _plain(input):
         return NotImplemented
-    result = (F.hardtanh(input, -3, 3) + 3) / 6
+    # not relu6(input + 3) / 6, which would look like a ReLU
+    result = (F.hardtanh(input.clone() if inplace else input, -3, 3) + 3) / 6
     return input.copy_(result) if inplace else result
 
 

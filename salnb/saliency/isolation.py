@@ -1,7 +1,7 @@
 """Running a model without a trace: alone among threads, and with its state put back afterwards."""
 
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,13 +29,17 @@ def left_as_found(model: nn.Module) -> Iterator[None]:
     """
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
     with _alone(modules):
+        modes = [module.training for module in modules]
         copies: dict[int, Tensor] = {}  # by the id of the original, which may be held in several places
-        restore = [_lend_copies(module, copies) for module in modules]
+        lent = [(module, *_lend_copies(module, copies)) for module in modules if _may_move(module)]
         try:
             yield
         finally:
-            for module, (attributes, buffers) in zip(modules, restore, strict=True):
+            for module, attributes, buffers in lent:
                 _put_back(module, attributes, buffers)
+            for module, mode in zip(modules, modes, strict=True):
+                if module.training is not mode:
+                    module.training = mode
 
 
 @contextmanager
@@ -56,7 +60,22 @@ def _alone(modules: Sequence[nn.Module]) -> Iterator[None]:
             _free.notify_all()
 
 
-def _lend_copies(module: nn.Module, copies: dict[int, Tensor]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _may_move(module: nn.Module) -> bool:
+    """Whether a forward pass may change what `left_as_found` puts back, apart from the mode."""
+    if isinstance(module, LazyModuleMixin):  # its first pass makes it what it is
+        return False
+    if isinstance(module, _BatchNorm) and not module.training:  # many small copies, which a GPU would notice
+        return type(module).forward is not _BatchNorm.forward
+    return bool(module._buffers) or not _is_of_torch(type(module))
+
+
+def _is_of_torch(kind: type) -> bool:
+    return kind.__module__.startswith("torch.")
+
+
+def _lend_copies(
+    module: nn.Module, copies: dict[int, Tensor]
+) -> tuple[dict[str, Any], dict[str, Tensor | None]]:
     """Give a module copies of its buffers to write to; returns what it had, attributes and buffers."""
 
     def copy_of(tensor: Tensor) -> Tensor:
@@ -64,41 +83,27 @@ def _lend_copies(module: nn.Module, copies: dict[int, Tensor]) -> tuple[dict[str
             copies[id(tensor)] = tensor.clone()
         return copies[id(tensor)]
 
-    if isinstance(module, LazyModuleMixin):  # its first pass makes it what it is
-        return {}, {}
-    attributes: dict[str, Any] = {}
-    if type(module).__module__.startswith("torch."):
-        attributes = {name: value for name, value in vars(module).items() if name == "training"}
-    else:
+    attributes = {}
+    if not _is_of_torch(type(module)):
         attributes = {
             k: v for k, v in vars(module).items() if v is None or isinstance(v, float | int | Tensor)
         }
         for name, value in attributes.items():
             if isinstance(value, Tensor) and not value.requires_grad:
                 vars(module)[name] = copy_of(value)
-    buffers = dict(_buffers_of(module))
-    # an untold number of small copies, which a GPU would notice, is spared where nothing is written
-    if not (
-        isinstance(module, _BatchNorm) and type(module).forward is _BatchNorm.forward and not module.training
-    ):
-        for name, buffer in buffers.items():
-            if buffer is not None:
-                _set_buffer(module, name, copy_of(buffer))
+    buffers = dict(module._buffers.items())  # scripted modules have something else than a dictionary there
+    for name, buffer in buffers.items():
+        if buffer is not None:
+            _set_buffer(module, name, copy_of(buffer))
     return attributes, buffers
 
 
-def _put_back(module: nn.Module, attributes: dict[str, Any], buffers: dict[str, Tensor]) -> None:
+def _put_back(module: nn.Module, attributes: dict[str, Any], buffers: dict[str, Tensor | None]) -> None:
     for name, value in attributes.items():
         if vars(module).get(name) is not value:
             vars(module)[name] = value
-    now = dict(_buffers_of(module))
     for name, buffer in buffers.items():
-        if now.get(name) is not buffer:
-            _set_buffer(module, name, buffer)
-
-
-def _buffers_of(module: nn.Module) -> Iterable[tuple[str, Tensor | None]]:
-    return module._buffers.items()  # scripted modules have something else than a dictionary there
+        _set_buffer(module, name, buffer)
 
 
 def _set_buffer(module: nn.Module, name: str, value: Tensor | None) -> None:

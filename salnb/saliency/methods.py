@@ -7,9 +7,16 @@ is asked about, and returns one map per image:
 * the last feature maps weighted by their gradients: `grad_cam`, and its product with guided
   backpropagation, `guided_grad_cam`.
 
-The model is left as it was found: parameters, gradients, buffers, hooks and train or eval mode. Methods
-that change the backward pass of ReLU do so only while the map's own gradient is taken, so a loss on a
-map (`create_graph=True`) has the right gradient with respect to the parameters.
+The model is left as it was found, after an error too: parameters, gradients, buffers, hooks, train or eval
+mode, and attributes of its own that are numbers or tensors; but not what it keeps in lists or dictionaries,
+nor the state of the random numbers. The images are not changed by networks that work in place on them.
+
+Methods that change the backward pass of ReLU do so only while the map's own gradient is taken, so a loss on a
+map (`create_graph=True`) has the right gradient with respect to the parameters; an operation that has no
+second derivative is refused.
+
+Several threads may ask for maps of one model, or of models with modules in common: they wait for one another.
+A training step elsewhere does not wait. Sums are taken in float32 at least, and maps have the images' dtype.
 """
 
 from collections.abc import Callable
@@ -64,7 +71,8 @@ def vanilla_gradient(
         model: any network that maps images (N, C, H, W) to logits (N, K).
         images: (N, C, H, W), floating point.
         target: whose score is explained. None: the predicted class of each image; an int: this class
-            for all; (N,) integers: one class per image; (N, K) floats: a weighted sum of scores.
+            for all, as may be any integer, such as NumPy's; (N,) integers: one class per image; (N, K)
+            floats: a weighted sum of scores.
         create_graph: keep the graph, so that a loss on the maps can be differentiated with respect to
             the model's parameters.
         reduce: "max" takes the highest absolute value over the channels (eq. 2); None keeps the signed
@@ -74,9 +82,13 @@ def vanilla_gradient(
         Maps (N, 1, H, W) in units of score per unit of pixel value; (N, C, H, W) with `reduce=None`.
 
     Raises:
-        TypeError: `images` are not a floating-point tensor, or `target` is of a wrong type.
+        TypeError: `images` are not a floating-point tensor, `target` is of a wrong type, or the model is
+            spread over several devices by `nn.DataParallel`.
         ValueError: `images` are not four-dimensional or not finite, `target` is out of range or does
-            not fit the batch, `reduce` is unknown, or the model does not return (N, K) logits.
+            not fit the batch, `reduce` is unknown, the model does not return (N, K) logits, no gradient
+            flows from them to the images, or the model was made in inference mode.
+        RuntimeError: an operation has no second derivative (`create_graph=True`), or this is inside a
+            transform of `torch.func`.
 
     In train mode batch statistics tie the images of a batch together, and the map of one image is the
     gradient of the *sum* of all scores. In eval mode every map is that of its image alone.
@@ -99,7 +111,8 @@ def deconvnet(
     """DeconvNet: each ReLU passes back what is positive in the *gradient* (eq. 4; Zeiler & Fergus, 2014).
 
     Arguments, result and errors are those of `vanilla_gradient`. A network in which no ReLU is met
-    gives the plain gradient, with a warning.
+    gives the plain gradient, with a warning. So does a ReLU that is not called from Python in this thread
+    (in scripted code, in a thread or a C++ extension of the model), and the warning names it.
     """
     return _explain("deconvnet", model, images, target, None, create_graph, reduce)
 
@@ -115,7 +128,8 @@ def guided_backprop(
     """Guided backprop: at each ReLU, input and gradient must be positive (eq. 4; Springenberg et al., 2015).
 
     Arguments, result and errors are those of `vanilla_gradient`. A network in which no ReLU is met
-    gives the plain gradient, with a warning.
+    gives the plain gradient, with a warning. So does a ReLU that is not called from Python in this thread
+    (in scripted code, in a thread or a C++ extension of the model), and the warning names it.
     """
     return _explain("guided_backprop", model, images, target, None, create_graph, reduce)
 
@@ -152,7 +166,8 @@ def smoothgrad(
         Maps as those of `vanilla_gradient`.
 
     Raises:
-        TypeError, ValueError: as `vanilla_gradient`, and for `n_samples` below 1 or a negative `noise_level`.
+        TypeError, ValueError, RuntimeError: as `vanilla_gradient`, and for `n_samples` below 1 or a negative
+            `noise_level`.
     """
     if n_samples < 1:
         raise ValueError(f"n_samples must be at least 1, got {n_samples}")
@@ -190,15 +205,16 @@ def grad_cam(
         images: see `vanilla_gradient`.
         target: see `vanilla_gradient`.
         layer: the layer whose output is used, as a module of `model` or by its dotted name. None is the
-            last `nn.Conv2d` in the order of `model.modules()`.
+            `nn.Conv2d` that runs last. Of a layer that runs several times, the last output counts.
         create_graph: see `vanilla_gradient`.
 
     Returns:
         Maps (N, 1, H, W), not negative, resized bilinearly (pixel centres, `align_corners=False`).
 
     Raises:
-        TypeError, ValueError: as `vanilla_gradient`; also if `layer` is unknown or not used, its output
-            is not (N, C, h, w) or only one pixel large, or the model has no convolution to fall back on.
+        TypeError, ValueError, RuntimeError: as `vanilla_gradient`; also if `layer` is unknown or not used,
+            its output is not (N, C, h, w), cannot be told from (N, h, w, C), or is only one pixel large, or
+            the model has no convolution to fall back on.
     """
     return _explain("grad_cam", model, images, target, layer, create_graph, "max")
 

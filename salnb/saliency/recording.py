@@ -194,7 +194,9 @@ class ForwardRecorder:
     ) -> Tensor:
         """The maps of `scores` (N,) with respect to `images`, both from the pass that was recorded."""
         score = scores.sum()
-        unreached = relus_unreached(score) if self.relu_rule else []  # while the graph is there
+        # while the graph is there, and before Grad-CAM's own rectifier
+        unreached = relus_unreached(score) if self.relu_rule else []
+        no_relu = self.relu_rule is not None and not self.relu_rule.relu_count
         maps: list[Tensor] = []
         if self.layer is not None:
             activation, keep = self._activation(images), create_graph or self.spec.pixels
@@ -210,7 +212,7 @@ class ForwardRecorder:
                 "ReLUs that no rule reaches, as they run in another thread, or where PyTorch is not called "
                 f"from Python: {', '.join(unreached)}; there the map has the plain gradient"
             )
-        elif self.relu_rule is not None and not self.relu_rule.relu_count:
+        elif no_relu:
             _warn("no ReLU was met in the forward pass: without one, the map is the plain gradient")
         return maps[0] * maps[1] if len(maps) == 2 else maps[0]
 

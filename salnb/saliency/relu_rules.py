@@ -146,7 +146,9 @@ def relus_unreached(scores: Tensor) -> list[str]:
 
 def _is_unreached(node: Any) -> str | None:
     """What to call a node that is, or may hide, a ReLU; None for others."""
-    name = node.name()
+    name = type(node).__name__  # quicker to get at than `node.name()`
+    if name == "CppFunction":
+        name = node.name()
     if "DifferentiableGraph" in name:
         return "scripted code (torch.jit)"
     kind = name.rstrip("0123456789").removesuffix("Backward")
@@ -162,4 +164,6 @@ def _is_unreached(node: Any) -> str | None:
 
 
 def _sounds_like_relu(name: str) -> bool:
-    return any(part in name.lower() for part in ("relu", "rectif")) and "prelu" not in name.lower()
+    return any(part in name.lower() for part in ("relu", "rectif")) and not any(
+        part in name.lower() for part in ("leaky", "prelu")
+    )

@@ -27,7 +27,7 @@ def vision_transformer():
 
 def swin():
     return SwinTransformer(
-        patch_size=[2, 2], embed_dim=4, depths=[1], num_heads=[2], window_size=[2, 2], num_classes=3
+        patch_size=[2, 2], embed_dim=4, depths=[2], num_heads=[2], window_size=[2, 2], num_classes=3
     )
 
 
