@@ -20,6 +20,7 @@ from salnb._common.checks import (
     check_finite,
     check_images,
     check_no_transform,
+    check_several_classes,
     check_target,
 )
 from salnb.saliency.isolation import left_as_found
@@ -243,11 +244,7 @@ def _logits(model: nn.Module, images: Tensor) -> Tensor:
     """Logits of two classes or more, from a model that is left as it was found."""
     with left_as_found(model):
         logits = logits_of(model, images)
-    if logits.shape[1] < 2:
-        raise ValueError(
-            f"model must return logits of two classes or more, got {tuple(logits.shape)}, whose softmax is "
-            "one whatever the image: make two of a logit z, torch.cat([torch.zeros_like(z), z], 1)"
-        )
+    check_several_classes(logits, name="model must return")
     return logits
 
 

@@ -24,6 +24,7 @@ from salnb.objective.compiled import CompiledStep
 from salnb.objective.parallel import check_parallel, check_unwrapped
 from salnb.objective.precision import LossScale, full_precision
 from salnb.objective.terms import Losses, StepInputs, StepModules, TermSettings, step_losses
+from salnb.saliency.isolation import check_usable
 
 __all__ = ["Objective"]
 
@@ -232,6 +233,7 @@ class Objective(nn.Module):
         check_unwrapped(self.model)
         check_options(self.method, self.method_options)
         if self.gamma:
+            check_usable(self.model)
             self._term_settings().recorder(self.model)  # finds the layer, or says that there is none
 
     def _check_call(self, images: Tensor, target: Tensor) -> None:

@@ -17,11 +17,6 @@ def check_unwrapped(model: nn.Module) -> None:
                 "model must not be wrapped in DistributedDataParallel: wrap the objective, "
                 "DistributedDataParallel(Objective(model, ...))"
             )
-        if isinstance(module, nn.DataParallel) and len(module.device_ids) > 1:
-            raise TypeError(
-                "model must not be wrapped in nn.DataParallel, whose threads the saliency term does not "
-                "reach: take its .module, and DistributedDataParallel(Objective(model, ...))"
-            )
 
 
 def check_parallel(objective: nn.Module, *, training: bool) -> None:

@@ -276,3 +276,65 @@ def test_a_network_that_works_in_place_on_its_input(method):
     ]
     assert_close(*losses)
     assert torch.equal(x, before)
+
+
+class Detached(nn.Sequential):
+    def forward(self, x):
+        return super().forward(x.detach())
+
+
+class Frozen(nn.Sequential):
+    def forward(self, x):
+        with torch.no_grad():
+            x = self[0](x)
+        return super().forward(x.tile(1, 1, 1, 1)[:, :3])
+
+
+@pytest.mark.parametrize("method", sorted(saliency.METHODS))
+@pytest.mark.parametrize("network", [Detached, Frozen])
+def test_a_network_through_which_no_gradient_flows(network, method):
+    model = network(*conv_bn())
+    if network is Frozen:
+        model[0] = nn.Conv2d(3, 3, 1)
+        model[1], model[3] = nn.BatchNorm2d(3), nn.Conv2d(3, 6, 3)
+    options = {"layer": "0"} if "cam" in method and network is Frozen else {}
+    objective = Objective(model, HorizontalFlip(), method=method, method_options=options)
+    if method == "grad_cam":
+        objective(images(), TARGET).total.backward()
+        return
+    with pytest.raises((ValueError, RuntimeError), match="no gradient") as error:
+        objective(images(), TARGET)
+    assert "allow_unused" not in str(error.value)
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_a_model_made_in_inference_mode(context):
+    with context():
+        model = conv_bn()
+        if context is torch.inference_mode:
+            with pytest.raises(ValueError, match=r"model must be made outside of torch.inference_mode\(\)"):
+                Objective(model, HorizontalFlip())
+        else:
+            Objective(model, HorizontalFlip())(images(), TARGET)
+
+
+class Auxiliary(nn.Sequential):
+    """Its last convolution never runs, as that of GoogLeNet's auxiliary head in eval mode."""
+
+    def __init__(self):
+        super().__init__(*conv_bn())
+        self.auxiliary = nn.Conv2d(6, 6, 1)
+
+    def forward(self, x):
+        for layer in list(self)[:-1]:
+            x = layer(x)
+        return x
+
+
+def test_the_default_layer_is_the_last_convolution_that_ran():
+    model, x = Auxiliary(), images()
+    objectives = (
+        Objective(model.eval(), HorizontalFlip(1.0), method="grad_cam", method_options=options)
+        for options in ({}, {"layer": "3"})
+    )
+    assert_close(*(objective(x, TARGET).saliency_loss for objective in objectives))

@@ -119,6 +119,8 @@ class Devices(nn.DataParallel):
 
 
 def test_data_parallel():
-    with pytest.raises(TypeError, match=r"model must not be wrapped in nn.DataParallel, .* take its .module"):
+    with pytest.raises(
+        TypeError, match=r"model must not hold an nn.DataParallel on 2 devices, .* take its .module"
+    ):
         Objective(nn.Sequential(Devices(conv_bn(), [0, 1])), HorizontalFlip())
     Objective(nn.DataParallel(conv_bn().cpu()), HorizontalFlip())
