@@ -80,5 +80,5 @@ def test_a_failure_shows_what_pip_said_last(tmp_path, capsys):
     assert install.pip(Path(tmp_path), ["--no-index", "no-such-package"]) != 0
     said = capsys.readouterr().out
     assert "No matching distribution found for no-such-package" in said
-    assert said.endswith(f"pip failed; all that it said is in {tmp_path / 'install.log'}\n")
+    assert said.endswith(f"pip failed with status 1; all that it said is in {tmp_path / 'install.log'}\n")
     assert "no-such-package" in (tmp_path / "install.log").read_text()
