@@ -119,6 +119,13 @@ def test_verdicts(differences, verdict):
     assert found.verdict == verdict
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "verdict"), [(0.0, 0.1, "cannot tell"), (-0.1, 0.0, "cannot tell"), (1e-9, 0.1, "better")]
+)
+def test_an_interval_that_ends_at_zero_does_not_leave_it_out(low, high, verdict):
+    assert Comparison({}, "saliency", 3, 0.5, 0.5, 0.0, low, high).verdict == verdict
+
+
 def test_one_pair_says_nothing_of_the_spread():
     (found,) = compare(records_of([0.5], [0.75]))
     assert (found.n, found.difference, found.low, found.high) == (1, 0.25, -math.inf, math.inf)

@@ -264,7 +264,13 @@ def test_a_relu_that_no_rule_reaches_is_named(case, method):
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize(
     "other",
-    [F.leaky_relu, F.hardtanh, lambda x: x.clamp(-1, 1), lambda x: x.maximum(torch.ones(()).double())],
+    [
+        F.leaky_relu,
+        F.hardtanh,
+        lambda x: x.clamp(-1, 1),
+        lambda x: x.maximum(torch.ones(()).double()),
+        lambda x: x.maximum(torch.arange(x.shape[-1]).double()),  # zero in places
+    ],
 )
 def test_what_is_no_relu_is_not_named(other):
     saliency.guided_backprop(Rectified(lambda x: torch.relu(in_a_thread(other)(x))), images(), 1)

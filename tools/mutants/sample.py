@@ -34,7 +34,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "tests/saliency/test_surroundings.py",
     ),
     "salnb/augment/*.py": ("salnb/augment", "tests/augment"),
-    "salnb/double_backward/recomputation.py": ("tests/double_backward/test_recomputation.py",),
+    "salnb/double_backward/[br]*.py": ("tests/double_backward",),
     "salnb/double_backward/*.py": (
         "tests/double_backward/test_functions.py",
         "tests/double_backward/test_limits.py",
@@ -45,7 +45,11 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "tests/objective/test_compiled.py",
     ),
     "salnb/objective/graph_key.py": ("tests/objective/test_stale_graphs.py",),
-    "salnb/objective/*.py": ("tests/objective/test_input.py", "tests/objective/test_objective.py"),
+    "salnb/objective/*.py": (
+        "tests/objective/test_input.py",
+        "tests/objective/test_objective.py",
+        "tests/objective/test_everywhere.py",
+    ),
 }
 # of cosmic-ray's operators those whose mutants run: `a >> b` of floating-point numbers would only fail
 KINDS = (
