@@ -71,7 +71,7 @@ BAD_BATCHES = {
     "label-too-high": (lambda x: (x, TARGET + 1), ValueError, "target must lie in 0 … 3, got 4"),
     "label-negative": (lambda x: (x, TARGET - 1), ValueError, "target must lie in 0 … 3, got -1"),
     "weights-misfit": (
-        lambda x: (x, torch.rand(4, 7)),
+        lambda x: (x, torch.full((4, 7), 1 / 7)),
         ValueError,
         r"weights must be \(4, 4\), got \(4, 7\)",
     ),
