@@ -1,11 +1,17 @@
 """Networks by name: what the catalogue says of them is true."""
 
+import urllib.error
+
 import pytest
 import torch
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from salnb import models
 from salnb._common import catalog as _catalog
+from salnb._common.files import DamagedFileError
+from tests.helpers.defaults import DTYPES, default_dtype
+from tests.helpers.tolerances import assert_close
 
 
 def on_paper(name, num_classes=7):
@@ -112,6 +118,114 @@ def test_networks_of_timm():
 def test_unknown_networks_are_answered_with_the_nearest(name, hint):
     with pytest.raises(ValueError, match=rf"model '{name}' is unknown \(did you mean {hint}\?\); known: "):
         models.build(name, 10)
+
+
+@pytest.mark.parametrize("default", [torch.float32, *DTYPES], ids=str)
+@pytest.mark.parametrize("images", [torch.float32, *DTYPES], ids=str)
+@pytest.mark.parametrize("name", ["small", "small_groupnorm"])
+def test_networks_of_any_default_dtype_take_images_of_any_dtype(name, images, default):
+    """A data set's images are float32 whatever the default, which the network's parameters follow."""
+    torch.manual_seed(0)
+    expected = models.build(name, 5).eval()
+    with default_dtype(default):
+        torch.manual_seed(0)
+        model = models.build(name, 5).eval()
+        batch = torch.rand(3, 3, 16, 16, dtype=torch.float32)
+        logits = model(batch.to(images))
+    assert logits.dtype == next(model.parameters()).dtype == default
+    if default == images == torch.float32:
+        assert torch.equal(logits, expected(batch))
+    assert_close(logits.float().detach(), model.float()(batch).detach(), 0.1)
+
+
+def test_images_of_the_networks_dtype_are_not_converted():
+    model = models.build("small", 5)
+    graph = make_fx(model)(torch.rand(2, 3, 16, 16)).graph
+    assert not [node for node in graph.nodes if "_to_copy" in str(node.target)]
+    compiled = torch.compile(models.build("small", 5), fullgraph=True, backend="eager")
+    assert compiled(torch.rand(2, 3, 16, 16)).shape == (2, 5)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A place for downloaded weights, and no network."""
+
+    def unreachable(*args, **options):
+        raise urllib.error.URLError(ConnectionRefusedError(111, "Connection refused"))
+
+    monkeypatch.setattr("urllib.request.urlopen", unreachable)
+    monkeypatch.setattr("torch.hub._hub_dir", None)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    return tmp_path / "torch" / "hub" / "checkpoints"
+
+
+def test_weights_without_network(hub):
+    with pytest.raises(
+        ConnectionError, match=rf"of resnet18 could not be downloaded; fetch https://.* into {hub}$"
+    ):
+        models.pretrained("resnet18")
+
+
+PLACES = {
+    "below a file": lambda path, patch: patch.setenv("TORCH_HOME", str(path / "file")),
+    "a device": lambda path, patch: patch.setenv("TORCH_HOME", "/dev/null"),
+    "the home of nobody": lambda path, patch: patch.setenv("TORCH_HOME", "~nobody-of-this-name/torch"),
+    "a home that is none": lambda path, patch: (
+        patch.delenv("TORCH_HOME"),
+        patch.setenv("HOME", "/dev/null"),
+    ),
+}
+
+
+@pytest.mark.parametrize("change", PLACES.values(), ids=PLACES)
+def test_a_place_for_weights_that_cannot_be_used(change, hub, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    change(tmp_path, monkeypatch)
+    message = r"^the weights of resnet18 cannot be kept[^\n]*: set TORCH_HOME to a folder that can be written[^\n]*$"
+    with pytest.raises(OSError, match=message):
+        models.pretrained("resnet18")
+
+
+@pytest.mark.parametrize(
+    "error", [PermissionError(13, "Permission denied"), OSError(28, "No space left on device")], ids=str
+)
+def test_weights_that_cannot_be_written(error, hub, monkeypatch):
+    def fail(*args, **options):
+        raise error
+
+    monkeypatch.setattr("torch.hub.download_url_to_file", fail)
+    with pytest.raises(OSError, match=rf"cannot be kept or read \(.*{error.strerror}.*: set TORCH_HOME"):
+        models.pretrained("resnet18")
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"PK\x03\x04 and no more", b"<html>not found</html>"], ids=["empty", "cut", "a page"]
+)
+def test_damaged_weights_are_named(content, hub):
+    hub.mkdir(parents=True)
+    file = hub / "resnet18-f37072fd.pth"
+    file.write_bytes(content)
+    with pytest.raises(DamagedFileError, match=rf"^{file} is truncated or altered \([^\n]*\): remove it$"):
+        models.pretrained("resnet18")
+
+
+def test_weights_that_are_there_are_only_read(hub):
+    import torchvision
+
+    hub.mkdir(parents=True)
+    network = torchvision.models.resnet18()
+    torch.save(network.state_dict(), hub / "resnet18-f37072fd.pth")
+    before = {path: path.stat().st_mtime_ns for path in hub.parent.rglob("*")}
+    model = models.pretrained("resnet18")
+    assert torch.equal(model.network.fc.weight, network.fc.weight)
+    assert {path: path.stat().st_mtime_ns for path in hub.parent.rglob("*")} == before
+
+
+@pytest.mark.parametrize("num_classes", [2.5, "10", None, True, float("nan")])
+def test_classes_that_are_no_number(num_classes):
+    with pytest.raises(TypeError, match=r"num_classes must be a whole number in \[2, 1e\+06\], got"):
+        models.build("small", num_classes)
 
 
 def test_too_few_classes():

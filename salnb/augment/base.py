@@ -222,6 +222,8 @@ class Augmentation(nn.Module, Generic[P]):
             ValueError: too few images for an augmentation that mixes them.
         """
         check_images(images)
+        if not isinstance(generator, torch.Generator | None):
+            raise TypeError(f"generator must be a torch.Generator or None, got {generator!r}")
         if len(images) < self.least_samples:
             raise ValueError(
                 f"{self._get_name()} mixes images and needs at least {self.least_samples}, got {len(images)}"
@@ -241,6 +243,8 @@ class Augmentation(nn.Module, Generic[P]):
 
         `num_classes` is K, needed only where labels are mixed and given as integers.
         """
+        if not isinstance(target, Tensor):
+            raise TypeError(f"target must be a tensor (N,) or (N, K), got {type(target).__name__}")
         params = self._checked(params, target, "target")
         return self._relabel(plain(target), params, num_classes)
 

@@ -215,16 +215,19 @@ class StreamedImages:
     def first(self, count: int) -> "StreamedImages":
         """The first so many of the images."""
         count = min(count, self.count)
-        return replace(self, rows=self.rows.take(count), count=count)
+        with torch.device("cpu"):  # the library makes tensors that processes share
+            return replace(self, rows=self.rows.take(count), count=count)
 
     def epoch(
         self, batch_size: int, *, seed: int | None = None, start: int = 0, share: Share = WHOLE
     ) -> Iterator[Examples]:
         """One pass over the images; see `Split`."""
         check_integer("batch_size", batch_size, 1, 2**31)
-        rows = self.rows if seed is None else self.rows.shuffle(seed=seed, buffer_size=self.buffer)
+        with torch.device("cpu"):
+            rows = self.rows if seed is None else self.rows.shuffle(seed=seed, buffer_size=self.buffer)
+            rows = rows.skip(start * batch_size)
         batch: list[tuple[Any, str]] = []
-        for number, row in enumerate(rows.skip(start * batch_size), start * batch_size):
+        for number, row in enumerate(rows, start * batch_size):
             # still encoded: only this process's share is decoded
             batch.append((row, self.origin.row(number) if seed is None else self._unordered(row)))
             if len(batch) == batch_size:

@@ -10,6 +10,7 @@ import importlib
 import json
 import os
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -92,7 +93,8 @@ def load_paper(name: str, size: int = 224, *, workers: int = 4, streamed: bool =
         raise unknown("name", name, HUB)
     size, workers = check_integer("size", size, 1, 10_000), check_integer("workers", workers, 0, 1000)
     if not HUB[name].in_memory:
-        return _from_disk(name, size, workers, streamed)
+        with torch.device("cpu"):  # the library makes tensors that processes share
+            return _from_disk(name, size, workers, streamed)
     if streamed:
         raise ValueError(f"streamed is for imagenet, got {name}")
     # what was decoded from other files must not be taken for these
@@ -134,7 +136,8 @@ def files_folder(name: str) -> Path:
 
 def local_files(name: str) -> list[Path]:
     """The Parquet files that were put there."""
-    return sorted(files_folder(name).rglob("*.parquet"))
+    with using_cache():
+        return sorted(files_folder(name).rglob("*.parquet"))
 
 
 def verify(name: str) -> str:
@@ -171,9 +174,7 @@ def _open(name: str, *, streamed: bool = False) -> dict[str, Rows]:
     hf = require("datasets", "train")
     hub, files = HUB[name], local_files(name)
     found = {split: [f for f in files if f.name.startswith(f"{split}-")] for split in ("train", hub.test)}
-    for split in found if files else ():
-        if not found[split]:
-            raise NotFetchedError(f"{files_folder(name)} has no {split}-*.parquet\n{_instructions(name)}")
+    counts = {split: _counted(name, split, found[split]) for split in found} if files else {}
     if streamed:
         with tempfile.TemporaryDirectory() as nothing_kept:
             parts = _loaded(name, hf, found if files else None, cache_dir=nothing_kept, streaming=True)
@@ -182,7 +183,32 @@ def _open(name: str, *, streamed: bool = False) -> dict[str, Rows]:
             writable(cache / "hub")
             parts = _loaded(name, hf, found if files else None, cache_dir=str(cache / "hub"))
             _keep(name, parts)
-    return {split: _rows(name, split, parts[split], found[split], hf) for split in found}
+    return {split: _rows(name, split, parts[split], counts.get(split), hf) for split in found}
+
+
+def _counted(name: str, split: str, files: list[Path]) -> tuple[tuple[str, int], ...]:
+    """The name of each file and its number of rows, if there are enough."""
+    if not files:
+        raise NotFetchedError(f"{files_folder(name)} has no {split}-*.parquet\n{_instructions(name)}")
+    parquet = importlib.import_module("pyarrow.parquet")
+    counts = []
+    for file in files:
+        try:
+            counts.append((str(file), parquet.ParquetFile(file).metadata.num_rows))
+        except Exception as error:  # pyarrow's own, and what the bytes lead it to
+            told = f"the files in {files_folder(name)} cannot be read: {file.name}: {error}"
+            raise DamagedFileError(told) from error
+    _at_least(1, counts)
+    return tuple(counts)
+
+
+def _at_least(least: int, counts: Iterable[tuple[str, int]], why: str = "") -> int:
+    """The number of rows in files, if there are so many."""
+    number = sum(count for _, count in counts)
+    if number < least:
+        files = ", ".join(file for file, _ in counts)
+        raise DamagedFileError(f"{files}: {number} images; there must be at least {least}{why}")
+    return number
 
 
 def _loaded(name: str, hf: Any, files: dict[str, list[Path]] | None, **options: Any) -> Any:
@@ -198,6 +224,9 @@ def _loaded(name: str, hf: Any, files: dict[str, list[Path]] | None, **options: 
         raise
     except Exception as error:  # pyarrow's and datasets' own, which have no common ancestor
         if place := place_error(error):
+            if place.filename and cache_folder() not in Path(place.filename).parents:
+                told = f"{name} could not be fetched: {place}; set HF_HOME to a folder that can be written"
+                raise NotFetchedError(told) from error
             raise place from None
         if files is None:
             raise NotFetchedError(f"{name} could not be fetched: {error}\n{_instructions(name)}") from error
@@ -241,7 +270,7 @@ def _kept(name: str, hf: Any) -> dict[str, Any] | None:
         raise DamagedFileError(f"what was made of {name} is damaged ({error}): remove {index}") from error
 
 
-def _rows(name: str, split: str, rows: Any, files: list[Path], hf: Any) -> Rows:
+def _rows(name: str, split: str, rows: Any, counts: tuple[tuple[str, int], ...] | None, hf: Any) -> Rows:
     hub, features = HUB[name], rows.features or {}
     kind = features.get(hub.image)
     if not isinstance(kind, hf.Image) or not hasattr(features.get(hub.label), "names"):
@@ -254,20 +283,14 @@ def _rows(name: str, split: str, rows: Any, files: list[Path], hf: Any) -> Rows:
         raise DamagedFileError(f"the files of {name} must name {known} classes, got {len(classes)}")
     names = {hub.image: "image", hub.label: "label"}
     rows = rows.select_columns(list(names)).cast_column(hub.image, hf.Image(decode=False))
+    if not isinstance(rows, hf.Dataset):  # streamed, the library would fail at a bad label without a name
+        rows = rows.cast_column(hub.label, hf.Value("int64"))
     rows = rows.rename_columns({old: new for old, new in names.items() if old != new})
-    if files:
-        parquet = importlib.import_module("pyarrow.parquet")
-        counts = tuple((str(file), parquet.ParquetFile(file).metadata.num_rows) for file in files)
-    else:
+    if counts is None:
         told = len(rows) if isinstance(rows, hf.Dataset) else rows.info.splits[split].num_examples
         counts = ((f"{split} of {hub.repository}", told),)
-    number = sum(count for _, count in counts)
-    least = 1 if split == hub.test else 10
-    if number < least:
-        where = ", ".join(file for file, _ in counts)
-        why = "" if split == hub.test else ", as a tenth is put aside for validation"
-        raise DamagedFileError(f"{where}: {number} images, but at least {least} are needed{why}")
-    return Rows(rows, number, classes, Origin(len(classes), counts))
+    least, why = (10, ", as a tenth is put aside for validation") if split == "train" else (1, "")
+    return Rows(rows, _at_least(least, counts, why), classes, Origin(len(classes), counts))
 
 
 def _decoded(parts: dict[str, Rows]) -> dict[str, Any]:
@@ -281,7 +304,7 @@ def _decoded(parts: dict[str, Rows]) -> dict[str, Any]:
             image, label = decode(row, None, name, part.origin.classes)
             if images and image.shape != images[0].shape:
                 size, first = ("×".join(map(str, one.shape[1:])) for one in (image, images[0]))
-                raise DamagedFileError(f"{name}: the image is {size}, the first of the file's split {first}")
+                raise DamagedFileError(f"{name}: the image is {size}, the first one {first}")
             images.append(image)
             labels.append(label)
         state |= {

@@ -277,6 +277,12 @@ def test_bad_images_are_refused(name):
         aug.images(images[:4], params)
     with pytest.raises(ValueError, match="maps and new_maps must have one shape"):
         aug.align(maps_like(images), maps_like(images)[..., 1:], params)
+    with pytest.raises(TypeError, match=r"target must be a tensor \(N,\) or \(N, K\), got list"):
+        aug.targets([0, 1, 2, 3, 4, 0], params, CLASSES)
+    with pytest.raises(TypeError, match=r"generator must be a torch.Generator or None, got 5"):
+        aug(images, generator=5)
+    with pytest.raises(TypeError, match=r"maps must be a torch.Tensor .*, got ndarray"):
+        aug(images).align(maps_like(images).numpy(), maps_like(images))
     other = AUGMENTATIONS["identity" if name == "cutout" else "cutout"]().make_params(images)
     with pytest.raises(TypeError, match=f"must be {type(params).__name__}, got {type(other).__name__}"):
         aug.images(images, other)

@@ -1,5 +1,6 @@
 """Data: the digit scenes, the paper's sets from files of their schema, and the errors where these are missing."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -15,6 +16,7 @@ from salnb._common.files import DRAFT
 from salnb._common.packages import package_folder
 from salnb.data import base, paper, scenes
 from salnb.data import cache as kept
+from tests.helpers.defaults import DTYPES, default_dtype
 from tests.helpers.paper_files import SCHEMAS, put_files
 
 hf = pytest.importorskip("datasets")
@@ -347,6 +349,73 @@ def test_first_images(kind, cache):
     assert labels_of(split.first(7)) == [
         batch[:2] if i else batch for i, batch in enumerate(labels_of(split)[:2])
     ]
+
+
+# --- torch's defaults ---------------------------------------------------------------------------------------
+
+
+def described(dataset):
+    """Everything about a data set that a default of torch might change."""
+    batches = [b for part in splits(dataset).values() for b in part.epoch(100)]
+    batches += dataset.train.epoch(7, seed=5)
+    floats = data.batches(dataset.test, 16, torch.device("cpu"), batch_size=50)
+    return [t for batch in (*batches, *floats) for t in batch if t is not None]
+
+
+NAMES = [
+    "digit-scenes",
+    "digit-scenes-shifted",
+    "cifar10",
+    "cifar100",
+    "svhn",
+    "imagenet",
+    "imagenet-streamed",
+]
+
+
+@pytest.mark.parametrize("default", [*DTYPES, "device"], ids=str)
+def test_defaults_of_torch_change_no_data_set(default, tmp_path, monkeypatch):
+    """Made, kept and loaded under one default, and under the other."""
+    found = []
+    for place in ("plain", "changed"):
+        monkeypatch.setenv("SALNB_CACHE", str(tmp_path / place))
+        for name in SCHEMAS:
+            put_files(name)
+        with contextlib.ExitStack() as changed:
+            if place == "changed":
+                changed.enter_context(torch.device("meta") if default == "device" else default_dtype(default))
+            found.append([described(data.load(name, 32, workers=0)) for name in NAMES for _ in range(2)])
+    plain, changed = found
+    for name, ours, theirs in zip([name for name in NAMES for _ in range(2)], plain, changed, strict=True):
+        for a, b in zip(ours, theirs, strict=True):
+            assert (a.dtype, a.device) == (b.dtype, b.device), name
+            assert torch.equal(a, b), name
+    assert {t.dtype for tensors in plain for t in tensors} == {
+        torch.uint8,
+        torch.int64,
+        torch.bool,
+        torch.float32,
+    }
+
+
+@pytest.mark.parametrize("name", ["imagenet", "cifar10", "cifar100"])
+@pytest.mark.parametrize("default", [*DTYPES, "device"], ids=str)
+def test_defaults_of_torch_change_no_photograph(name, default):
+    expected = data.photos(name)
+    with torch.device("meta") if default == "device" else default_dtype(default):
+        photos = data.photos(name)
+    assert photos.images.dtype == torch.float32
+    assert torch.equal(photos.images, expected.images)
+    assert torch.equal(photos.labels, expected.labels)
+
+
+def test_decoding_in_other_processes_under_another_default_device(cache):
+    put_files("imagenet")
+    expected = next(data.load("imagenet", 32, workers=0).train.epoch(4))
+    with torch.device("meta"):
+        batch = next(data.load("imagenet", 32, workers=1).train.epoch(4))
+    assert torch.equal(batch.images, expected.images)
+    assert torch.equal(batch.labels, expected.labels)
 
 
 # --- the command ------------------------------------------------------------------------------------------
