@@ -143,7 +143,13 @@ class Objective(nn.Module):
         Values and gradients stay the same. The gradients are computed along with the losses and handed out by
         `losses.total.backward()`, so that gradient accumulation, `GradScaler` and `DistributedDataParallel`
         work as ever; the other fields of `Losses` carry no graph. Each new shape of a batch is compiled anew
-        when it is first met: drop the last, smaller batch of an epoch.
+        when it is first met: drop the last, smaller batch of an epoch. The same holds for whatever a step
+        depends on: modules, their hyper-parameters and other attributes, hooks, modes, PyTorch's switches.
+        A checkpointed segment is stored; the compiler decides what is recomputed.
+
+        Refused with a `RuntimeError` are models (and augmentations) that a graph would not repeat: those
+        that look at values, change their own attributes, or draw random numbers from Python or NumPy. What a
+        model takes from global variables, files or clocks is not noticed.
 
         Nothing is gained on a CPU.
         """
