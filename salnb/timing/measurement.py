@@ -16,10 +16,10 @@ import torch
 from salnb.timing.cases import Case, counted
 from salnb.timing.clock import Stopwatch, clock_of, distribution, run_protocol
 from salnb.timing.profiler import StepProfile, clocks, peak_flops
-from salnb.timing.records import ACCESSORIES, Measured, Row, reason_of
+from salnb.timing.records import ACCESSORIES, Measured, Row
 from salnb.timing.steps import arithmetic, count_flops, step_of
 
-__all__ = ["measure", "measure_case"]
+__all__ = ["measure", "measure_case", "reason_of"]
 
 
 def measure(
@@ -79,7 +79,7 @@ def measure_case(
             seconds=_nanoseconds(distribution(watch.times(averaged))),
             first_step_seconds=round(watch.times(iterations)[0], 9),
             time=datetime.now(UTC).isoformat(timespec="seconds"),
-            lacks={name: "the study ended before" for name in ACCESSORIES if name != "ratio"},
+            lacks={name: "there was no time for it" for name in ACCESSORIES if name != "ratio"},
         )
         keep(measured)
         profile = StepProfile(step, device)
@@ -94,8 +94,8 @@ def measure_case(
             "peak_share": lambda: _peak_share(case, device, measured, profile),
         }
         for name, find in accessories.items():
-            late = iterations < wanted and left() <= 0 and name in _SLOW
-            measured = _with(case, measured, name, _no_time if late else find)
+            if name not in _SLOW or iterations == wanted or left() > 0:
+                measured = _with(case, measured, name, find)
     return measured
 
 
@@ -116,10 +116,6 @@ def _with(case: Case, measured: Measured, name: str, find: Callable[[], Any]) ->
     return found
 
 
-def _no_time() -> None:
-    raise TimeoutError("no time was left for it")
-
-
 def _parts(case: Case, watch: Stopwatch, averaged: int) -> dict[str, float] | None:
     parts = _nanoseconds(watch.parts(averaged)) if case.every == 1 and not case.compiled else None
     watch.laps.append([])  # what follows is none of the protocol's
@@ -135,6 +131,11 @@ def _peak_share(case: Case, device: torch.device, measured: Measured, profile: S
         raise ValueError("the operations of the convolutions were not counted")
     spent = profile.kinds["convolution"]
     return measured.convolution_flops / spent / possible if spent else None
+
+
+def reason_of(error: Exception) -> str:
+    """An error in a line."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"[:300]
 
 
 def _nanoseconds(seconds: Mapping[str, float]) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """The record of a study under way, and the file that it is written to after every row."""
 
 import contextlib
+import errno
 import json
 import os
 import tempfile
@@ -14,7 +15,7 @@ __all__ = ["RecordFile"]
 
 
 class RecordFile:
-    """The file of a study: `.partial` is behind its name until all rows have had their turn.
+    """The file of a study; `.partial` is behind its name until all rows have had their turn.
 
     Args:
         path: where the record goes.
@@ -28,57 +29,49 @@ class RecordFile:
         self.path, self.log = path, log
         self.partial = path.with_name(f"{path.name}.partial")
         self.unwritten: dict[str, Any] | None = None
-        folder = next(folder for folder in path.absolute().parents if folder.exists())
         try:
-            with tempfile.TemporaryFile(dir=folder):
+            if path.is_dir():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            with tempfile.TemporaryFile(
+                dir=next(folder for folder in path.absolute().parents if folder.exists())
+            ):
                 pass
         except OSError as error:
             raise OSError(error.errno, f"out {path} cannot be written: {error.strerror}") from error
-        if path.is_dir():
-            raise IsADirectoryError(f"out {path} cannot be written: it is a folder")
 
     def write(self, record: dict[str, Any]) -> None:
         """Write what there is so far; where that fails, the study goes on, and the next row tries again."""
-        known, self.unwritten = self.unwritten, record
         try:
             results.write_record(self.partial, record)
             self.unwritten = None
         except OSError as error:
-            if not known:
+            if self.unwritten is None:
                 self.log(f"{self.partial} cannot be written ({error.strerror}): the study goes on")
-
-    def close(self, record: dict[str, Any]) -> None:
-        """Write the whole record.
-
-        Raises:
-            OSError: it could not be written; the message says where it is instead.
-        """
-        try:
-            results.write_record(self.path, record)
-        except OSError as error:
             self.unwritten = record
-            text = f"out {self.path} cannot be written: {error.strerror}; {self.rescue()}"
-            raise OSError(error.errno, text) from error
-        self.unwritten = None
-        with contextlib.suppress(OSError):
-            self.partial.unlink(missing_ok=True)
 
     @contextlib.contextmanager
-    def rescued(self) -> Iterator[None]:
-        """Context that an error or an interruption does not leave with something unwritten."""
+    def finished(self) -> Iterator[None]:
+        """Context in which rows are written; at its end the file gets its name.
+
+        Raises:
+            OSError: the record could not be written; the message says where it is instead.
+        """
         try:
             yield
         except BaseException:
             if self.unwritten:
-                self.log(self.rescue())
+                self.log(self._rescue(self.unwritten))
             raise
+        if self.unwritten:
+            raise OSError(f"out {self.path} cannot be written: {self._rescue(self.unwritten)}")
+        os.replace(self.partial, self.path)
 
-    def rescue(self) -> str:
-        """Bring what could not be written where it belongs to another place; say where it is."""
+    def _rescue(self, record: dict[str, Any]) -> str:
+        """Bring a record to another place than where it belongs; say where it is."""
         path = Path(tempfile.gettempdir()) / f"{self.path.stem}-{os.getpid()}.json"
         try:
-            results.write_record(path, self.unwritten or {})
+            results.write_record(path, record)
         except OSError:
-            self.log(json.dumps(self.unwritten))
+            self.log(json.dumps(record))
             return "the record stands above"
         return f"the record is in {path}"

@@ -9,17 +9,7 @@ from typing import Any
 from salnb.results import read_record
 from salnb.timing.cases import PRECISIONS, Case
 
-__all__ = [
-    "ACCESSORIES",
-    "SCHEMA",
-    "STATUSES",
-    "Measured",
-    "Row",
-    "case_of",
-    "check_record",
-    "read_timing",
-    "reason_of",
-]
+__all__ = ["ACCESSORIES", "SCHEMA", "STATUSES", "Measured", "Row", "case_of", "check_record", "read_timing"]
 
 SCHEMA = "salnb timing 1"
 STATUSES = ("ok", "out of memory", "failed", "not run", "not available")
@@ -131,11 +121,6 @@ _UNMEASURED = (*_FOUND[:-2], *_RATIOS, *_FOUND[-2:])
 def case_of(row: Mapping[str, Any]) -> Case:
     """What a row of a record measures."""
     return Case(**{name: row[name] for name in _CASE})
-
-
-def reason_of(error: BaseException) -> str:
-    """An error in a line, as records give reasons."""
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:300]
 
 
 def read_timing(path: str | Path) -> dict[str, Any]:

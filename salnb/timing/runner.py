@@ -8,7 +8,7 @@ import gc
 import re
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -21,10 +21,10 @@ from salnb._common.devices import resolve_device
 from salnb.timing.cases import Case, Settings, plan
 from salnb.timing.clock import OutOfBudgetError
 from salnb.timing.foresight import foreseen, guaranteed
-from salnb.timing.measurement import measure_case
+from salnb.timing.measurement import measure_case, reason_of
 from salnb.timing.profiler import device_facts
 from salnb.timing.record_file import RecordFile
-from salnb.timing.records import SCHEMA, Measured, Row, check_record, reason_of
+from salnb.timing.records import SCHEMA, Measured, Row, check_record
 from salnb.timing.steps import AUGMENTATION, NUM_CLASSES
 from salnb.timing.tables import describe
 
@@ -74,18 +74,17 @@ def study(
     file = RecordFile(Path(out) if out is not None else default_path(device), log)
     under_way = _Study(settings, device, cases, file, lambda: now() - begin)
     lines: list[str] = []
-    with torch.random.fork_rng([device] if device.type == "cuda" else []), file.rescued():
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), file.finished():
         for i in range(len(cases)):
             row = under_way.measure(i)
             lines += [describe(row.to_dict())] if row.status != "not run" else []
             while lines and under_way.anything:  # until then there may be no more than one line to say
                 log(lines.pop(0))
-    if not under_way.anything:
-        tried = [row for row in under_way.rows if row.status != "not run"] or under_way.rows
-        first = describe(tried[0].to_dict())
-        raise RuntimeError(f"no row of {len(cases)} could be measured; the first: {first}")
+        if not under_way.anything:
+            lines += [describe(under_way.rows[0].to_dict())]
+            raise RuntimeError(f"no row of {len(cases)} could be measured; the first: {lines[0]}")
+        file.write(under_way.record)
     record = under_way.record
-    file.close(record)
     waiting = sum(row.status == "not run" for row in under_way.rows)
     spent = record["protocol"]["spent_seconds"]
     log(f"{len(cases) - waiting} rows in {spent:.0f} s, {waiting} not run: {file.path}")
@@ -99,20 +98,19 @@ def default_path(device: torch.device | str) -> Path:
     return Path("results") / f"timing-{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}.json"
 
 
+@dataclass
 class _Study:
     """A study under way: what became of each of its cases so far, also in the record and in its file."""
 
-    def __init__(
-        self,
-        settings: Settings,
-        device: torch.device,
-        cases: Sequence[Case],
-        file: RecordFile,
-        spent: Callable[[], float],
-    ):
-        self.settings, self.device, self.cases, self.file, self.spent = settings, device, cases, file, spent
-        self.rows = [Row(case, "not run", "the study ended before its turn") for case in cases]
-        self.record = _record(settings, device, self.rows)
+    settings: Settings
+    device: torch.device
+    cases: Sequence[Case]
+    file: RecordFile
+    spent: Callable[[], float]
+
+    def __post_init__(self) -> None:
+        self.rows = [Row(case, "not run", "the study ended before its turn") for case in self.cases]
+        self.record = _record(self.settings, self.device, self.rows)
 
     @property
     def anything(self) -> bool:
@@ -180,9 +178,8 @@ def _with_ratios(row: Row, baseline: Row) -> Row:
         ratio, flops_ratio = row.over(baseline)
         return replace(row, ratio=ratio, flops_ratio=flops_ratio)
     except Exception as error:
-        return replace(
-            row, measured=replace(row.measured, lacks={**row.measured.lacks, "ratio": reason_of(error)})
-        )
+        lacks = {**row.measured.lacks, "ratio": reason_of(error)}
+        return replace(row, measured=replace(row.measured, lacks=lacks))
 
 
 def _record(settings: Settings, device: torch.device, rows: Sequence[Row]) -> dict[str, Any]:
