@@ -7,43 +7,59 @@ SHELL := bash
 MAKEFLAGS += --no-builtin-rules --jobs=2
 
 PYTHON ?= python3
+# the versions to install; make CONSTRAINTS= takes the newest
+CONSTRAINTS ?= constraints.txt
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+VERSIONS := $(VENV)/.versions
 # progress bars would end up in the chapters' outputs
 export TQDM_DISABLE := 1
 
 NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb))
 EXECUTED := $(NOTEBOOKS:%=_build/source/%)
+READS := $(NOTEBOOKS:notebooks/%.ipynb=_build/reads/%.d)
 PACKAGE := $(shell find salnb -name '*.py')
-RECORDS := $(wildcard results/*.json notebooks/scales/*.yml)
 PAGES := _config.yml _toc.yml $(shell find book -type f -not -path '*/__pycache__/*')
 
-.PHONY: help env book test test-unit test-notebooks test-pages test-slow lint serve notebook notebooks bench clean
+.PHONY: help env book test test-unit test-notebooks test-pages test-slow test-oldest test-oldest-quick test-colab
+.PHONY: lint serve notebook notebooks bench mutants clean
+
+CHECK_PYTHON = command -v $(PYTHON) >/dev/null || { echo "there is no $(PYTHON): make PYTHON=…"; exit 1; }; \
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, $(PYTHON) is %d.%d: make PYTHON=python3.12" % sys.version_info[:2])'
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
 
-env: $(READY)  ## create .venv with the package, its extras and the versions of constraints.txt
+env: $(READY) $(VERSIONS)  ## create .venv with the package, its extras and the versions of constraints.txt
 
-$(READY): pyproject.toml constraints.txt
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test,lint]'
-	touch $@
+$(READY): pyproject.toml $(CONSTRAINTS)
+	@$(CHECK_PYTHON)
+	@$(PYTHON) tools/install.py $(VENV) $(CONSTRAINTS:%=--constraint %) --editable '.[test,lint]'
+	@$(BIN)/pip list --format freeze > $@
+
+# newer only where an installation changed a version
+$(VERSIONS): $(READY)
+	@cmp --silent $< $@ || cp $< $@
 
 # --- the book ---------------------------------------------------------------------------------------------
 
 book: _build/site.stamp  ## execute all chapters and build the site into _build/html
 	@echo "the book is in _build/html/index.html"
 
-# a chapter depends on itself, on the package it shows and on the records it reads
-_build/source/notebooks/%.ipynb: notebooks/%.ipynb $(PACKAGE) $(RECORDS) tools/notebooks.py $(READY)
+# A chapter depends on itself, on the installed versions, and on what its last run read of this tree: modules,
+# records, scales. tools/reads.py writes that down; a chapter without such a file has not been run.
+_build/source/notebooks/%.ipynb: notebooks/%.ipynb _build/reads/%.d tools/notebooks.py tools/reads.py $(VERSIONS)
 	@echo "running $<"
-	@$(BIN)/python -m tools.notebooks execute $< --to $@
+	@$(BIN)/python -m tools.notebooks execute $< --to $@ --depfile $(word 2,$^)
 
-_build/site.stamp: $(EXECUTED) $(PAGES) tools/site.py
+$(READS): ;
+include $(wildcard $(READS))
+.PHONY: listing
+listing:
+
+# the page of the package's functions is made of its docstrings
+_build/site.stamp: $(EXECUTED) $(PAGES) $(PACKAGE) tools/site.py
 	$(BIN)/python -m tools.site
 	touch $@
 
@@ -64,19 +80,57 @@ notebook: $(filter _build/source/notebooks/$(N)-%,$(EXECUTED))  ## make notebook
 
 test: test-unit test-notebooks test-pages  ## pass all tests: package, notebooks, pages
 
-# one after the other: each uses both cores
-test-unit: $(READY)  ## test the package and the tools
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --ignore tests/book/test_pages.py -m 'not slow'
+# each uses both cores: together they run one after the other
+ifneq ($(filter test,$(MAKECMDGOALS)),)
+$(EXECUTED) test-notebooks: | test-unit
+test-pages: | test-notebooks
+endif
 
-test-notebooks: test-unit $(EXECUTED)  ## run the committed notebooks and compare their outputs
+test-unit: $(READY)  ## test the package and the tools
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --durations 20 --ignore tests/book/test_pages.py -m 'not slow'
+
+test-notebooks: $(READY)  ## run the committed notebooks and compare their outputs
 	$(BIN)/python -m pytest -n 2 --dist loadfile -p no:cacheprovider --nbval --nbval-current-env \
 		--nbval-sanitize-with tests/book/nbval.cfg notebooks
 
-test-pages: test-notebooks _build/site.stamp  ## test the built pages in headless Chromium
+test-pages: _build/site.stamp  ## test the built pages in headless Chromium
 	$(BIN)/python -m pytest tests/book/test_pages.py
 
 test-slow: $(READY)  ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow --ignore tests/book/test_pages.py
+
+# the oldest versions that pyproject.toml promises, in an environment of their own
+OLDEST := .venv-oldest
+OLDEST_PYTEST := OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n 2 -p no:cacheprovider -m 'not slow'
+NOT_PACKAGE := book tools test_makefile.py test_project.py test_workflows.py
+QUICK := saliency objective double_backward test_losses.py test_trust.py test_pool.py
+
+# some of them have wheels for no newer Python
+$(OLDEST)/.ready: PYTHON = python3.11
+$(OLDEST)/.ready: pyproject.toml constraints-oldest.txt
+	@$(CHECK_PYTHON)
+	@$(PYTHON) tools/install.py $(OLDEST) --constraint constraints-oldest.txt --editable '.[train]' \
+		foolbox hypothesis matplotlib pytest pytest-xdist seaborn timm
+	@$(OLDEST)/bin/pip list --format freeze > $@
+
+test-oldest: $(OLDEST)/.ready  ## test the package with the oldest versions that it promises
+	$(OLDEST_PYTEST) tests $(NOT_PACKAGE:%=--ignore tests/%)
+
+test-oldest-quick: $(OLDEST)/.ready  ## of these tests, what depends on PyTorch the most
+	$(OLDEST_PYTEST) $(QUICK:%=tests/%)
+
+# as a reader on Colab has it: its PyTorch, to which the set-up cell adds the package; no source tree
+COLAB := .venv-colab
+COLAB_PACKAGES := 'torch==2.11.*' 'torchvision==0.26.*' ipykernel papermill
+
+test-colab:  ## run every chapter from a wheel, in an environment that holds what Colab has
+	@$(CHECK_PYTHON)
+	rm -rf _build/colab $(COLAB)
+	@trap 'rm -rf $(COLAB)' EXIT; \
+	$(PYTHON) tools/install.py $(COLAB) $(COLAB_PACKAGES); \
+	$(COLAB)/bin/pip wheel --quiet --no-deps --wheel-dir _build/colab .; \
+	$(PYTHON) tools/install.py $(COLAB) "$$(echo _build/colab/*.whl)[chapters]"; \
+	$(COLAB)/bin/python -P tools/elsewhere.py $(NOTEBOOKS) --outputs _build/colab
 
 lint: $(READY)  ## ruff, mypy and the rules for notebooks
 	$(BIN)/ruff check .
@@ -87,5 +141,12 @@ lint: $(READY)  ## ruff, mypy and the rules for notebooks
 bench: $(READY)  ## print speeds, each as a ratio of two things measured in one run
 	for file in benchmarks/[a-z]*.py; do $(BIN)/python -m benchmarks.$$(basename $$file .py); done
 
-clean:  ## remove everything that was built; .venv stays
+MINUTES := 30
+SAMPLE := 200
+SEED := 0
+mutants: $(READY)  ## make mutants MINUTES=30 SAMPLE=200 SEED=0: break the package, see which tests notice
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[mutants]'
+	OMP_NUM_THREADS=1 $(BIN)/python -m tools.mutants --minutes $(MINUTES) --sample $(SAMPLE) --seed $(SEED) $(if $(AGAIN),--again)
+
+clean:  ## remove everything that was built; the environments stay
 	rm -rf _build .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -19,7 +19,7 @@ import torch
 
 from benchmarks._ratio import durations, print_table
 from salnb.timing import Case
-from salnb.timing.profiler import profiled
+from salnb.timing.profiler import StepProfile
 from salnb.timing.steps import SaliencyStep, TimedStep, arithmetic, step_of
 
 # originals in a batch and their side: what two cores do in seconds
@@ -32,7 +32,7 @@ def steps_of(case: Case, device: torch.device, *, compiled: bool) -> dict[str, T
 
     class Plain(SaliencyStep):
         def __call__(self) -> None:
-            with mock.patch("salnb.objective.terms.fast_double_backward", contextlib.nullcontext):
+            with mock.patch("salnb.double_backward.mode.fast_double_backward", contextlib.nullcontext):
                 super().__call__()
 
     steps = {
@@ -61,7 +61,7 @@ def main() -> None:
         steps = steps_of(case, device, compiled=options.compile)
         with arithmetic(case, device):
             times = durations(steps, seconds=options.seconds, least=3)
-            peaks = {name: profiled(step, device)[1] // 2**20 for name, step in steps.items()}
+            peaks = {name: StepProfile(step, device).peak_bytes // 2**20 for name, step in steps.items()}
         rows = []
         for name, each in times.items():
             ratios = [a / b for a, b in zip(each, times["baseline"], strict=True)]

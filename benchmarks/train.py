@@ -10,7 +10,8 @@ from salnb import data
 from salnb._common.packages import package_folder
 from salnb.train.config import Config
 from salnb.train.epoch_sums import EpochSums
-from salnb.train.loop import make_run, train_epoch
+from salnb.train.loop import train_epoch
+from salnb.train.run import Run
 from salnb.train.setup import make_fabric, make_objective, make_optimizer
 
 BATCH = 64
@@ -36,7 +37,7 @@ def loop_and_bare_steps(gamma: float, steps: int = 10) -> dict[str, float]:
         fabric = make_fabric(config)
         split = random_images(steps * BATCH, 32).to(fabric.device)
         dataset = data.Dataset(split, split, split, [])
-        run = make_run(config, fabric, make_objective(config, data.WHOLE), dataset, [], print)
+        run = Run(config, fabric, make_objective(config, data.WHOLE), dataset, [], print)
 
         objective = make_objective(config, data.WHOLE).to(fabric.device)
         optimizer = make_optimizer(config, objective)

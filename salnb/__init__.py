@@ -3,7 +3,6 @@
 from typing import TYPE_CHECKING
 
 from salnb._common.lazy import lazy_names
-from salnb._version import __version__
 
 if TYPE_CHECKING:
     from salnb import (
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
         train,
         trust,
     )
+    from salnb._version import __version__
     from salnb.objective import Losses, Objective
 
 __all__ = [
@@ -41,5 +41,6 @@ __all__ = [
 _MODULES = [name for name in __all__ if name.islower() and not name.startswith("_")]
 
 __getattr__, __dir__ = lazy_names(
-    __name__, dict.fromkeys(_MODULES, ()) | {"objective": ("Losses", "Objective")}
+    __name__,
+    {**dict.fromkeys(_MODULES, ()), "objective": ("Losses", "Objective"), "_version": ("__version__",)},
 )

@@ -1,8 +1,9 @@
 """The command line: `python -m salnb COMMAND`, also installed as `salnb`; each command has `--help`."""
 
 import argparse
+import contextlib
 import dataclasses
-import functools
+import io
 import json
 import os
 import signal
@@ -11,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, get_type_hints
 
 from salnb._common import catalog
+from salnb._common.progress import log_line
 from salnb.study import grids
 from salnb.study.scale import load_scale
 from salnb.timing import cases as timing_plan
@@ -18,37 +20,35 @@ from salnb.train.config import Config
 
 
 class Command(NamedTuple):
-    """One subcommand.
+    """One subcommand."""
 
-    Attributes:
-        help: a line on what it does.
-        arguments: adds its options to a parser.
-        run: does it; gives the exit status.
-    """
+    help: str  # a line on what it does
+    arguments: Callable[[argparse.ArgumentParser], None]  # adds its options to a parser
+    run: Callable[[argparse.Namespace], int]  # does it; gives the exit status
+    stopped: str = "{stopped}"  # what is said when Ctrl-C, or what it stands for, stopped it
 
-    help: str
-    arguments: Callable[[argparse.ArgumentParser], None]
-    run: Callable[[argparse.Namespace], int]
+
+# how a setting of each type is written
+_OPTIONS: dict[Any, dict[str, Any]] = {
+    bool: {"action": "store_true"},
+    int: {"type": int, "metavar": "N"},
+    int | None: {"type": int, "metavar": "N"},
+    float: {"type": float, "metavar": "X"},
+    str: {"metavar": "NAME"},
+    tuple[str, ...]: {"nargs": "+", "metavar": "NAME"},
+}
 
 
 def _train_arguments(parser: argparse.ArgumentParser) -> None:
     types = get_type_hints(Config)
     for field in dataclasses.fields(Config):
-        option, text = "--" + field.name.replace("_", "-"), field.metadata["help"]
-        if types[field.name] is bool:
-            parser.add_argument(option, action="store_true", help=text)
-            continue
-        settings: dict[str, Any] = {"default": field.default}
-        if field.default is dataclasses.MISSING:
-            settings = {"required": True}
-        elif field.default not in (None, ()):
-            text += f" (default: {field.default})"
-        if field.name == "layers":
-            settings |= {"nargs": "+", "metavar": "NAME"}
+        options, text, default = _OPTIONS[types[field.name]], field.metadata["help"], field.default
+        if default is dataclasses.MISSING:
+            options = options | {"required": True}
         else:
-            settings["type"] = {float: float, str: str}.get(types[field.name], int)
-            settings["metavar"] = {float: "X", str: "NAME"}.get(types[field.name], "N")
-        parser.add_argument(option, help=text, **settings)
+            options = options | {"default": default}
+            text += "" if default is False or default in (None, ()) else f" (default: {default})"
+        parser.add_argument("--" + field.name.replace("_", "-"), help=text, **options)
     text = "continue the run in the folder, if there is one"
     parser.add_argument("--resume", action="store_true", help=text)
 
@@ -59,15 +59,11 @@ def _train(args: argparse.Namespace) -> int:
     config = Config(**options)
     config.check_run(resume=resume)
     # from here on torch is loaded, which takes seconds: all that can be told without it has been
-    from salnb.train import Interrupted, fit
+    from salnb.train import fit
 
-    try:
-        summary = fit(config, resume=resume)
-    except Interrupted as stopped:
-        print(stopped, file=sys.stderr)
-        return 128 + stopped.signal
+    summary = fit(config, resume=resume)
     if os.environ.get("RANK", "0") == "0":  # one of the processes that torchrun started speaks for all
-        print(f"test accuracy {summary['test_accuracy']:.4f}, summary in {config.out}/summary.json")
+        log_line(f"test accuracy {summary['test_accuracy']:.4f}, summary in {config.out}/summary.json")
     return 0
 
 
@@ -79,15 +75,13 @@ def _data_arguments(parser: argparse.ArgumentParser) -> None:
 def _data(args: argparse.Namespace) -> int:
     if args.name not in catalog.DATA:
         raise catalog.unknown("data", args.name, catalog.DATA)
-    sizes = catalog.DATA[args.name].sizes
     size = 32 if args.size is None else args.size
-    if sizes is None and args.size is not None:
+    if catalog.DATA[args.name].sizes is None and args.size is not None:
         raise ValueError(f"size is for digit-scenes, got {size} with {args.name}")
-    if sizes is not None and size not in sizes:
-        raise ValueError(f"size of {args.name} must be one of {', '.join(map(str, sizes))}, got {size}")
+    catalog.check_made_in(args.name, size)
     from salnb import data
 
-    print(json.dumps(data.fetch(args.name, size), indent=2))
+    log_line(json.dumps(data.fetch(args.name, size), indent=2))
     return 0
 
 
@@ -123,16 +117,12 @@ def _study(args: argparse.Namespace) -> int:
         from salnb.study.on_ray import OnRay
 
         execute = OnRay(address=args.address, share=args.share)
-    try:
-        records = study.run(args.name, scale, args.out, execute=execute)
-    except KeyboardInterrupt as stopped:  # `Interrupted` is one
-        print(f"{args.name}: stopped; to go on, start the study again", file=sys.stderr)
-        return 128 + getattr(stopped, "signal", signal.SIGINT)
+    records = study.run(args.name, scale, args.out, execute=execute)
     factor, reference, metric = grids.REFERENCES[args.name]
-    print(statistics.markdown(statistics.compare(records, factor, reference, metric=metric)))
+    log_line(statistics.markdown(statistics.compare(records, factor, reference, metric=metric)))
     failed = [record for record in records if record["status"] == "failed"]
     for record in failed:
-        print(f"failed: {record['name']}: {record['error']}", file=sys.stderr)
+        log_line(f"failed: {record['name']}: {record['error']}", file=sys.stderr)
     return 1 if failed else 0
 
 
@@ -157,26 +147,32 @@ def _time(args: argparse.Namespace) -> int:
     if compared:
         from salnb.timing import compare, read_timing
 
-        print(compare(*(read_timing(path) for path in compared)))
+        log_line(compare(*(read_timing(path) for path in compared)))
         return 0
     settings = timing_plan.Settings(**options)
     if out is not None and (os.path.isdir(out) or not out.endswith(".json")):
         raise ValueError(f"out must be a file whose name ends in .json, got {out}")
     from salnb.timing import study
 
-    try:
-        study(settings, out, log=functools.partial(print, flush=True))
-    except KeyboardInterrupt:
-        print("stopped: the rows that were measured are in the file that ends in .partial", file=sys.stderr)
-        return 130
+    study(settings, out, log=log_line)
     return 0
 
 
 COMMANDS = {
     "train": Command("train a network with the paper's losses", _train_arguments, _train),
-    "study": Command("run a grid of trainings: Tables 1 to 3, and open questions", _study_arguments, _study),
+    "study": Command(
+        "run a grid of trainings: Tables 1 to 3, and open questions",
+        _study_arguments,
+        _study,
+        "{name}: stopped; to go on, start the study again",
+    ),
     "data": Command("fetch a data set ahead of time and check it", _data_arguments, _data),
-    "time": Command("measure what a training step with the saliency loss costs", _time_arguments, _time),
+    "time": Command(
+        "measure what a training step with the saliency loss costs",
+        _time_arguments,
+        _time,
+        "stopped: the rows that were measured are in the file that ends in .partial",
+    ),
 }
 
 
@@ -191,16 +187,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command.arguments(subparsers.add_parser(name, help=command.help, description=command.help))
     args = parser.parse_args(arguments)
     command = COMMANDS[vars(args).pop("command")]
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a path may hold what the terminal cannot show
+            stream.reconfigure(errors="backslashreplace")
     try:
         return command.run(args)
-    except KeyboardInterrupt:
-        print("salnb: stopped by Ctrl-C", file=sys.stderr)
-        return 128 + signal.SIGINT
+    except KeyboardInterrupt as error:  # `Interrupted` is one
+        stopped = str(error) or "salnb: stopped by Ctrl-C"
+        log_line(command.stopped.format(stopped=stopped, **vars(args)), file=sys.stderr)
+        return 128 + getattr(error, "signal", signal.SIGINT)
     except (ValueError, ArithmeticError, OSError, RuntimeError, ModuleNotFoundError) as error:
         if not _is_answer(error):
             raise
-        print(f"salnb: error: {error}", file=sys.stderr)
+        log_line(f"salnb: error: {error}", file=sys.stderr)
         return 2
+    finally:
+        _give_up_output()
+
+
+def _give_up_output() -> None:
+    """Have what nobody reads any more, the other end of a pipe being closed, not spoil the exit status."""
+    with contextlib.suppress(AttributeError, ValueError):  # there is none
+        try:
+            sys.stdout.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _is_answer(error: BaseException) -> bool:

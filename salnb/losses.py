@@ -16,7 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from salnb._common.checks import at_least_float32, check_target_of_logits, did_you_mean
+from salnb._common.checks import (
+    at_least_float32,
+    check_normalized,
+    check_several_classes,
+    check_target_of_logits,
+    did_you_mean,
+)
 
 T = TypeVar("T")
 
@@ -52,20 +58,23 @@ def class_loss(logits: Tensor, target: Tensor) -> Tensor:
 
     Args:
         logits: class scores (N, K).
-        target: labels (N,) of an integer type, or weights of the classes (N, K) for mixed images.
+        target: labels (N,) of an integer type, or weights of the classes (N, K) for mixed images, at least
+            zero and with rows that sum to one (which is looked at on a CPU only: a GPU would be waited for).
 
     Returns:
         A scalar.
 
     Raises:
-        ValueError: the shapes do not belong together.
+        ValueError: the shapes do not belong together, there is only one class, or weights do not sum to one.
 
     >>> class_loss(torch.zeros(4, 10), torch.tensor([0, 1, 2, 3]))
     tensor(2.3026)
     """
     if logits.ndim != 2:
         raise ValueError(f"logits must be (N, K), got {tuple(logits.shape)}")
+    check_several_classes(logits, name="class_loss needs")
     check_target_of_logits(target, logits)
+    check_normalized(target)
     logits = at_least_float32(logits)
     target = target.long() if target.ndim == 1 else target.to(logits.dtype)
     return F.cross_entropy(logits, target)  # eq. 5

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import hashlib
+import importlib.util
 import json
 import platform
 import resource
@@ -29,8 +30,11 @@ __all__ = [
     "provenance",
     "published",
     "read_record",
+    "with_accessories",
     "write_record",
 ]
+
+_PATIENCE = 30.0  # seconds that git may take
 
 
 def write_record(path: str | Path, record: Mapping[str, Any]) -> None:
@@ -42,10 +46,12 @@ def write_record(path: str | Path, record: Mapping[str, Any]) -> None:
 
     Raises:
         TypeError, ValueError: a value that JSON cannot hold.
+        OSError: it cannot be written (a full disk, say); a record that was there before still is.
     """
     text = json.dumps(record, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, text.encode())
+    # half a surrogate pair, as in names of files that are no UTF-8, becomes JSON's own escape
+    write_atomic(path, text.encode(errors="backslashreplace"))
 
 
 def read_record(path: str | Path) -> dict[str, Any]:
@@ -53,11 +59,15 @@ def read_record(path: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: the file is not a JSON object.
+        ValueError: the file is not a JSON object, or one with infinities or NaN, which are no JSON.
     """
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is no number of JSON")
+
     try:
-        record = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
+        record = json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not a record: {error}") from error
     if not isinstance(record, dict):
         raise ValueError(f"{path} is not a record: a JSON object is expected, got {type(record).__name__}")
@@ -70,6 +80,27 @@ def published() -> Path:
     return installed if installed.exists() else Path(__file__).parent.parent / "results"
 
 
+def with_accessories(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record whose accessories are found out now, so that none of them can cost what was measured.
+
+    Args:
+        record: its fields; an accessory is a function without arguments, which gives the value or raises.
+
+    Returns:
+        The fields. An accessory that raised is None, and a last field, "missing", says why.
+
+    >>> with_accessories({"accuracy": 0.5, "half": lambda: 1 / 2, "none": lambda: 1 / 0})["missing"]
+    {'none': 'ZeroDivisionError: division by zero'}
+    """
+    found, missing = {}, {}
+    for name, value in record.items():
+        try:
+            found[name] = value() if callable(value) else value
+        except Exception as error:
+            found[name], missing[name] = None, f"{type(error).__name__}: {error}"
+    return {**found, **({"missing": missing} if missing else {})}
+
+
 def provenance(device: str = "cpu") -> dict[str, Any]:
     """Where, when and with what something is measured.
 
@@ -77,45 +108,56 @@ def provenance(device: str = "cpu") -> dict[str, Any]:
         device: what it is measured on, in torch's words.
 
     Returns:
-        The time (UTC), the versions of Python and of the packages that matter, the commit of the
-        source tree where there is one (with "+changes" where it was altered), the device's name.
+        The time (UTC), the versions of Python and of the packages that matter, the commit of the source tree
+        where there is one (with "+changes" where it was altered), the device's name. What cannot be found
+        out is None, and "missing" says why.
     """
     import torch
 
+    def device_name() -> str:
+        if torch.device(device).type == "cuda":
+            return torch.cuda.get_device_name(device)
+        return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+
     # torch's own words tell which CUDA it was built for, too
-    torch_version = str(torch.__version__)
-    versions = {"python": platform.python_version(), "salnb": __version__, "torch": torch_version}
+    packages = {"python": platform.python_version, "salnb": __version__, "torch": str(torch.__version__)}
     for package in ("torchvision", "lightning-fabric", "timm"):
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[package] = metadata.version(package)
-    name = (
-        torch.cuda.get_device_name(device)
-        if torch.device(device).type == "cuda"
-        else f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
-    )
+        if importlib.util.find_spec(package.replace("-", "_")):
+            packages[package] = functools.partial(metadata.version, package)
+    machine = {"device": str(device), "device_name": device_name, "system": platform.platform}
+    found = with_accessories({"commit": commit, **packages, **machine})
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit(),
-        "versions": versions,
-        "device": str(device),
-        "device_name": name,
-        "system": platform.platform(),
+        "commit": found.pop("commit"),
+        "versions": {package: found.pop(package) for package in packages},
+        **found,
     }
 
 
 def commit() -> str | None:
-    """The commit of the source tree this package lies in, or None where it is not in one."""
+    """The commit of the source tree this package lies in, or None where it is not in one.
+
+    Raises:
+        OSError, RuntimeError: there may be one, but git is not installed, fails or hangs.
+    """
+    place = Path(__file__)
+    if not any((folder / ".git").exists() for folder in place.parents):
+        return None
 
     def git(*arguments: str) -> str:
-        command = ["git", "-C", str(Path(__file__).parent), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        command = ["git", "-C", str(place.parent), *arguments]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE)
+        except subprocess.TimeoutExpired:
+            raise RuntimeError(f"git {arguments[0]} takes more than {_PATIENCE:g} s") from None
+        if done.returncode:  # in its own words it tells of this machine's folders
+            raise RuntimeError(f"git {arguments[0]} ended with status {done.returncode}")
+        return done.stdout.strip()
 
-    try:
-        # an installed copy may lie inside somebody else's repository, which does not track it
-        git("ls-files", "--error-unmatch", Path(__file__).name)
-        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--", ".") else "")
-    except (OSError, subprocess.CalledProcessError):
+    # an installed copy may lie inside somebody else's repository, which does not track it
+    if not git("ls-files", "--", place.name):
         return None
+    return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--", ".") else "")
 
 
 def parameters_sha256(model: nn.Module) -> str:

@@ -1,13 +1,14 @@
 """What a study says: paired differences with their intervals, and a sign test over all of them."""
 
 import math
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from salnb._common.tables import markdown_table
 
-__all__ = ["Comparison", "compare", "in_words", "markdown", "mean", "sign_test"]
+__all__ = ["Comparison", "compare", "in_words", "markdown", "mean", "reached", "sign_test"]
 
 
 @dataclass(frozen=True)
@@ -21,8 +22,10 @@ class Comparison:
         reference: mean of the reference.
         value: mean of what is compared with it.
         difference: mean of the differences of pairs.
-        low: lower end of the interval that holds the mean difference with 95 % confidence; -inf for one pair.
-        high: upper end.
+        low: lower end of the interval that holds the mean difference with 95 % confidence. It is -inf where
+            nothing is known of the spread: for one pair, and where the differences of all pairs are equal, as
+            those of a few accuracies, which are counts of images, may be by chance.
+        high: upper end, or inf.
         pairs: for each seed, what the reference and what is compared with it reached.
     """
 
@@ -35,6 +38,11 @@ class Comparison:
     low: float
     high: float
     pairs: tuple[tuple[float, float], ...] = ()
+
+    @property
+    def differences(self) -> list[float]:
+        """By how much each run differs from the reference of its seed."""
+        return [ours - theirs for theirs, ours in self.pairs]
 
     @property
     def verdict(self) -> str:
@@ -66,6 +74,7 @@ def compare(
 
     Raises:
         KeyError: a record lacks the factor or the metric.
+        ValueError: a metric is no finite number, or two records are of the same factors.
     """
     values: dict[tuple, dict[str, dict[int, float]]] = {}
     for record in records:
@@ -74,7 +83,10 @@ def compare(
         factors = dict(record["factors"])
         seed, what = factors.pop("seed"), factors.pop(factor)
         place = values.setdefault(tuple(factors.items()), {})
-        place.setdefault(what, {})[seed] = record["result"][metric]
+        of_seed = place.setdefault(what, {})
+        if seed in of_seed:
+            raise ValueError(f"records must each be of other factors, got two of {record['factors']}")
+        of_seed[seed] = reached(record, metric)
     found = []
     for where, place in values.items():
         base = place.get(reference, {})
@@ -83,11 +95,26 @@ def compare(
             if what == reference or not seeds:
                 continue
             pairs = tuple((base[seed], of_seed[seed]) for seed in seeds)
-            interval = _interval([ours - theirs for theirs, ours in pairs])
+            interval = _interval(pairs)
             theirs, ours = map(mean, zip(*pairs, strict=True))
             numbers = (len(seeds), theirs, ours, ours - theirs, *interval, pairs)
             found.append(Comparison(dict(where), what, *numbers))
     return found
+
+
+def reached(record: Mapping[str, Any], metric: str) -> float:
+    """A number in the result of a record.
+
+    Raises:
+        KeyError: the record lacks it.
+        ValueError: it is no finite number.
+    """
+    value = record["result"][metric]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(
+            f"{metric} must be a finite number, got {value!r} in the record of {record['factors']}"
+        )
+    return value
 
 
 def sign_test(comparisons: Sequence[Comparison]) -> tuple[int, int, float]:
@@ -133,23 +160,28 @@ def markdown(comparisons: Sequence[Comparison]) -> str:
     header = [*comparisons[0].where, "compared", "seeds", "reference", "value", "difference"]
     rows = []
     for c in comparisons:
-        interval = f"{c.low:+.1%} to {c.high:+.1%}" if c.n > 1 else "unknown"
+        interval = f"{c.low:+.1%} to {c.high:+.1%}" if math.isfinite(c.high - c.low) else "unknown"
         numbers = (f"{c.reference:.1%}", f"{c.value:.1%}", f"{c.difference:+.1%}", interval)
         rows.append((*c.where.values(), c.what, c.n, *numbers, c.verdict))
     return markdown_table([*header, "95 % interval", "verdict"], rows)
 
 
 def mean(values: Sequence[float]) -> float:
-    """The arithmetic mean."""
+    """The arithmetic mean; raises a ValueError where there are no values."""
+    if not values:
+        raise ValueError("values must hold at least one number, got none")
     return sum(values) / len(values)
 
 
-def _interval(differences: Sequence[float]) -> tuple[float, float]:
-    if len(differences) < 2:
-        return float("-inf"), float("inf")
+def _interval(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    differences = [ours - theirs for theirs, ours in pairs]
+    n, centre = len(differences), mean(differences)
+    # equal up to how finely the numbers themselves are told apart
+    equal = 4 * sys.float_info.epsilon * max(abs(value) for pair in pairs for value in pair)
+    if max(differences) - min(differences) <= equal:
+        return -math.inf, math.inf
     from scipy.stats import t
 
-    n, centre = len(differences), mean(differences)
     deviation = math.sqrt(sum((d - centre) ** 2 for d in differences) / (n - 1))
     half = float(t.ppf(0.975, n - 1)) * deviation / math.sqrt(n)
     return centre - half, centre + half

@@ -14,7 +14,16 @@ map. A constant map prefers no pixel: it gets what a random one would get on ave
 import torch
 from torch import Tensor, nn
 
-from salnb._common.checks import at_least_float32, check_finite, check_images, check_target
+from salnb._common.checks import (
+    as_target,
+    at_least_float32,
+    check_finite,
+    check_images,
+    check_no_transform,
+    check_several_classes,
+    check_target,
+)
+from salnb.saliency.isolation import left_as_found
 from salnb.saliency.recording import class_scores, logits_of
 
 __all__ = [
@@ -165,7 +174,8 @@ def deletion_curve(
         (N, `steps` + 1): from nothing replaced to everything replaced.
 
     Raises:
-        TypeError, ValueError: an argument is not as described, or images or maps are not finite.
+        TypeError, ValueError: an argument is not as described, images or maps are not finite, or the model
+            returns one logit only.
 
     >>> model = nn.Sequential(nn.Flatten(), nn.Linear(12, 5))
     >>> images, maps = torch.rand(2, 3, 2, 2), torch.rand(2, 1, 2, 2)
@@ -206,6 +216,7 @@ def _curve(
     *,
     insert: bool,
 ) -> Tensor:
+    check_no_transform()
     check_images(images)
     check_finite(images, name="images")
     if _check_maps("maps", maps).shape != (expected := (len(images), 1, *images.shape[-2:])):
@@ -214,18 +225,27 @@ def _curve(
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
     replacement = _like_images(replacement, images)
+    target = as_target(target, len(images))
     with torch.no_grad():
         if target is None:
-            target = logits_of(model, images).argmax(1)
+            target = _logits(model, images).argmax(1)
         place = _place_in_order(maps, generator)
         start, end = (replacement, images) if insert else (images, replacement)
         curve = []
         for step in range(steps + 1):
             mixed = torch.where(place * steps < step * place[0].numel(), end, start)
-            logits = logits_of(model, mixed)
+            logits = _logits(model, mixed)
             check_target(target, *logits.shape)
             curve.append(class_scores(at_least_float32(logits).softmax(1), target))
     return torch.stack(curve, dim=1)
+
+
+def _logits(model: nn.Module, images: Tensor) -> Tensor:
+    """Logits of two classes or more, from a model that is left as it was found."""
+    with left_as_found(model):
+        logits = logits_of(model, images)
+    check_several_classes(logits, name="model must return")
+    return logits
 
 
 def _place_in_order(maps: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -279,6 +299,7 @@ def _like_images(replacement: Tensor, images: Tensor) -> Tensor:
 
 def _check_maps(name: str, maps: Tensor) -> Tensor:
     """The maps in float32 at least."""
+    check_no_transform()
     check_images(maps, name=name)
     if maps.shape[1] != 1:
         raise ValueError(f"{name} must have one channel, (N, 1, H, W), got {tuple(maps.shape)}")

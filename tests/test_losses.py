@@ -319,6 +319,13 @@ def test_normalize_maps_uses_the_valid_pixels_only():
     assert torch.equal(normalize_maps(maps, how=None), maps)
 
 
+@pytest.mark.parametrize(("deviation", "divisor"), [(4e-3, 4e-3), (2.5e-4, 1e-3)], ids=["kept", "flat"])
+def test_zscores_divide_by_no_less_than_a_thousandth_of_the_peak(deviation, divisor):
+    signs = torch.tensor([[[[1.0, -1.0], [1.0, -1.0]]]], dtype=torch.float64)
+    scores = normalize_maps(5 * (1 - deviation + deviation * signs), how="zscore")  # the peak is 5
+    assert_close(scores, deviation / divisor * signs)
+
+
 ONES = torch.ones(2, 1, 3, 3)
 
 

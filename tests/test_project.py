@@ -1,9 +1,6 @@
 """The files that set the project up agree with one another."""
 
-import os
 import re
-import shutil
-import subprocess
 import tomllib
 from pathlib import Path
 
@@ -11,16 +8,20 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
-CONSTRAINTS = {
-    canonicalize_name(requirement.name): str(next(iter(requirement.specifier)).version)
-    for line in (ROOT / "constraints.txt").read_text().splitlines()
-    if line and not line.startswith("#")
-    for requirement in [Requirement(line)]
-}
+
+
+def exact_versions(name):
+    lines = [line for line in (ROOT / name).read_text().splitlines() if line and not line.startswith("#")]
+    requirements = [Requirement(line) for line in lines]
+    return {canonicalize_name(r.name): str(next(iter(r.specifier)).version) for r in requirements}
+
+
+CONSTRAINTS, OLDEST = exact_versions("constraints.txt"), exact_versions("constraints-oldest.txt")
 DIRECT = [Requirement(line) for lines in (PROJECT["dependencies"], *EXTRAS.values()) for line in lines]
 
 
@@ -28,6 +29,17 @@ DIRECT = [Requirement(line) for lines in (PROJECT["dependencies"], *EXTRAS.value
 def test_constraints_hold_a_version_that_the_package_allows(requirement):
     exact = CONSTRAINTS[canonicalize_name(requirement.name)]
     assert requirement.specifier.contains(exact)
+
+
+@pytest.mark.parametrize("name", sorted(OLDEST.keys() & {canonicalize_name(r.name) for r in DIRECT}))
+def test_the_oldest_versions_are_those_that_the_package_promises(name):
+    bounds = {s.version for r in DIRECT if canonicalize_name(r.name) == name for s in r.specifier}
+    assert {Version(bound) for bound in bounds} == {Version(OLDEST[name])}
+
+
+def test_all_that_the_package_needs_is_tested_at_its_oldest():
+    lines = PROJECT["dependencies"] + EXTRAS["train"]
+    assert {canonicalize_name(Requirement(line).name) for line in lines} <= OLDEST.keys()
 
 
 @pytest.mark.parametrize("name", ["torch", "torchvision", "numpy"])
@@ -89,46 +101,3 @@ def test_table_of_contents_names_every_chapter_and_page_once():
     there = {str(path.relative_to(ROOT).with_suffix("")) for path in (ROOT / "notebooks").glob("*.ipynb")}
     there |= {str(path.relative_to(ROOT).with_suffix("")) for path in (ROOT / "book").glob("*.md")}
     assert set(files) == there
-
-
-@pytest.fixture
-def built_tree(tmp_path):
-    """A copy of the Makefile in a small tree in which everything has just been built."""
-    shutil.copy(ROOT / "Makefile", tmp_path)
-    sources = (
-        "pyproject.toml constraints.txt _config.yml _toc.yml book/index.md tools/notebooks.py tools/site.py"
-    )
-    sources = [*sources.split(), "salnb/saliency.py", "results/timing.json", "notebooks/01-a.ipynb"]
-    built = [".venv/.ready", "_build/source/notebooks/01-a.ipynb", "_build/site.stamp"]
-    for age, name in enumerate([*sources, *built]):
-        path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-        os.utime(path, (1_000_000_000 + age, 1_000_000_000 + age))
-    return tmp_path
-
-
-def plan(tree):
-    """What `make book` would do."""
-    command = ["make", "--dry-run", "book"]
-    return subprocess.run(
-        command, cwd=tree, capture_output=True, text=True, check=True, env={"PATH": os.environ["PATH"]}
-    ).stdout
-
-
-def test_a_second_make_book_does_nothing(built_tree):
-    assert "-m tools" not in plan(built_tree)
-
-
-@pytest.mark.parametrize("changed", ["salnb/saliency.py", "results/timing.json", "notebooks/01-a.ipynb"])
-def test_a_change_runs_the_chapters_that_depend_on_it(built_tree, changed):
-    (built_tree / changed).touch()
-    assert "tools.notebooks execute notebooks/01-a.ipynb" in plan(built_tree)
-    assert "tools.site" in plan(built_tree)
-
-
-@pytest.mark.parametrize("changed", ["book/index.md", "_toc.yml"])
-def test_a_changed_page_builds_the_site_only(built_tree, changed):
-    (built_tree / changed).touch()
-    assert "tools.site" in plan(built_tree)
-    assert "tools.notebooks execute" not in plan(built_tree)

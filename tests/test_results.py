@@ -1,11 +1,14 @@
 """Records and files: whole or not at all, and checked when read."""
 
+import importlib.util
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 from datetime import datetime
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -40,11 +43,51 @@ def test_what_json_cannot_hold_is_refused_and_nothing_is_written(tmp_path, value
     assert names(tmp_path) == ["record.json"]
 
 
-@pytest.mark.parametrize("content", ["", '{"a": 1', "[1, 2]", "\x00"], ids=repr)
+NO_RECORDS = [
+    b"",
+    b'{"a": 1',
+    b"[1, 2]",
+    b"\x00",
+    b'{"a": "\xff"}',
+    b'{"a": NaN}',
+    b'{"a": -Infinity}',
+    b"[" * 10**5,
+]
+
+
+@pytest.mark.parametrize("content", NO_RECORDS, ids=lambda content: repr(content[:20]))
 def test_what_is_no_record_is_named(tmp_path, content):
-    (tmp_path / "record.json").write_text(content)
+    (tmp_path / "record.json").write_bytes(content)
     with pytest.raises(ValueError, match=r"record\.json is not a record"):
         results.read_record(tmp_path / "record.json")
+
+
+def test_a_name_that_is_no_utf8_is_kept(tmp_path):
+    record = {"out": os.fsdecode(b"caf\xe9"), "text": "γ"}
+    results.write_record(tmp_path / "record.json", record)
+    assert results.read_record(tmp_path / "record.json") == record
+
+
+@pytest.mark.parametrize(
+    ("before", "status"),
+    [
+        ("resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))", 1),  # as a full disk
+        ("os.replace = lambda *a: os.kill(os.getpid(), signal.SIGKILL)", -signal.SIGKILL),
+        ("os.fsync = lambda *a: os.kill(os.getpid(), signal.SIGKILL)", -signal.SIGKILL),
+    ],
+    ids=["full disk", "killed", "killed while writing"],
+)
+def test_what_ends_the_writing_leaves_the_old_record(tmp_path, before, status):
+    path = tmp_path / "record.json"
+    results.write_record(path, {"kept": 1})
+    program = (
+        f"import os, resource, signal, sys; from salnb import results; {before}\n"
+        "results.write_record(sys.argv[1], {'text': 'x' * 100_000})"
+    )
+    answer = subprocess.run([sys.executable, "-c", program, path], capture_output=True, text=True)
+    assert answer.returncode == status
+    assert ("File too large" in answer.stderr) == (status == 1)
+    assert results.read_record(path) == {"kept": 1}
 
 
 @pytest.mark.parametrize("step", ["fsync", "replace"])
@@ -116,6 +159,99 @@ def test_provenance_says_where_when_and_with_what():
     assert found["device"] == "cpu"
     assert abs((datetime.now().astimezone() - datetime.fromisoformat(found["time"])).total_seconds()) < 60
     assert json.loads(json.dumps(found)) == found
+    assert "missing" not in found
+
+
+def test_accessories_that_fail_are_named():
+    record = {"accuracy": 0.5, "here": lambda: 1, "gone": lambda: {}["key"], "steps": 7}
+    missing = {"gone": "KeyError: 'key'"}
+    assert results.with_accessories(record) == {
+        "accuracy": 0.5, "here": 1, "gone": None, "steps": 7, "missing": missing,
+    }  # fmt: skip
+    assert results.with_accessories({"here": lambda: 1}) == {"here": 1}
+
+
+def fail(*args, **options):
+    raise RuntimeError("is broken")
+
+
+@pytest.mark.parametrize(
+    ("target", "device", "field"),
+    [
+        ("salnb.results.commit", "cpu", "commit"),
+        ("platform.platform", "cpu", "system"),
+        ("platform.processor", "cpu", "device_name"),
+        ("torch.get_num_threads", "cpu", "device_name"),
+        ("torch.cuda.get_device_name", "cuda:1", "device_name"),
+        ("platform.python_version", "cpu", "python"),
+    ],
+)
+def test_provenance_does_without_what_fails(monkeypatch, target, device, field):
+    whole = results.provenance("cpu")
+    monkeypatch.setattr(target, fail)
+    found = results.provenance(device)
+    assert found.pop("missing") == {field: "RuntimeError: is broken"}
+    assert found.keys() == whole.keys()
+    assert (found if field in whole else found["versions"])[field] is None
+    left_out = {"time", "device", "versions", field}
+    assert {k: v for k, v in found.items() if k not in left_out} == {
+        k: v for k, v in whole.items() if k not in left_out
+    }
+
+
+@pytest.mark.parametrize("error", [OSError, metadata.PackageNotFoundError])
+def test_versions_do_without_a_package_whose_metadata_are_broken(monkeypatch, error):
+    def version(package, version=metadata.version):
+        if package == "torchvision":
+            raise error("torchvision")
+        return version(package)
+
+    whole = results.provenance("cpu")
+    monkeypatch.setattr(metadata, "version", version)
+    found = results.provenance("cpu")
+    assert found["versions"] == whole["versions"] | {"torchvision": None}
+    assert list(found["missing"]) == ["torchvision"]
+    # one that is not installed is not missed
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "missing" not in results.provenance("cpu")
+
+
+@pytest.fixture
+def tree(tmp_path, monkeypatch):
+    """A source tree with git's folder in it, and a folder before all others on the path."""
+    (tmp_path / "tree" / ".git").mkdir(parents=True)
+    (tmp_path / "tree" / "salnb").mkdir()
+    (tmp_path / "bin").mkdir()
+    monkeypatch.setattr(results, "__file__", str(tmp_path / "tree" / "salnb" / "results.py"))
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("script", "why"),
+    [
+        (None, "FileNotFoundError: [Errno 2] No such file or directory: 'git'"),
+        ("sleep 60", "RuntimeError: git ls-files takes more than 0.5 s"),
+        ("echo fatal: $0 >&2; exit 128", "RuntimeError: git ls-files ended with status 128"),
+    ],
+    ids=["missing", "hanging", "failing"],
+)
+def test_a_git_that_does_not_answer_is_said(tree, monkeypatch, script, why):
+    monkeypatch.setattr(results, "_PATIENCE", 0.5)
+    if script:
+        (tree / "bin" / "git").write_text(f"#!/bin/sh\nPATH=/bin:/usr/bin\n{script}\n")
+        (tree / "bin" / "git").chmod(0o755)
+    found = results.provenance("cpu")
+    assert found["commit"] is None
+    assert found["missing"] == {"commit": why}
+    assert str(tree) not in json.dumps(found)
+
+
+def test_outside_of_a_source_tree_git_is_not_asked(tree):
+    (tree / "tree" / ".git").rmdir()
+    found = results.provenance("cpu")
+    assert found["commit"] is None
+    assert "missing" not in found
 
 
 def test_commit_is_that_of_the_source_tree():

@@ -59,6 +59,7 @@ def test_only_seeds_that_have_both_are_compared():
     (found,) = compare(records_of(reference, saliency))
     assert found.n == 2
     assert (found.reference, found.value, found.difference) == pytest.approx((0.3, 0.425, 0.125))
+    assert found.differences == pytest.approx([0.1, 0.15])
     records = records_of([0.5, 0.6, 0.7], [0.6, 0.7, 0.9])
     failed = record("saliency", 2, 0.0) | {"status": "failed", "error": "OutOfMemoryError"}
     del failed["result"]
@@ -107,7 +108,9 @@ def test_several_values_of_another_factor_and_another_metric():
         ([0.1, -0.1, 0.05], "cannot tell"),
         ([0.1], "cannot tell"),
         ([0.0, 0.0], "cannot tell"),
-        ([0.25, 0.25], "better"),
+        ([0.25, 0.26], "better"),
+        ([0.25, 0.25], "cannot tell"),
+        ([0.25] * 20, "cannot tell"),
     ],
     ids=str,
 )
@@ -116,9 +119,41 @@ def test_verdicts(differences, verdict):
     assert found.verdict == verdict
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "verdict"), [(0.0, 0.1, "cannot tell"), (-0.1, 0.0, "cannot tell"), (1e-9, 0.1, "better")]
+)
+def test_an_interval_that_ends_at_zero_does_not_leave_it_out(low, high, verdict):
+    assert Comparison({}, "saliency", 3, 0.5, 0.5, 0.0, low, high).verdict == verdict
+
+
 def test_one_pair_says_nothing_of_the_spread():
     (found,) = compare(records_of([0.5], [0.75]))
     assert (found.n, found.difference, found.low, found.high) == (1, 0.25, -math.inf, math.inf)
+
+
+@pytest.mark.parametrize("seeds", [[0.5, 0.5], [0.5, 0.6, 0.7, 0.9], [0.0] * 3], ids=str)
+@pytest.mark.parametrize("difference", [0.1, 0.0, -0.3])
+def test_equal_differences_say_nothing_of_the_spread(seeds, difference):
+    """They are equal up to rounding: 0.6 - 0.5 is not quite 0.7 - 0.6."""
+    (found,) = compare(records_of(seeds, [seed + difference for seed in seeds]))
+    assert (found.low, found.high, found.verdict) == (-math.inf, math.inf, "cannot tell")
+    assert found.difference == pytest.approx(difference)
+    assert "| unknown | cannot tell |" in markdown([found])
+    (narrow,) = compare(records_of(seeds, [seed + 0.1 + 1e-12 * i for i, seed in enumerate(seeds)]))
+    assert math.isfinite(narrow.high - narrow.low)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, None, "0.5", True], ids=repr)
+def test_what_is_no_number_is_refused_with_its_record(value):
+    with pytest.raises(ValueError, match=r"test_accuracy must be a finite number, got .* of {.*'seed': 1}"):
+        compare([*records_of([0.5, 0.5], [0.5]), record("saliency", 1, value)])
+
+
+def test_two_records_of_one_training_are_refused():
+    """One of them would be compared with the other's reference: records of two scales, say."""
+    records = records_of([0.5, 0.6], [0.7, 0.8])
+    with pytest.raises(ValueError, match=r"records must each be of other factors, got two of {.*'seed': 1}"):
+        compare([*records, record("saliency", 1, 0.9)])
 
 
 def comparison(difference, n=3, spread=0.01, what="saliency"):
@@ -165,6 +200,8 @@ def test_the_table():
 
 def test_mean():
     assert mean([1, 2, 6]) == 3
+    with pytest.raises(ValueError, match="values must hold at least one number, got none"):
+        mean([])
 
 
 # --- in sentences ------------------------------------------------------------------------------------------

@@ -282,3 +282,36 @@ def test_bad_input_is_named(case):
     call, error, message = BAD[case]
     with pytest.raises(error, match=message):
         call()
+
+
+# --- one logit, half precision ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("curve", [trust.deletion_curve, trust.insertion_curve])
+@pytest.mark.parametrize("target", [None, 0, torch.ones(2, 1)], ids=str)
+def test_one_logit_is_refused(curve, target):
+    """Its softmax is one, whatever is deleted."""
+    images, maps = torch.rand(2, 3, 8, 8), torch.rand(2, 1, 8, 8)
+    model = conv_bn(num_classes=1).eval()
+    with pytest.raises(ValueError, match=r"two classes or more, got \(2, 1\).*make two of a logit z"):
+        curve(model, images, maps, target, replacement=torch.tensor(0.5))
+
+
+def test_the_way_out_of_one_logit_is_the_sigmoid():
+    class Two(nn.Module):
+        def forward(self, x):
+            z = model(x)
+            return torch.cat([torch.zeros_like(z), z], 1)
+
+    images, maps = torch.rand(2, 3, 8, 8), torch.rand(2, 1, 8, 8)
+    model = conv_bn(num_classes=1).eval()
+    curve = trust.deletion_curve(Two(), images, maps, 1, replacement=torch.tensor(0.5), steps=2)
+    assert_close(curve[:, 0], model(images).sigmoid().flatten().detach())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_many_half_precision_values_are_summed_in_float32(dtype):
+    maps = torch.full((1, 1, 64, 64), 1000.0, dtype=dtype)
+    masks = torch.zeros(maps.shape, dtype=torch.bool)
+    masks[..., :16] = True
+    assert trust.share_on_object(maps, masks).item() == 0.25

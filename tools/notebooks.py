@@ -14,17 +14,20 @@ from pathlib import Path
 
 import nbformat
 
+from tools import reads
+
 LARGEST = 1_500_000  # bytes of a committed notebook
 WIDEST = 76  # characters of a line of code that a page does not clip; also in notebooks/ruff.toml
 _DIRECTIVE = re.compile(r"^\s*(```|:::)\{|\{[a-z-]+\}`", re.MULTILINE)
 _MACHINE_PATH = re.compile(r"(?<![\w.])/(home|root|tmp|work|Users|content)/\w+")
 
 
-def execute(notebook: Path, to: Path, parameters: Path | None = None) -> None:
+def execute(notebook: Path, to: Path, parameters: Path | None = None, depfile: Path | None = None) -> None:
     """Run `notebook` and write it with its outputs to `to`, which is replaced only if every cell succeeded.
 
     What differs between two runs that computed the same thing (timestamps, durations, the interpreter's
-    version) is left out, so that the same results give the same file.
+    version) is left out, so that the same results give the same file. What the run read of this tree goes
+    to `depfile`, as a makefile.
     """
     import papermill
     import yaml
@@ -33,16 +36,22 @@ def execute(notebook: Path, to: Path, parameters: Path | None = None) -> None:
     to.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=to.parent) as folder:
         raw = Path(folder) / notebook.name
-        papermill.execute_notebook(
-            str(notebook),
-            str(raw),
-            parameters=values,
-            cwd=str(notebook.parent),
-            progress_bar=False,
-            request_save_on_cell_execute=False,
-            coalesce_streams=True,  # how a slow cell's lines were sent depends on the run
-        )
-        clean = raw.with_suffix(".clean")
+        with reads.watched() as read:
+            papermill.execute_notebook(
+                str(notebook),
+                str(raw),
+                parameters=values,
+                cwd=str(notebook.parent),
+                progress_bar=False,
+                request_save_on_cell_execute=False,
+                coalesce_streams=True,  # how a slow cell's lines were sent depends on the run
+            )
+        if depfile:
+            depfile.parent.mkdir(parents=True, exist_ok=True)
+            whole = raw.with_suffix(".d")
+            whole.write_text(reads.rule(str(to), read))
+            os.replace(whole, depfile)
+        clean = raw.with_suffix(".clean")  # written last: make compares its time with the depfile's
         nbformat.write(without_run_data(nbformat.read(raw, as_version=4)), clean)
         os.replace(clean, to)
 
@@ -118,11 +127,12 @@ def main() -> int:
     run.add_argument("notebook", type=Path)
     run.add_argument("--to", type=Path, required=True, help="where the notebook with its outputs goes")
     run.add_argument("--parameters", type=Path, help="a YAML file of papermill parameters")
+    run.add_argument("--depfile", type=Path, help="where what it read goes, for make")
     check = commands.add_parser("lint", help="check committed notebooks")
     check.add_argument("notebooks", type=Path, nargs="+")
     arguments = parser.parse_args()
     if arguments.command == "execute":
-        execute(arguments.notebook, arguments.to, arguments.parameters)
+        execute(arguments.notebook, arguments.to, arguments.parameters, arguments.depfile)
         return 0
     broken = [f"{path}: {sentence}" for path in arguments.notebooks for sentence in problems(path)]
     print("\n".join(broken) or f"{len(arguments.notebooks)} notebooks keep the rules")

@@ -1,5 +1,8 @@
 """Checks of arguments, each of whose errors names the argument, what came and what is allowed; dtypes."""
 
+import operator
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
@@ -111,6 +114,29 @@ def check_finite(values: Tensor, *, name: str) -> None:
         )
 
 
+def check_no_transform() -> None:
+    """Raise a RuntimeError inside `torch.vmap` or another transform of `torch.func`."""
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            "torch.vmap and the other transforms of torch.func do not work here, where values are looked at "
+            "and gradients are taken: call this outside of them, with the whole batch"
+        )
+
+
+def as_target(target: Any, n: int) -> Any:
+    """A target of n images with its integer-likes (NumPy's, tensors without dimensions) made usable.
+
+    What was made in inference mode is copied, as it can take part in no graph.
+    """
+    if not isinstance(target, Tensor):
+        whole = (
+            hasattr(target, "__index__") and not isinstance(target, bool) and not getattr(target, "ndim", 0)
+        )
+        return operator.index(target) if whole else target
+    target = target.clone() if target.is_inference() else target
+    return target.expand(n) if target.ndim == 0 and _is_integer(target) else target
+
+
 def check_target(target: Tensor | int | None, n: int, num_classes: int) -> None:
     """Raise unless `target` gives each of `n` images a class or class weights (this waits for the device).
 
@@ -145,8 +171,42 @@ def check_labels(target: Tensor, num_classes: int) -> None:
     """
     if target.ndim == 2 and target.shape[1] != num_classes:
         raise ValueError(f"target weights must be ({len(target)}, {num_classes}), got {tuple(target.shape)}")
+    check_normalized(target)
     if target.ndim == 1 and target.device.type == "cpu" and not is_traced(target):
         _check_classes(int(target.min()), int(target.max()), num_classes)
+
+
+def check_normalized(target: Tensor, *, wait: bool = False) -> None:
+    """Raise a ValueError if `target` has weights (N, K) whose rows are no distributions over the classes.
+
+    Only looks at values on a CPU, or if it may `wait` for the device, and not while tracing.
+    """
+    if target.ndim != 2 or is_traced(target) or not (wait or target.device.type == "cpu"):
+        return
+    if torch._C._are_functorch_transforms_active():
+        return
+    target = target.detach()
+    sums = target.sum(1, dtype=torch.promote_types(target.dtype, torch.float32))
+    rounding = 1e-3 + (4 * torch.finfo(target.dtype).eps if target.is_floating_point() else 0)
+    # the negations catch NaN too
+    bad = ~((sums - 1).abs() <= rounding) | ~(target >= -rounding).all(1)
+    if bad.any():
+        i = int(bad.nonzero()[0])
+        raise ValueError(
+            "target weights (N, K) must be at least 0 and sum to one in each row, got a sum of "
+            f"{sums[i].item():.4g} and a least weight of {target[i].min().item():.4g} in row {i}: the class "
+            "loss is a softmax cross-entropy, for which several labels of one image share their weight"
+        )
+
+
+def check_several_classes(logits: Tensor, *, name: str) -> None:
+    """Raise a ValueError if `logits` (N, K) have one class only."""
+    if logits.shape[1] < 2:
+        raise ValueError(
+            f"{name} logits of two classes or more, got {tuple(logits.shape)}, whose softmax is one whatever "
+            "the image: make two of a logit z, torch.cat([torch.zeros_like(z), z], 1), and integer labels 0 "
+            "and 1 of the target"
+        )
 
 
 def check_training_target(target: Tensor, n: int) -> None:

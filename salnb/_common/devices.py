@@ -13,7 +13,7 @@ __all__ = ["best_device", "check_device_name", "resolve_device"]
 
 def check_device_name(name: str) -> None:
     """Raise a ValueError unless `name` is "auto", "cpu", "cuda", "cuda:N" or "mps"."""
-    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", name):
+    if not isinstance(name, str) or not re.fullmatch("auto|cpu|mps|cuda(:(0|[1-9][0-9]{0,3}))?", name):
         raise ValueError(f"device must be auto, cpu, cuda, cuda:N or mps, got {name!r}")
 
 
@@ -38,10 +38,11 @@ def resolve_device(name: str, *, advice: str | None = None) -> torch.device:
     """
     import torch
 
-    device = torch.device(best_device() if name == "auto" else name)
+    there = best_device() if name == "auto" else name
+    kind, _, index = there.partition(":")
     counts = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
-    if (device.index or 0) >= counts[device.type]:
+    if int(index or 0) >= counts[kind]:  # torch itself cannot say cuda:128
         raise ValueError(
             f"device {name} is not on this machine: {advice or f'take {best_device()}, or auto'}"
         )
-    return device
+    return torch.device(there)

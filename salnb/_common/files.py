@@ -34,11 +34,7 @@ class DamagedFileError(RuntimeError):
 
 
 def write_atomic(path: str | Path, content: bytes) -> None:
-    """Write a file so that, whatever happens meanwhile, its old or its new content is there, never a part.
-
-    Args:
-        path: the file; its folder must exist.
-        content: all of it.
+    """Write a file, in a folder that exists, so that its old or its new content is there, never a part.
 
     Raises:
         OSError: the content could not be written (a full disk, say); what was there before still is.
@@ -50,33 +46,25 @@ def write_atomic(path: str | Path, content: bytes) -> None:
 
 
 def save_hashed(folder: Path, stem: str, state: Any) -> Path:
-    """Save what `torch.save` can, atomically, under a name that holds the content's SHA-256.
+    """Save what `torch.save` can, atomically, as `stem.<sixteen digits>.pt`, in a folder that exists.
 
-    Such a file needs no second one to be checked against, which might be newer or older than it.
-
-    Args:
-        folder: where to; it must exist.
-        stem: the name's beginning.
-        state: tensors, numbers, strings, and lists and dictionaries of them.
-
-    Returns:
-        The file, `stem.<sixteen digits>.pt`.
+    The digits are of its SHA-256: it needs no second file to be checked against, newer or older than it.
     """
     import torch
 
     with _draft(folder) as file:
-        writer = _Hashing(file)
         try:
-            torch.save(state, writer)  # type: ignore[arg-type]
-        except RuntimeError as error:
-            raise writer.error or error from None
-        path = folder / f"{stem}.{writer.sha.hexdigest()[:_DIGITS]}.pt"
+            torch.save(state, file)
+        except RuntimeError as error:  # about positions in the file, whatever went wrong before
+            raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
+        file.flush()
+        path = folder / f"{stem}.{sha256(Path(file.name))[:_DIGITS]}.pt"
         _place(file, path)
     return path
 
 
-def load_hashed(path: Path, *, map_location: Any = "cpu") -> Any:
-    """Load what `save_hashed` saved, tensors and plain values only.
+def load_hashed(path: Path) -> Any:
+    """Load what `save_hashed` saved, tensors and plain values only, onto the CPU.
 
     Raises:
         DamagedFileError: the content does not belong to the name.
@@ -86,7 +74,7 @@ def load_hashed(path: Path, *, map_location: Any = "cpu") -> Any:
     digest = sha256(path)[:_DIGITS]
     if digest != path.name.split(".")[-2]:
         raise DamagedFileError(f"{path} is truncated or altered: its SHA-256 begins with {digest}")
-    return torch.load(path, map_location=map_location, weights_only=True)
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def sha256(path: Path) -> str:
@@ -106,11 +94,9 @@ def place_error(error: BaseException | None) -> OSError | None:
 
 
 def remove_drafts(folder: Path, *, older: float = 0.0) -> None:
-    """Remove what a killed process left behind.
+    """Remove what a killed process left behind, if it was written `older` seconds ago.
 
-    Args:
-        folder: where it was writing.
-        older: seconds since it wrote last; 0 where nobody else may be writing now.
+    Zero is for a folder in which nobody else may be writing now.
     """
     for path in folder.glob(f"{DRAFT}*"):
         with contextlib.suppress(FileNotFoundError):
@@ -146,26 +132,6 @@ def locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
         with contextlib.suppress(OSError):  # something is in it
             folder.rmdir()
-
-
-class _Hashing:
-    """A file to write to, that hashes what passes."""
-
-    def __init__(self, file: IO[bytes]):
-        self.file = file
-        self.sha = hashlib.sha256()
-        self.error: OSError | None = None
-
-    def write(self, content: bytes) -> int:
-        self.sha.update(content)
-        try:
-            return self.file.write(content)
-        except OSError as error:
-            self.error = error  # torch.save answers with an error of its own, about positions in the file
-            raise
-
-    def flush(self) -> None:
-        self.file.flush()
 
 
 @contextlib.contextmanager

@@ -26,16 +26,7 @@ def require(module: str, extra: str | None = None, *, what: str = "this") -> Any
 
 
 def package_folder(package: str, extra: str | None = None, *, what: str = "this") -> Path:
-    """The folder of a package that is not imported: some load every framework they know.
-
-    Args:
-        package: its name.
-        extra: as in `require`.
-        what: as in `require`.
-
-    Raises:
-        ModuleNotFoundError: it is not installed.
-    """
+    """The folder of a package that is not imported, as some load every framework they know; see `require`."""
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
         raise _missing(package, extra, what, package)

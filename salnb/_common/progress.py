@@ -1,10 +1,17 @@
-"""The progress bar that all parts show."""
+"""The bar and the lines that all parts show. Where showing fails, nothing else does."""
 
+import contextlib
 import shutil
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TextIO
 
-__all__ = ["progress"]
+__all__ = ["log_line", "progress"]
+
+
+def log_line(line: str, file: TextIO | None = None) -> None:
+    """Print a line at once; it is lost if nobody reads the file any more (None: the standard output)."""
+    with contextlib.suppress(OSError, ValueError):
+        print(line, file=file, flush=True)
 
 
 def progress(things: Iterable[Any] | None = None, what: str = "", **options: Any) -> Any:
@@ -17,7 +24,21 @@ def progress(things: Iterable[Any] | None = None, what: str = "", **options: Any
     """
     from tqdm import tqdm
 
+    class Bar(tqdm):
+        def display(self, *args: Any, **options: Any) -> Any:
+            try:
+                return super().display(*args, **options)
+            except Exception:  # it must not get out, as a lock is held
+                self.disable = True
+
+        def close(self) -> None:
+            with contextlib.suppress(Exception):
+                super().close()
+
     # tqdm takes a terminal that does not tell its size for one of no lines, and shows nothing
     columns, lines = shutil.get_terminal_size()
     given = {"desc": what, "ncols": columns, "nrows": lines, "leave": False, "disable": None}
-    return tqdm(things, **given | options)
+    try:
+        return Bar(things, **given | options)
+    except Exception:  # of a file that is closed
+        return tqdm(things, disable=True)

@@ -7,14 +7,14 @@ The second receives `vx`, `vw` and `vb`, the cotangents of these three, and retu
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
+
+from salnb.double_backward.bookkeeping import Maybe, last, save, saved, wanted
 
 __all__ = [
     "Affine",
@@ -28,55 +28,6 @@ __all__ = [
 ]
 
 aten = torch.ops.aten
-Maybe = Tensor | None
-
-
-class _NoThirdDerivative(Function):
-    """Hands `result` on, and refuses to be differentiated with respect to the `sources` it comes from."""
-
-    @staticmethod
-    def forward(ctx: Any, result: Tensor, *sources: Tensor) -> Tensor:
-        return result.view_as(result)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> None:
-        raise RuntimeError(
-            "third derivatives are not available for what was computed inside fast_double_backward(): "
-            "run the forward pass outside of it to differentiate three times"
-        )
-
-
-def _last(backward: Callable) -> Callable:
-    """Wrap the backward of a backward: its results are exact, and refuse to be differentiated again.
-
-    PyTorch's `once_differentiable` is not enough. Its refusal hangs on a leaf of its own, which
-    `autograd.grad` does not visit on its way to the inputs: the missing term would go unnoticed.
-    """
-
-    @functools.wraps(backward)
-    def wrapper(ctx: Any, *grads: Maybe) -> Any:
-        with torch.no_grad():
-            results = backward(ctx, *grads)
-        if not torch.is_grad_enabled():
-            return results
-        sources = [t for t in (*grads, *ctx.saved_tensors) if t is not None and t.requires_grad]
-        return tuple(None if r is None else _NoThirdDerivative.apply(r, *sources) for r in results)
-
-    return wrapper
-
-
-def _wanted(ctx: Any, index: int) -> bool:
-    """Whether the backward pass that is running needs the gradient of input number `index`.
-
-    `ctx.needs_input_grad` only knows that the input *could* have a gradient. The gradient with respect to
-    the images does not need those of the weights, which would cost as much again, and the engine knows it.
-    """
-    if not ctx.needs_input_grad[index]:
-        return False
-    try:
-        return torch._C._will_engine_execute_node(ctx.next_functions[index][0])
-    except RuntimeError:  # a leaf that autograd.grad was asked for, or an engine that does not plan ahead
-        return True
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -111,14 +62,14 @@ class Affine(Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor, b: Maybe, rule: Convolution | MatrixProduct) -> Tensor:
-        ctx.save_for_backward(x, w)
+        save(ctx, x, w)
         ctx.rule = rule
         return rule.value(x, w, b)
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> tuple:
-        mask = [_wanted(ctx, i) for i in range(3)]
-        return *_AffineBackward.apply(gy, *ctx.saved_tensors, ctx.rule, mask), None
+        mask = [wanted(ctx, i) for i in range(3)]
+        return *_AffineBackward.apply(gy, *saved(ctx), ctx.rule, mask), None
 
 
 class _AffineBackward(Function):
@@ -138,9 +89,9 @@ class _AffineBackward(Function):
         return rule.gradients(gy, x, w, mask)
 
     @staticmethod
-    @_last
-    def backward(ctx: Any, vx: Maybe, vw: Maybe, vb: Maybe) -> tuple:
-        gy, x, w = ctx.saved_tensors
+    @last
+    def backward(ctx: Any, kept: tuple, vx: Maybe, vw: Maybe, vb: Maybe) -> tuple:
+        gy, x, w = kept
         rule = ctx.rule
         ggy = ggx = ggw = None
         if ctx.needs_input_grad[0]:
@@ -148,9 +99,9 @@ class _AffineBackward(Function):
                 ggy, vb = rule.value(vx, w, vb), None
             if vw is not None or vb is not None:
                 ggy = _add(ggy, rule.value(x, torch.zeros_like(w) if vw is None else vw, vb))
-        if vw is not None and _wanted(ctx, 1):
+        if vw is not None and wanted(ctx, 1):
             ggx = rule.gradients(gy, x, vw, [True, False, False])[0]
-        if vx is not None and _wanted(ctx, 2):
+        if vx is not None and wanted(ctx, 2):
             ggw = rule.gradients(gy, vx, w, [False, True, False])[1]
         return ggy, ggx, ggw, None, None
 
@@ -173,14 +124,14 @@ class BatchNorm(Function):
         given = () if running[0] is None else running
         y, mean, spread = aten._native_batch_norm_legit(x, w, b, *given, training, *options)
         # spread is 1/std in training and the running variance otherwise, as the backward kernel wants it
-        ctx.save_for_backward(x, w, *((mean, spread) if training else running))
+        save(ctx, x, w, *((mean, spread) if training else running))
         ctx.training, ctx.eps = training, options[1]
         return y
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> tuple:
-        mask = [_wanted(ctx, i) for i in range(3)]
-        return *_BatchNormBackward.apply(gy, *ctx.saved_tensors, ctx.training, ctx.eps, mask), *[None] * 4
+        mask = [wanted(ctx, i) for i in range(3)]
+        return *_BatchNormBackward.apply(gy, *saved(ctx), ctx.training, ctx.eps, mask), *[None] * 4
 
 
 class _BatchNormBackward(Function):
@@ -220,9 +171,9 @@ class _BatchNormBackward(Function):
         return gx, gw if mask[1] else None, gb if mask[2] else None
 
     @staticmethod
-    @_last
-    def backward(ctx: Any, vx: Maybe, vw: Maybe, vb: Maybe) -> tuple:
-        gy, x, w, mean, spread, gw, gb = ctx.saved_tensors
+    @last
+    def backward(ctx: Any, kept: tuple, vx: Maybe, vw: Maybe, vb: Maybe) -> tuple:
+        gy, x, w, mean, spread, gw, gb = kept
         training = ctx.training
         n = x.numel() // x.shape[1]
         r = spread if training else (spread + ctx.eps).rsqrt()  # 1/std
@@ -282,12 +233,12 @@ class ReLU(Function):
         y = torch.relu_(x) if inplace else torch.relu(x)
         if inplace:
             ctx.mark_dirty(x)
-        ctx.save_for_backward(y)
+        save(ctx, y)
         return y
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> tuple:
-        return _ReLUBackward.apply(gy, ctx.saved_tensors[0].detach()), None
+        return _ReLUBackward.apply(gy, saved(ctx)[0].detach()), None
 
 
 class _ReLUBackward(Function):
@@ -299,9 +250,9 @@ class _ReLUBackward(Function):
         return aten.threshold_backward(gy, y, 0)
 
     @staticmethod
-    @_last
-    def backward(ctx: Any, vx: Tensor) -> tuple:
-        return aten.threshold_backward(vx, *ctx.saved_tensors, 0), None
+    @last
+    def backward(ctx: Any, kept: tuple, vx: Tensor) -> tuple:
+        return aten.threshold_backward(vx, *kept, 0), None
 
 
 class MaxPool2d(Function):
@@ -310,13 +261,13 @@ class MaxPool2d(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, window: tuple) -> Tensor:
         y, indices = aten.max_pool2d_with_indices(x, *window)
-        ctx.save_for_backward(x, indices)
+        save(ctx, x, indices)
         ctx.window = window
         return y
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> tuple:
-        x, indices = ctx.saved_tensors
+        x, indices = saved(ctx)
         return _MaxPool2dBackward.apply(gy, x.detach(), indices, ctx.window), None
 
 
@@ -329,9 +280,9 @@ class _MaxPool2dBackward(Function):
         return aten.max_pool2d_with_indices_backward(gy, x, *window, indices)
 
     @staticmethod
-    @_last
-    def backward(ctx: Any, vx: Tensor) -> tuple:
-        (indices,) = ctx.saved_tensors
+    @last
+    def backward(ctx: Any, kept: tuple, vx: Tensor) -> tuple:
+        (indices,) = kept
         ggy = vx.flatten(-2).gather(-1, indices.flatten(-2)).view_as(indices)
         return ggy, None, None, None
 
@@ -358,8 +309,8 @@ class _Split(Function):
         return tuple(part.clone() for part in gy.split(sizes, dim))
 
     @staticmethod
-    @_last
-    def backward(ctx: Any, *parts: Tensor) -> tuple:
+    @last
+    def backward(ctx: Any, kept: tuple, *parts: Tensor) -> tuple:
         return torch.cat(parts, ctx.dim), None, None
 
 
@@ -367,8 +318,12 @@ class _Split(Function):
 # What has no second derivative
 
 
-def check_second_derivative(maps: Tensor) -> None:
+def check_second_derivative(
+    maps: Tensor, what: str = "the saliency term", way_out: str = "use gamma=0"
+) -> None:
     """Raise a RuntimeError if an operation that `maps` were computed with cannot be differentiated again.
+
+    The error says `what` asks for that, and names a `way_out`.
 
     PyTorch would say so in the backward pass, in words that do not tell why; asked for the gradients of given
     tensors only, it may leave the operation's share out without a word.
@@ -385,6 +340,6 @@ def check_second_derivative(maps: Tensor) -> None:
                 node(*[None] * len(node._input_metadata))  # type: ignore[operator]
             except RuntimeError as error:
                 raise RuntimeError(
-                    "the saliency term differentiates the model twice, and one of its operations has no "
-                    f"second derivative ({error}): replace the operation, or use gamma=0"
+                    f"{what} differentiates the model twice, and one of its operations has no "
+                    f"second derivative ({error}): replace the operation, or {way_out}"
                 ) from None

@@ -18,14 +18,18 @@ function with a hand-written backward. The model is left alone: calls are caught
 
 from __future__ import annotations
 
+import contextvars
 import functools
-from collections.abc import Callable, Sequence
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from salnb.double_backward.functions import (
     Affine,
@@ -36,15 +40,16 @@ from salnb.double_backward.functions import (
     MaxPool2d,
     ReLU,
 )
+from salnb.double_backward.recomputation import RecomputedMode, again_in_recomputation
 
 Maybe = Tensor | None
 Size = int | Sequence[int]
 
 
-__all__ = ["fast_double_backward"]
+__all__ = ["as_written", "differentiable_twice", "fast_double_backward"]
 
 
-class fast_double_backward(TorchFunctionMode):  # noqa: N801 (a context manager, used like torch.no_grad)
+class fast_double_backward(RecomputedMode):  # noqa: N801 (a context manager, used like torch.no_grad)
     """Context in which the functions of a convolutional network have a fast double backward.
 
     Only the forward pass has to run inside; what it recorded keeps the fast derivatives when
@@ -55,7 +60,8 @@ class fast_double_backward(TorchFunctionMode):  # noqa: N801 (a context manager,
     spelling (module, functional, method, in-place), and `hardsigmoid`, which PyTorch cannot differentiate
     twice at all. Everything else goes on to PyTorch unchanged, as do calls that record no graph and inputs
     that are not batches of dense floating-point images or vectors. Another `TorchFunctionMode` with a rule
-    of its own for ReLU comes first, in whichever order the two are entered.
+    of its own for ReLU comes first, in whichever order the two are entered. What is recomputed in a backward
+    pass (`torch.utils.checkpoint` with `use_reentrant=False`) runs inside again.
 
     Example:
         >>> import torch
@@ -82,6 +88,54 @@ class fast_double_backward(TorchFunctionMode):  # noqa: N801 (a context manager,
             if result is not NotImplemented:
                 return result
         return func(*args, **kwargs)
+
+
+class _Shared:
+    """A context that sets switches of the whole process: entered by the first thread, left by the last."""
+
+    def __init__(self, make: Callable[[], AbstractContextManager[None]]):
+        self.make, self.lock, self.inside = make, threading.Lock(), 0
+
+    def __enter__(self) -> None:
+        with self.lock:
+            if not self.inside:
+                # PyTorch keeps part of it in context variables, which are a thread's own
+                self.variables, self.context = contextvars.copy_context(), self.make()
+                self.variables.run(self.context.__enter__)
+            self.inside += 1
+
+    def __exit__(self, *exc_info: object) -> None:
+        with self.lock:
+            self.inside -= 1
+            if not self.inside:
+                self.variables.run(self.context.__exit__, None, None, None)
+
+
+_eager = _Shared(lambda: torch.compiler.set_stance("force_eager"))
+_plain_attention = _Shared(lambda: sdpa_kernel(SDPBackend.MATH))
+
+
+@contextmanager
+def differentiable_twice() -> Iterator[None]:
+    """Fast second derivatives, and neither compiled modules nor fused attention kernels, which have none."""
+    with (
+        _with_second_derivatives(),
+        fast_double_backward(),
+        again_in_recomputation(lambda: _with_second_derivatives),
+    ):
+        yield
+
+
+@contextmanager
+def _with_second_derivatives() -> Iterator[None]:
+    with as_written(), _plain_attention:
+        yield
+
+
+def as_written() -> AbstractContextManager[None]:
+    """Compiled modules hide their ReLUs and refuse a second derivative: run them uncompiled."""
+    # setting the stance imports the compiler, which takes seconds and is needless where nothing was compiled
+    return _eager if "torch._dynamo" in sys.modules else nullcontext()
 
 
 def _plain(*tensors: Maybe) -> bool:
@@ -209,7 +263,8 @@ def _hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
     """`torch.nn.functional.hardsigmoid`, of which PyTorch has no second derivative."""
     if not _plain(input):
         return NotImplemented
-    result = F.relu6(input + 3) / 6
+    # not relu6(input + 3) / 6, which would look like a ReLU
+    result = (F.hardtanh(input.clone() if inplace else input, -3, 3) + 3) / 6
     return input.copy_(result) if inplace else result
 
 

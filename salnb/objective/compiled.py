@@ -12,6 +12,7 @@ call.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Hashable
 from functools import partial
 from typing import Any, NamedTuple
@@ -25,6 +26,8 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils import _pytree as pytree
 
 from salnb._common.checks import at_least_float32_dtype, check_labels
+from salnb.double_backward.recomputation import stored_instead
+from salnb.objective.graph_key import changes, graph_key, refuse_what_a_graph_forgets
 from salnb.objective.precision import autocast_dtype, full_precision
 from salnb.objective.terms import Losses, StepInputs, StepModules, TermSettings, step_losses
 
@@ -35,8 +38,8 @@ class CompiledStep:
     """Runs steps of an objective as compiled graphs, one for each kind of step that it meets.
 
     A graph holds for the shapes, types and strides of the batch, the settings of the terms and which of them
-    there are (`every` and `warmup` make two kinds of steps), which parameters are trained, which modules are
-    in train mode, and autocast. Where one of these is new, a graph is traced and compiled.
+    there are (`every` and `warmup` make two kinds of steps), and all that `salnb.objective.graph_key` tells
+    of model and augmentation. Where one of these is new, a graph is traced and compiled.
 
     Args:
         **options: for `torch.compile`.
@@ -44,7 +47,7 @@ class CompiledStep:
 
     def __init__(self, **options: Any):
         self.options = options
-        self._graphs: dict[Hashable, _Graph] = {}
+        self._graphs: dict[tuple, _Graph] = {}
 
     def __reduce__(self) -> tuple:
         """A copy compiles for itself."""
@@ -70,10 +73,15 @@ class CompiledStep:
         scalar = partial(torch.full, (), dtype=at_least_float32_dtype(images.dtype), device=images.device)
         tensors = [*map(scalar, weights), *given, *(tensor.detach() for tensor in state.values())]
 
-        key = _graph_key(step, given)
-        if key not in self._graphs:
-            self._graphs[key] = _compile(step, tensors, self.options)
-        graph = self._graphs[key]
+        key_of_the_moment = partial(graph_key, step, settings, given, structure)
+        names = key_of_the_moment()
+        key = tuple(names.items())
+        graph = self._graphs.get(key)
+        if graph is None:
+            self._warn_of_many(names)
+            with refuse_what_a_graph_forgets(step, key_of_the_moment):
+                graph = _compile(step, tensors, self.options)
+            self._graphs[key] = graph
         check_labels(inputs.target, graph.num_classes)
 
         with torch.no_grad(), full_precision(images):  # all casts are in the graph
@@ -84,6 +92,16 @@ class CompiledStep:
         value, classes, invariance, salience, logits = values
         total = _ReturnPrecomputedGradients.apply(value, gradients, *step.trained())
         return Losses(total, classes, invariance, salience, logits, settings.has_saliency)
+
+    def _warn_of_many(self, names: dict[str, Hashable]) -> None:
+        """What changes in each step makes each step compile."""
+        if (count := len(self._graphs)) >= 8 and count & (count - 1) == 0:
+            last = dict(list(self._graphs)[-1])
+            warnings.warn(
+                f"compile() is about to compile its graph number {count + 1}; since the last one, these have "
+                f"changed: {', '.join(changes(last, names)[:5])}",
+                stacklevel=4,
+            )
 
 
 class _Graph(NamedTuple):
@@ -146,7 +164,8 @@ def _compile(step: _TracedStep, tensors: list[Tensor], options: dict[str, Any]) 
     """Trace a step and hand it to the compiler."""
     try:
         # one thread: the modes that trace and that swap functions belong to it
-        with torch.enable_grad(), torch.autograd.set_multithreading_enabled(False):
+        # and what a checkpoint would recompute has its random numbers in the graph once
+        with torch.enable_grad(), torch.autograd.set_multithreading_enabled(False), stored_instead():
             graph = make_fx(step.with_state, tracing_mode="fake", _allow_non_fake_inputs=True)(*tensors)
     except (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode) as error:
         raise RuntimeError(
@@ -155,18 +174,6 @@ def _compile(step: _TracedStep, tensors: list[Tensor], options: dict[str, Any]) 
         ) from error
     run = torch.compile(graph, **{"dynamic": False, "fullgraph": True} | options)
     return _Graph(run, step.outputs, step.num_classes)
-
-
-def _graph_key(step: _TracedStep, given: list[Tensor]) -> Hashable:
-    """All that a graph was made for, apart from the values of its tensors."""
-    return (
-        tuple((t.shape, t.dtype, t.device, t.stride()) for t in given),
-        step.structure,
-        step.settings,
-        tuple((p.dtype, p.device, p.requires_grad) for p in step.parameters()),
-        tuple(module.training for module in step.modules()),
-        autocast_dtype(given[0]),
-    )
 
 
 class _ReturnPrecomputedGradients(torch.autograd.Function):

@@ -9,15 +9,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
-from salnb._common.catalog import METHODS
-from salnb._common.checks import check_images, check_training_target, unknown
+from salnb._common.catalog import METHODS, check_options
+from salnb._common.checks import (
+    check_images,
+    check_no_transform,
+    check_normalized,
+    check_training_target,
+    unknown,
+)
 from salnb.augment import Augmentation
 from salnb.losses import DISTANCES, FEATURE_DISTANCES, NORMALIZATIONS
 from salnb.objective.compiled import CompiledStep
+from salnb.objective.parallel import check_parallel, check_unwrapped
 from salnb.objective.precision import LossScale, full_precision
 from salnb.objective.terms import Losses, StepInputs, StepModules, TermSettings, step_losses
+from salnb.saliency.isolation import check_usable
 
 __all__ = ["Objective"]
 
@@ -31,7 +38,8 @@ class Objective(nn.Module):
         alpha: weight of the class loss.
         beta: weight of the invariance loss; 0 takes no activations.
         gamma: weight of the saliency loss; 0 takes no maps, and no second backward pass.
-        layers: names of the modules whose outputs eq. 6 compares, as a sequence, or as a mapping to weights.
+        layers: names of the modules whose outputs (2N, ...) eq. 6 compares, as a sequence, or as a mapping to
+            weights. Of a module that runs more than once in a forward pass, the last output counts.
         layer_distance: "l2" (mean of squares) or "l1", for eq. 6.
         method: a key of `salnb.saliency.METHODS`.
         method_options: keyword arguments of the method: `layer` for the methods with Grad-CAM, `n_samples`
@@ -47,8 +55,9 @@ class Objective(nn.Module):
     Raises:
         TypeError, ValueError: an argument is not allowed; the message names it.
 
-    Called with `images` (N, C, H, W), `target` ((N,) integer labels or (N, K) weights) and optionally a
-    `generator` for the augmentation, it returns `Losses`.
+    Called with `images` (N, C, H, W), `target` ((N,) integer labels or (N, K) weights that sum to one in each
+    row) and optionally a `generator` for the augmentation, it returns `Losses`. The values of a target on a
+    GPU are looked at in the first call only, as they would have to be waited for.
 
     Batch norm sees originals and augmented images as one batch; in train mode its running statistics are
     updated once per call, as by any forward pass, and the maps are gradients of the batch's summed score
@@ -62,8 +71,10 @@ class Objective(nn.Module):
     augmentation, maps and losses are computed in float32 at least. With float16 use a `GradScaler` as ever.
     `compile()` makes a step faster on GPUs; `torch.compile(objective)` runs it as it is.
 
-    A gradient that would be wrong is refused with a `RuntimeError` instead: `nn.SyncBatchNorm` in train mode,
-    an operation without a second derivative, and `DistributedDataParallel(static_graph=True)`.
+    Refused, as their gradient would be wrong, are `nn.SyncBatchNorm` in train mode, operations without a
+    second derivative, reentrant and selective activation checkpointing (any other has the gradient of the
+    network without), `DistributedDataParallel(static_graph=True)` and shards of FSDP inside the objective,
+    each with an error that says what to do instead.
 
     >>> from salnb import Objective
     >>> from salnb.augment import HorizontalFlip
@@ -108,18 +119,20 @@ class Objective(nn.Module):
         # for float16: of the score whose gradient makes the maps, and of the total in a compiled step
         self.score_scale, self.gradient_scale = LossScale(12, top=12), LossScale(14, top=24)
         self._compiled: CompiledStep | None = None
-        self._second_derivative_checked = False
+        self._second_derivative_checked = self._target_checked = False
         self._check_settings()
         self._check_model()
 
     # the number of steps decides when the saliency term enters: a resumed training needs it
-    def get_extra_state(self) -> dict[str, int]:
-        """The number of training steps done, for `state_dict`."""
-        return {"steps_done": self.steps_done}
+    def get_extra_state(self) -> Tensor:
+        """The number of training steps done, for `state_dict`: a tensor, as what saves weights expects."""
+        return torch.tensor(self.steps_done)
 
-    def set_extra_state(self, state: dict[str, int]) -> None:
-        """Continue from the number of steps in `state_dict`."""
-        self.steps_done = state["steps_done"]
+    def set_extra_state(self, state: Tensor | Mapping[str, int]) -> None:
+        """Continue from the number of steps in `state_dict`; older ones have it in a dictionary."""
+        steps = state["steps_done"] if isinstance(state, Mapping) else state
+        if not (isinstance(steps, Tensor) and steps.is_meta):
+            self.steps_done = round(float(steps))  # an average of weights may have made it a fraction
 
     def compile(self, **options: Any) -> None:
         """Run each later step that takes gradients as one compiled graph; see `salnb.objective.compiled`.
@@ -130,7 +143,13 @@ class Objective(nn.Module):
         Values and gradients stay the same. The gradients are computed along with the losses and handed out by
         `losses.total.backward()`, so that gradient accumulation, `GradScaler` and `DistributedDataParallel`
         work as ever; the other fields of `Losses` carry no graph. Each new shape of a batch is compiled anew
-        when it is first met: drop the last, smaller batch of an epoch.
+        when it is first met: drop the last, smaller batch of an epoch. The same holds for whatever a step
+        depends on: modules, their hyper-parameters and other attributes, hooks, modes, PyTorch's switches.
+        A checkpointed segment is stored; the compiler decides what is recomputed.
+
+        Refused with a `RuntimeError` are models (and augmentations) that a graph would not repeat: those
+        that look at values, change their own attributes, or draw random numbers from Python or NumPy. What a
+        model takes from global variables, files or clocks is not noticed.
 
         Nothing is gained on a CPU.
         """
@@ -209,7 +228,7 @@ class Objective(nn.Module):
 
     def _check_model(self) -> None:
         """What can be told from the model and the arguments together."""
-        names = [name for name, _ in self.model.named_modules() if name]
+        names = [name for name, _ in self.model.named_modules(remove_duplicate=False) if name]
         for name in self.layers:
             if name not in names:
                 raise unknown("layers", name, names)
@@ -217,31 +236,18 @@ class Objective(nn.Module):
             raise ValueError(
                 f"beta and layers go together, got beta={self.beta} and layers={list(self.layers)}"
             )
-        if any(isinstance(module, DistributedDataParallel) for module in self.model.modules()):
-            raise TypeError(
-                "model must not be wrapped in DistributedDataParallel: wrap the objective, "
-                "DistributedDataParallel(Objective(model, ...))"
-            )
-        allowed = METHODS[self.method].options
-        for name in self.method_options:
-            if name not in allowed:
-                raise unknown(f"method_options of {self.method}", name, sorted(allowed))
+        check_unwrapped(self.model)
+        check_options(self.method, self.method_options)
         if self.gamma:
+            check_usable(self.model)
             self._term_settings().recorder(self.model)  # finds the layer, or says that there is none
 
     def _check_call(self, images: Tensor, target: Tensor) -> None:
         check_images(images)
         check_training_target(target, len(images))
-        if not self.gamma or not torch.is_grad_enabled():
-            return
-        wrapper = DistributedDataParallel._active_ddp_module
-        if wrapper is not None and wrapper.static_graph:
-            raise RuntimeError(
-                "DistributedDataParallel(static_graph=True) would skip the averaging of gradients without a "
-                "word, as the saliency term differentiates inside the forward pass: leave static_graph out"
-            )
-        if self.training and any(isinstance(module, nn.SyncBatchNorm) for module in self.model.modules()):
-            raise RuntimeError(
-                "nn.SyncBatchNorm has no second derivative, which the saliency term needs: "
-                "use nn.BatchNorm2d, or gamma=0"
-            )
+        if self.gamma:
+            check_no_transform()
+        check_normalized(target, wait=not self._target_checked)
+        self._target_checked = True
+        if self.gamma and torch.is_grad_enabled():
+            check_parallel(self, training=self.training)

@@ -6,25 +6,23 @@
 * total (eq. 8): alpha · class loss + beta · invariance loss + gamma · saliency loss
 """
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from salnb import saliency
 from salnb._common.catalog import METHODS, MethodSpec
-from salnb._common.checks import at_least_float32, at_least_float32_dtype
+from salnb._common.checks import at_least_float32, at_least_float32_dtype, check_several_classes
 from salnb.augment import Augmentation
 from salnb.augment.mixing import both_targets
-from salnb.double_backward import fast_double_backward
 from salnb.double_backward.functions import check_second_derivative
+from salnb.double_backward.mode import differentiable_twice
+from salnb.double_backward.recomputation import model_of_the_forward_pass
 from salnb.losses import class_loss, invariance_loss, saliency_loss
 from salnb.objective.precision import LossScale, autocast_dtype, full_precision
-from salnb.saliency.methods import as_written
 from salnb.saliency.recording import ForwardRecorder, class_scores, recorded_outputs
 
 __all__ = ["Losses", "StepInputs", "StepModules", "TermSettings", "step_losses"]
@@ -143,13 +141,14 @@ def step_losses(
         recorder = None
         if settings.has_saliency:
             stack.enter_context(torch.enable_grad())
-            stack.enter_context(_differentiable_twice())
+            stack.enter_context(differentiable_twice())
             if recorder := settings.recorder(model):
                 stack.enter_context(recorder)
                 pixels.requires_grad_()
-        features = stack.enter_context(_features(model, settings)) if settings.has_invariance else {}
+        features = stack.enter_context(_features(model, settings, 2 * n)) if settings.has_invariance else {}
         # a model may work in place on its input, which a leaf of the graph does not allow
-        logits = model(pixels.clone() if recorder else pixels)
+        with model_of_the_forward_pass(model):
+            logits = model(pixels.clone() if settings.has_saliency else pixels)
         k = _num_classes(logits, 2 * n, settings.num_classes)
         targets = both_targets(target, augmentation.targets(target, params, k), k)
         if settings.has_saliency:
@@ -202,15 +201,32 @@ def _maps(
     return maps
 
 
-def _features(model: nn.Module, settings: TermSettings) -> AbstractContextManager[dict[str, Tensor]]:
+def _features(
+    model: nn.Module, settings: TermSettings, samples: int
+) -> AbstractContextManager[dict[str, Tensor]]:
     """Collects the outputs of the layers that eq. 6 compares, in the forward pass that runs inside."""
+    layers = {name: model.get_submodule(name) for name, _ in settings.layers}
 
     def accept(name: str, output: Any) -> Tensor:
         if not isinstance(output, Tensor):
             raise TypeError(f"layers: {name!r} must return a tensor, got {type(output).__name__}")
+        batch_first = output.shape[:1] == (samples,) and not _is_sequence_first(layers[name])
+        if not output.is_floating_point() or not batch_first:
+            raise ValueError(
+                f"layers: {name!r} must return floating-point features whose first dimension is the batch of "
+                f"originals and augmented images, ({samples}, ...), got {tuple(output.shape)} of "
+                f"{output.dtype}: name a layer behind which the batch comes first (batch_first=True)"
+            )
         return output
 
-    return recorded_outputs({name: model.get_submodule(name) for name, _ in settings.layers}, accept)
+    return recorded_outputs(layers, accept)
+
+
+def _is_sequence_first(layer: nn.Module) -> bool:
+    """Whether this is one of PyTorch's layers for sequences, whose length is the first dimension there."""
+    if not type(layer).__module__.startswith("torch.nn."):
+        return False
+    return not next((m.batch_first for m in layer.modules() if hasattr(m, "batch_first")), True)
 
 
 def _invariance(features: dict[str, Tensor], n: int, settings: TermSettings) -> Tensor:
@@ -230,14 +246,8 @@ def _num_classes(logits: Any, samples: int, num_classes: int | None) -> int:
             f"model must return logits (2N, K) = ({samples}, {num_classes or 'K'}), "
             f"got {shape or type(logits).__name__}"
         )
+    check_several_classes(logits, name="model must return")
     return shape[1]
-
-
-@contextmanager
-def _differentiable_twice() -> Iterator[None]:
-    """Fast second derivatives, and neither compiled modules nor fused attention kernels, which have none."""
-    with as_written(), sdpa_kernel(SDPBackend.MATH), fast_double_backward():
-        yield
 
 
 def _is_channels_last(images: Tensor) -> bool:

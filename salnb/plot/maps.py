@@ -61,12 +61,11 @@ def show_images(
     >>> len(show_images(torch.rand(3, 3, 8, 8), titles=["a", "b", "c"]).axes)
     3
     """
-    _check_pictures(images)
-    titles = _check_titles(titles, len(images))
-    fig, axes = _wrapped(len(images), columns, size, images.shape[-2] / images.shape[-1])
+    titles = _check_pictures(images, titles)
+    fig, axes = _panels(len(images), columns, size, images.shape[-2] / images.shape[-1])
     for ax, image, title in zip(axes, images, titles, strict=True):
         _draw_image(ax, image)
-        _label(ax, title, above=True)
+        ax.set_title(title, fontsize="small")
     return fig
 
 
@@ -78,6 +77,7 @@ def show_maps(
     across: str = "methods",
     power: float = 0.5,
     signed: bool = False,
+    opacity: float | None = None,
     size: float = 1.4,
     valid: Mapping[str, Tensor] | None = None,
     rescale: bool = True,
@@ -95,6 +95,8 @@ def show_maps(
         power: the colour follows the value to this power; 0.5, a square root, shows the faint parts of maps
             whose maximum is a single pixel, 1 is linear. Signed maps are always linear.
         signed: maps have values of both signs, and the colours are white at 0.
+        opacity: of maps that lie over the photograph in grey, from 0 (only the photograph) to 1 (only the
+            map); None draws no photograph below them.
         size: width of a panel in inches.
         valid: for some of the names, booleans (N, 1, h, w): where one is false, the panel is hatched in
             grey, and the maximum does not count it.
@@ -104,15 +106,48 @@ def show_maps(
         A figure with N × (1 + number of methods) axes, and one for the colour bar.
 
     Raises:
-        TypeError, ValueError: `images`, `maps`, `valid` or `titles` are not as described or do not fit each
-            other, a map has negative values without `signed`, `across` is unknown, `power` is not positive.
+        TypeError, ValueError: an argument is not as described, `images`, `maps`, `valid` and `titles` do not
+            fit each other, or a map has negative values without `signed`.
 
     >>> import torch
     >>> photos = torch.rand(2, 3, 8, 8)
     >>> len(show_maps(photos, {"brightness": photos.mean(1, keepdim=True)}).axes)
     5
     """
-    return _show_maps(images, maps, titles, across, power, size, signed=signed, valid=valid, rescale=rescale)
+    titles, valid = _check_pictures(images, titles), valid or {}
+    _check_maps(maps, len(images), signed, valid)
+    if across not in ("methods", "photos"):
+        raise ValueError(f"across must be 'methods' or 'photos', got {across!r}")
+    if not power > 0:
+        raise ValueError(f"power must be positive, got {power}")
+    if opacity is not None and not 0 <= opacity <= 1:
+        raise ValueError(f"opacity must lie in [0, 1], got {opacity}")
+    power, photos_across = 1.0 if signed else power, across == "photos"
+    height, width = images.shape[-2:]
+    columns = len(images) if photos_across else 1 + len(maps)
+    fig, axes = _panels(len(images) * (1 + len(maps)), columns, size, height / width)
+    axes = axes.reshape(-1, columns)
+    grid = axes.T if photos_across else axes  # photographs × methods
+    for ax, title, image in zip(grid[:, 0], titles, images, strict=True):
+        _draw_image(ax, image)
+        (ax.set_title if photos_across else ax.set_ylabel)(title, fontsize="small")
+    norm, cmap = (Normalize(-1, 1), DIVERGING) if signed else (PowerNorm(power, 0, 1), SEQUENTIAL)
+    for column, (name, values) in zip(grid.T[1:], maps.items(), strict=True):
+        (column[0].set_ylabel if photos_across else column[0].set_title)(name, fontsize="small")
+        shown = valid.get(name, torch.ones_like(values[:, :1], dtype=torch.bool))
+        values, is_map = values.detach().where(shown, 0), values.shape[1] == 1
+        values = divide_by_maximum(values) if is_map and rescale else values
+        for ax, image, value, real in zip(column, images, values, shown, strict=True):
+            if not is_map or opacity is not None:
+                _draw_image(ax, image.mean(0, keepdim=True) if is_map else value)
+            if is_map:
+                ax.imshow(_to_numpy(value[0]), cmap, norm, alpha=opacity, extent=(0, width, height, 0))
+            if not real.all():
+                mask = _to_numpy(~real[0]).repeat(4, axis=0).repeat(4, axis=1)  # edges of pixels are steps
+                style: dict[str, Any] = {"colors": "#b4b4b4", "hatches": ["////"]}
+                ax.contourf(mask, [0.5, 1.5], extent=(0, width, 0, height), **style)
+    _colour_bar(fig, axes, ScalarMappable(norm, cmap), power, opacity)
+    return fig
 
 
 def overlay(
@@ -125,26 +160,11 @@ def overlay(
     opacity: float = 0.6,
     size: float = 1.6,
 ) -> Figure:
-    """Photographs, and their maps laid over them in grey.
+    """Photographs, and their maps laid over them in grey: `show_maps` with an opacity, and linear colours.
 
-    Args:
-        images: see `show_maps`.
-        maps: see `show_maps`.
-        titles: see `show_maps`.
-        across: see `show_maps`.
-        power: see `show_maps`.
-        opacity: of the map over the grey photograph, from 0 (only the photograph) to 1 (only the map).
-        size: see `show_maps`.
-
-    Returns:
-        A figure as that of `show_maps`.
-
-    Raises:
-        TypeError, ValueError: as `show_maps`, and for an `opacity` outside [0, 1].
+    All arguments, what is returned and what is raised: see `show_maps`.
     """
-    if not 0 <= opacity <= 1:
-        raise ValueError(f"opacity must lie in [0, 1], got {opacity}")
-    return _show_maps(images, maps, titles, across, power, size, opacity=opacity)
+    return show_maps(images, maps, titles, across=across, power=power, opacity=opacity, size=size)
 
 
 def show_numbers(
@@ -181,79 +201,24 @@ def show_numbers(
             raise ValueError(f"struck[{title!r}] must have the title and the shape of one of the matrices")
     columns = len(matrices) if columns is None else columns
     height, width = next(iter(matrices.values())).shape
-    fig, axes = _wrapped(len(matrices), columns, size, height / width)
+    fig, axes = _panels(len(matrices), columns, size, height / width)
     limit = limit or max(float(matrix.abs().max()) for matrix in matrices.values()) or 1.0
     for ax, (title, matrix) in zip(axes, matrices.items(), strict=True):
         _draw_numbers(ax, matrix, limit, (struck or {}).get(title))
-        _label(ax, title, above=True)
+        ax.set_title(title, fontsize="small")
     return fig
 
 
-def _show_maps(
-    images: Tensor,
-    maps: Mapping[str, Tensor],
-    titles: Sequence[str] | None,
-    across: str,
-    power: float,
-    size: float,
-    *,
-    signed: bool = False,
-    opacity: float | None = None,
-    valid: Mapping[str, Tensor] | None = None,
-    rescale: bool = True,
-) -> Figure:
-    _check_pictures(images)
-    titles = _check_titles(titles, len(images))
-    valid = valid or {}
-    _check_maps(maps, len(images), signed, valid)
-    if across not in ("methods", "photos"):
-        raise ValueError(f"across must be 'methods' or 'photos', got {across!r}")
-    if not power > 0:
-        raise ValueError(f"power must be positive, got {power}")
-    photos_across = across == "photos"
-    shape = (len(images), 1 + len(maps))
-    fig, axes = _panels(*(shape[::-1] if photos_across else shape), size, images.shape[-2] / images.shape[-1])
-    grid = axes.T if photos_across else axes  # photographs × methods
-    colours = _colours(power, signed)
-    frame, extent = images.shape[-2:], (0, images.shape[-1], images.shape[-2], 0)
-    for i, image in enumerate(images):
-        _draw_image(grid[i, 0], image)
-        _label(grid[i, 0], titles[i], above=photos_across)
-    for j, (name, values) in enumerate(maps.items(), start=1):
-        _label(grid[0, j], name, above=not photos_across)
-        shown = valid.get(name, torch.ones_like(values[:, :1], dtype=torch.bool))
-        values, is_map = values.detach().where(shown, 0), values.shape[1] == 1
-        values = divide_by_maximum(values) if is_map and rescale else values
-        for ax, image, value, real in zip(grid[:, j], images, values, shown, strict=True):
-            if not is_map or opacity is not None:
-                _draw_image(ax, image.mean(0, keepdim=True) if is_map else value)
-            if is_map:
-                ax.imshow(_to_numpy(value[0]), colours.cmap, colours.norm, alpha=opacity, extent=extent)
-            _hatch(ax, ~real[0], frame)
-    _colour_bar(fig, axes, colours, power=1.0 if signed else power, opacity=opacity)
-    return fig
-
-
-def _panels(n_rows: int, n_columns: int, size: float, aspect: float) -> tuple[Figure, Any]:
-    """A grid of bare axes whose panels are `size` inches wide."""
-    fig, axes = plt.subplots(
-        n_rows,
-        n_columns,
-        squeeze=False,
-        layout="compressed",
-        figsize=(size * n_columns + 0.8, (size * aspect + 0.18) * n_rows + 0.2),
-    )
+def _panels(count: int, columns: int, size: float, aspect: float) -> tuple[Figure, Any]:
+    """So many bare axes in rows of `columns`, each `size` inches wide."""
+    if columns < 1:
+        raise ValueError(f"columns must be at least 1, got {columns}")
+    n_rows, n_columns = -(-count // columns), min(columns, count)
+    inches = (size * n_columns + 0.8, (size * aspect + 0.18) * n_rows + 0.2)
+    fig, axes = plt.subplots(n_rows, n_columns, squeeze=False, layout="compressed", figsize=inches)
     for ax in axes.flat:
         ax.set(xticks=[], yticks=[])
         sns.despine(ax=ax, left=True, bottom=True)
-    return fig, axes
-
-
-def _wrapped(count: int, columns: int, size: float, aspect: float) -> tuple[Figure, Any]:
-    """So many bare axes, in rows of `columns`."""
-    if columns < 1:
-        raise ValueError(f"columns must be at least 1, got {columns}")
-    fig, axes = _panels(-(-count // columns), min(columns, count), size, aspect)
     for ax in axes.flat[count:]:
         ax.remove()
     return fig, axes.flat[:count]
@@ -263,13 +228,6 @@ def _draw_image(ax: Axes, image: Tensor) -> None:
     picture = _to_numpy(image.detach().clamp(0, 1)).transpose(1, 2, 0)
     extent = (0, picture.shape[1], picture.shape[0], 0)
     ax.imshow(picture.repeat(3, axis=2) if picture.shape[2] == 1 else picture, extent=extent)
-
-
-def _hatch(ax: Axes, cells: Tensor, frame: Sequence[int]) -> None:
-    if cells.any():
-        mask = _to_numpy(cells).repeat(4, axis=0).repeat(4, axis=1)  # draws the edges of pixels as steps
-        extent = (0, frame[1], 0, frame[0])
-        ax.contourf(mask, [0.5, 1.5], colors="#b4b4b4", hatches=["////"], extent=extent)
 
 
 def _draw_numbers(ax: Axes, matrix: Tensor, limit: float, struck: Tensor | None) -> None:
@@ -294,27 +252,13 @@ def _draw_numbers(ax: Axes, matrix: Tensor, limit: float, struck: Tensor | None)
             ax.plot([column + 0.12, column + 0.88], [row + 0.88, row + 0.12], color=INK, linewidth=1.2)
 
 
-def _label(ax: Axes, text: str, *, above: bool) -> None:
-    (ax.set_title if above else ax.set_ylabel)(text, fontsize="small")
-
-
-def _colours(power: float, signed: bool) -> ScalarMappable:
-    if signed:
-        return ScalarMappable(Normalize(-1, 1), DIVERGING)
-    return ScalarMappable(PowerNorm(power, 0, 1), SEQUENTIAL)
-
-
-def _colour_bar(
-    fig: Figure, axes: Any, colours: ScalarMappable, *, power: float, opacity: float | None
-) -> None:
-    bar = fig.colorbar(
-        colours, ax=axes, shrink=min(1.0, 2.2 / axes.shape[0]), aspect=18, pad=0.02, alpha=opacity
-    )
+def _colour_bar(fig: Figure, axes: Any, colours: ScalarMappable, power: float, opacity: float | None) -> None:
+    shrink = min(1.0, 2.2 / len(axes))
+    bar = fig.colorbar(colours, ax=axes, shrink=shrink, aspect=18, pad=0.02, alpha=opacity)
     scale = {0.5: "\n(square-root scale)", 1.0: ""}.get(power, f"\n(scale of power {power:g})")
     bar.set_label(f"share of the map's maximum{scale}", fontsize="small")
-    bar.set_ticks(
-        [-1, 0, 1] if colours.norm.vmin == -1 else [0, 0.1, 0.25, 0.5, 1] if power < 1 else [0, 0.5, 1]
-    )
+    signed = colours.norm.vmin == -1
+    bar.set_ticks([-1, 0, 1] if signed else [0, 0.1, 0.25, 0.5, 1] if power < 1 else [0, 0.5, 1])
     bar.ax.tick_params(labelsize="small")
     bar.outline.set_visible(False)
 
@@ -323,19 +267,17 @@ def _to_numpy(values: Tensor) -> np.ndarray:
     return values.float().cpu().numpy()
 
 
-def _check_pictures(images: Tensor) -> None:
+def _check_pictures(images: Tensor, titles: Sequence[str] | None) -> Sequence[str]:
+    """Raise unless images can be drawn; gives their titles."""
     check_images(images)
     check_finite(images, name="images")
     if images.shape[1] not in (1, 3):
         raise ValueError(f"images must have 1 or 3 channels to be drawn, got {images.shape[1]}")
-
-
-def _check_titles(titles: Sequence[str] | None, n: int) -> Sequence[str]:
     if titles is None:
-        return [""] * n
-    if isinstance(titles, str) or len(titles) != n:
+        return [""] * len(images)
+    if isinstance(titles, str) or len(titles) != len(images):
         got = repr(titles) if isinstance(titles, str) else len(titles)
-        raise ValueError(f"titles must be {n} texts, one per image, got {got}")
+        raise ValueError(f"titles must be {len(images)} texts, one per image, got {got}")
     return titles
 
 

@@ -4,7 +4,8 @@ Both take what `salnb.statistics.compare` gives. A verdict is told by colour and
 eye for colours. What lies outside the limits of an axis is an arrow at its edge.
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
@@ -12,7 +13,6 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter
 
 from salnb.plot.style import INK
 from salnb.statistics import Comparison, mean
@@ -25,17 +25,20 @@ Name = Callable[[Comparison], str]
 class _Look(NamedTuple):
     colour: str
     marker: str
-    filled: bool
+    filled: bool = True
+
+    def style(self) -> dict[str, Any]:
+        return {"color": self.colour, "markerfacecolor": self.colour if self.filled else "white"}
 
 
 # of Okabe and Ito's colours; the triangles point to where the difference lies
 VERDICTS = {
-    "better": _Look("#0072b2", ">", True),
-    "cannot tell": _Look("#5c5c5c", "o", False),
-    "worse": _Look("#d55e00", "<", True),
+    "better": _Look("#0072b2", ">"),
+    "cannot tell": _Look("#5c5c5c", "o", filled=False),
+    "worse": _Look("#d55e00", "<"),
 }
-_REFERENCE, _VALUE, _FAINT = "#8a8a8a", "#0072b2", 0.4
-
+_SIDES = (_Look("#8a8a8a", "s"), _Look("#0072b2", "D"))  # the reference, and what is compared with it
+_FAINT = 0.4
 _LETTER = 0.08  # inches that a letter of a row's name takes
 
 
@@ -65,7 +68,7 @@ def show_differences(
 
     Returns:
         A figure with an axes for each panel. Each difference is a mark in the middle of its interval, with a
-        faint dot for each seed. A single seed has no interval.
+        faint dot for each seed. Where nothing is known of the spread there is no interval.
 
     Raises:
         ValueError: there is no comparison, two would be drawn over each other, or the limits are not as
@@ -77,16 +80,12 @@ def show_differences(
     """
     if not limits[0] < 0 < limits[1]:
         raise ValueError(f"limits must be two numbers with zero between them, got {limits}")
-    fig, panels = _panels(comparisons, row, column, limits, size)
-    for ax, of_row in panels:
+    verdicts = {c.verdict for c in comparisons}
+    looks = {name: look for name, look in VERDICTS.items() if name in verdicts}
+    fig = _draw(_draw_difference, looks, comparisons, limits, row, column, label, size)
+    for ax in fig.axes:
         ax.axvline(0, color=INK, linewidth=0.9, zorder=1)
-        for y, comparison in of_row.items():
-            _draw_difference(ax, y, comparison, limits)
-        ax.xaxis.set_major_formatter(FuncFormatter(_points))
-    fig.supxlabel(label, fontsize="small")
-    used = {c.verdict for c in comparisons}
-    marks = [_mark(name, look) for name, look in VERDICTS.items() if name in used]
-    _legend(fig, marks)
+        ax.xaxis.set_major_formatter(_points)
     return fig
 
 
@@ -102,14 +101,8 @@ def show_accuracies(
 ) -> Figure:
     """What the reference reached and what is compared with it, the two runs of each seed joined by a line.
 
-    Args:
-        comparisons: see `salnb.statistics.compare`.
-        limits: of the axis, as shares, such as (0, 1).
-        row: see `show_differences`.
-        column: see `show_differences`.
-        names: of the reference, and of what is compared with it.
-        label: of the axis.
-        size: width of a panel in inches.
+    Arguments are those of `show_differences`, but the limits, such as (0, 1), need not hold zero; `names` are
+    those of the reference and of what is compared with it.
 
     Returns:
         A figure with an axes for each panel; in a row, the reference lies above what is compared with it.
@@ -126,25 +119,24 @@ def show_accuracies(
         raise ValueError(f"limits must be two numbers, the lower one first, got {limits}")
     if without := [name_of(c) for c in comparisons if not c.pairs]:
         raise ValueError(f"comparisons must hold the pairs of their seeds, got none for {without}")
-    fig, panels = _panels(comparisons, row, column, limits, size)
-    for ax, of_row in panels:
-        for y, comparison in of_row.items():
-            _draw_pairs(ax, y, comparison, limits)
-        ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{100 * x:.3g}"))
-    fig.supxlabel(label, fontsize="small")
-    marks = [_mark(names[0], _Look(_REFERENCE, "s", True)), _mark(names[1], _Look(_VALUE, "D", True))]
-    _legend(fig, marks)
+    looks = dict(zip(names, _SIDES, strict=True))
+    fig = _draw(_draw_pairs, looks, comparisons, limits, row, column, label, size)
+    for ax in fig.axes:
+        ax.xaxis.set_major_formatter(lambda x, _: f"{100 * x:.3g}")
     return fig
 
 
-def _panels(
+def _draw(
+    draw: Callable[[Axes, int, Comparison, tuple[float, float]], None],
+    looks: Mapping[str, _Look],
     comparisons: Sequence[Comparison],
+    limits: tuple[float, float],
     row: Name,
     column: Name | None,
-    limits: tuple[float, float],
+    label: str,
     size: float,
-) -> tuple[Figure, list[tuple[Axes, dict[int, Comparison]]]]:
-    """Axes that share their rows, in the order of the comparisons, and what belongs into each row of them."""
+) -> Figure:
+    """Axes that share their rows, in the order of the comparisons, and what belongs into each row."""
     if not comparisons:
         raise ValueError("comparisons must hold at least one, got none")
     rows = list(dict.fromkeys(row(c) for c in comparisons))
@@ -155,15 +147,10 @@ def _panels(
         if y in panel:
             raise ValueError(f"row must tell comparisons apart, got {rows[y]!r} twice")
         panel[y] = comparison
-    fig, axes = plt.subplots(
-        1,
-        len(found),
-        squeeze=False,
-        sharey=True,
-        layout="constrained",
-        figsize=(size * len(found) + _LETTER * max(map(len, rows)) + 0.3, 0.3 * len(rows) + 1.3),
-    )
-    for ax, title in zip(axes[0], found, strict=True):
+    inches = (size * len(found) + _LETTER * max(map(len, rows)) + 0.3, 0.3 * len(rows) + 1.3)
+    options: dict[str, Any] = {"squeeze": False, "sharey": True, "layout": "constrained"}
+    fig, axes = plt.subplots(1, len(found), figsize=inches, **options)
+    for ax, (title, panel) in zip(axes[0], found.items(), strict=True):
         ax.set(xlim=limits, ylim=(len(rows) - 0.4, -0.6), title=title)
         ax.set_yticks(range(len(rows)), rows)
         ax.title.set_fontsize("medium")
@@ -173,30 +160,33 @@ def _panels(
         for y in range(1, len(rows), 2):  # so that the eye keeps to its row
             ax.axhspan(y - 0.5, y + 0.5, color="#f5f5f5", zorder=0)
         sns.despine(ax=ax, left=True)
-    return fig, list(zip(axes[0], found.values(), strict=True))
+        for y, comparison in panel.items():
+            draw(ax, y, comparison, limits)
+    fig.supxlabel(label, fontsize="small")
+    marks = [Line2D([], [], marker=k.marker, lw=0, label=name, **k.style()) for name, k in looks.items()]
+    marks.append(Line2D([], [], color=INK, marker="o", markersize=3, alpha=_FAINT, lw=0, label="one seed"))
+    fig.legend(handles=marks, loc="outside upper center", ncols=len(marks), fontsize="small", frameon=False)
+    return fig
 
 
 def _draw_difference(ax: Axes, y: int, comparison: Comparison, limits: tuple[float, float]) -> None:
     look, (low, high) = VERDICTS[comparison.verdict], limits
-    if comparison.n > 1:
+    if math.isfinite(comparison.high - comparison.low):
         ends = max(comparison.low, low), min(comparison.high, high)
         ax.plot(ends, (y, y), color=look.colour, linewidth=2.2, solid_capstyle="butt", zorder=2)
         _arrows(ax, [comparison.low, comparison.high], y, look.colour, limits, 5)
-    differences = [ours - theirs for theirs, ours in comparison.pairs]
-    _strip(ax, differences, y + 0.26, limits)
-    face = look.colour if look.filled else "white"
-    style: dict[str, Any] = {"color": look.colour, "markerfacecolor": face, "clip_on": False, "zorder": 6}
-    beyond = "<" if comparison.difference < low else ">" if comparison.difference > high else None
-    ax.plot(max(low, min(high, comparison.difference)), y, beyond or look.marker, **style)
+    _strip(ax, comparison.differences, y + 0.26, limits)
+    marker = "<" if comparison.difference < low else ">" if comparison.difference > high else look.marker
+    x = max(low, min(high, comparison.difference))
+    ax.plot(x, y, marker, clip_on=False, zorder=6, **look.style())
 
 
 def _draw_pairs(ax: Axes, y: int, comparison: Comparison, limits: tuple[float, float]) -> None:
     for pair in comparison.pairs:
-        ax.plot(pair, (y - 0.2, y + 0.2), color=_REFERENCE, linewidth=0.8, alpha=_FAINT, zorder=2)
-    for i, (offset, colour, marker) in enumerate(((-0.2, _REFERENCE, "s"), (0.2, _VALUE, "D"))):
-        values = [pair[i] for pair in comparison.pairs]
+        ax.plot(pair, (y - 0.2, y + 0.2), color=_SIDES[0].colour, linewidth=0.8, alpha=_FAINT, zorder=2)
+    for look, values, offset in zip(_SIDES, zip(*comparison.pairs, strict=True), (-0.2, 0.2), strict=True):
         _strip(ax, values, y + offset, limits)
-        ax.plot(mean(values), y + offset, marker, color=colour, markersize=5.5, zorder=4)
+        ax.plot(mean(values), y + offset, look.marker, color=look.colour, markersize=5.5, zorder=4)
 
 
 def _strip(ax: Axes, values: Sequence[float], y: float, limits: tuple[float, float]) -> None:
@@ -215,16 +205,5 @@ def _arrows(
             ax.plot(edge, y, marker, color=colour, markersize=size, clip_on=False, zorder=5)
 
 
-def _points(x: float, _: int) -> str:
+def _points(x: float, _: float) -> str:
     return f"{100 * x:+.3g}".replace("-", "\N{MINUS SIGN}") if round(x, 6) else "0"
-
-
-def _mark(name: str, look: _Look) -> Line2D:
-    face = look.colour if look.filled else "white"
-    return Line2D([], [], color=look.colour, marker=look.marker, markerfacecolor=face, lw=0, label=name)
-
-
-def _legend(fig: Figure, marks: list[Line2D]) -> None:
-    seed = Line2D([], [], color=INK, marker="o", markersize=3, alpha=_FAINT, linewidth=0, label="one seed")
-    marks = [*marks, seed]
-    fig.legend(handles=marks, loc="outside upper center", ncols=len(marks), fontsize="small", frameon=False)

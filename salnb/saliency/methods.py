@@ -7,21 +7,44 @@ is asked about, and returns one map per image:
 * the last feature maps weighted by their gradients: `grad_cam`, and its product with guided
   backpropagation, `guided_grad_cam`.
 
-The model is left as it was found: parameters, gradients, buffers, hooks and train or eval mode. Methods
-that change the backward pass of ReLU do so only while the map's own gradient is taken, so a loss on a
-map (`create_graph=True`) has the right gradient with respect to the parameters.
+The model is left as it was found, after an error too: parameters, gradients, buffers, hooks, train or eval
+mode, and attributes of its own that are numbers or tensors; but not what it keeps in lists or dictionaries,
+nor the state of the random numbers. The images are not changed by networks that work in place on them.
+
+Methods that change the backward pass of ReLU do so only while the map's own gradient is taken, so a loss on a
+map (`create_graph=True`) has the right gradient with respect to the parameters; an operation that has no
+second derivative is refused.
+
+Several threads may ask for maps of one model, or of models with modules in common: they wait for one another.
+A training step elsewhere does not wait. Sums are taken in float32 at least, and maps have the images' dtype.
 """
 
-import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointError
 
 from salnb._common import catalog
-from salnb._common.checks import check_finite, check_images, check_target
-from salnb.saliency.recording import ForwardRecorder, class_scores, logits_of, reduce_channels
+from salnb._common.checks import (
+    as_target,
+    at_least_float32,
+    check_finite,
+    check_images,
+    check_no_transform,
+    check_target,
+)
+from salnb.double_backward.functions import check_second_derivative
+from salnb.double_backward.mode import as_written, differentiable_twice
+from salnb.saliency.isolation import check_usable, left_as_found
+from salnb.saliency.layers import OtherLayerError
+from salnb.saliency.recording import (
+    ForwardRecorder,
+    NoGradientError,
+    class_scores,
+    logits_of,
+    reduce_channels,
+)
 
 __all__ = [
     "METHODS",
@@ -48,7 +71,8 @@ def vanilla_gradient(
         model: any network that maps images (N, C, H, W) to logits (N, K).
         images: (N, C, H, W), floating point.
         target: whose score is explained. None: the predicted class of each image; an int: this class
-            for all; (N,) integers: one class per image; (N, K) floats: a weighted sum of scores.
+            for all, as may be any integer, such as NumPy's; (N,) integers: one class per image; (N, K)
+            floats: a weighted sum of scores.
         create_graph: keep the graph, so that a loss on the maps can be differentiated with respect to
             the model's parameters.
         reduce: "max" takes the highest absolute value over the channels (eq. 2); None keeps the signed
@@ -58,9 +82,13 @@ def vanilla_gradient(
         Maps (N, 1, H, W) in units of score per unit of pixel value; (N, C, H, W) with `reduce=None`.
 
     Raises:
-        TypeError: `images` are not a floating-point tensor, or `target` is of a wrong type.
+        TypeError: `images` are not a floating-point tensor, `target` is of a wrong type, or the model is
+            spread over several devices by `nn.DataParallel`.
         ValueError: `images` are not four-dimensional or not finite, `target` is out of range or does
-            not fit the batch, `reduce` is unknown, or the model does not return (N, K) logits.
+            not fit the batch, `reduce` is unknown, the model does not return (N, K) logits, no gradient
+            flows from them to the images, or the model was made in inference mode.
+        RuntimeError: an operation has no second derivative (`create_graph=True`), or this is inside a
+            transform of `torch.func`.
 
     In train mode batch statistics tie the images of a batch together, and the map of one image is the
     gradient of the *sum* of all scores. In eval mode every map is that of its image alone.
@@ -83,7 +111,8 @@ def deconvnet(
     """DeconvNet: each ReLU passes back what is positive in the *gradient* (eq. 4; Zeiler & Fergus, 2014).
 
     Arguments, result and errors are those of `vanilla_gradient`. A network in which no ReLU is met
-    gives the plain gradient, with a warning.
+    gives the plain gradient, with a warning. So does a ReLU that is not called from Python in this thread
+    (in scripted code, in a thread or a C++ extension of the model), and the warning names it.
     """
     return _explain("deconvnet", model, images, target, None, create_graph, reduce)
 
@@ -99,7 +128,8 @@ def guided_backprop(
     """Guided backprop: at each ReLU, input and gradient must be positive (eq. 4; Springenberg et al., 2015).
 
     Arguments, result and errors are those of `vanilla_gradient`. A network in which no ReLU is met
-    gives the plain gradient, with a warning.
+    gives the plain gradient, with a warning. So does a ReLU that is not called from Python in this thread
+    (in scripted code, in a thread or a C++ extension of the model), and the warning names it.
     """
     return _explain("guided_backprop", model, images, target, None, create_graph, reduce)
 
@@ -136,23 +166,23 @@ def smoothgrad(
         Maps as those of `vanilla_gradient`.
 
     Raises:
-        TypeError, ValueError: as `vanilla_gradient`, and for `n_samples` below 1 or a negative `noise_level`.
+        TypeError, ValueError, RuntimeError: as `vanilla_gradient`, and for `n_samples` below 1 or a negative
+            `noise_level`.
     """
-    if n_samples < 1:
-        raise ValueError(f"n_samples must be at least 1, got {n_samples}")
-    if not noise_level >= 0:
-        raise ValueError(f"noise_level must be at least 0, got {noise_level}")
-    _check_arguments(images, reduce)
-    if target is None:
-        with torch.no_grad():
-            target = logits_of(model, images).argmax(1)
-    spread = images.detach().flatten(1)
-    sigma = noise_level * (spread.amax(1) - spread.amin(1)).view(-1, 1, 1, 1)
-    total = torch.zeros_like(images)
-    for _ in range(n_samples):
-        noisy = images.detach() + sigma * _gaussian_like(images, generator)
-        total = total + _explain("vanilla_gradient", model, noisy, target, None, create_graph, None)
-    return reduce_channels(total / n_samples, reduce)
+    catalog.check_options("smoothgrad", {"n_samples": n_samples, "noise_level": noise_level})
+    _check_arguments(model, images, reduce)
+    with torch.inference_mode(False), torch.enable_grad():
+        images, target = images.detach().clone(), as_target(target, len(images))
+        if target is None:
+            with left_as_found(model), torch.no_grad():
+                target = logits_of(model, images).argmax(1)
+        spread = at_least_float32(images).flatten(1)
+        sigma = noise_level * (spread.amax(1) - spread.amin(1)).view(-1, 1, 1, 1)
+        total = torch.zeros_like(images, dtype=spread.dtype)
+        for _ in range(n_samples):
+            noisy = images + (sigma * _gaussian_like(images, generator)).to(images.dtype)
+            total = total + _map("vanilla_gradient", model, noisy, target, create_graph=create_graph)
+        return reduce_channels(total / n_samples, reduce).to(images.dtype)
 
 
 def grad_cam(
@@ -172,15 +202,16 @@ def grad_cam(
         images: see `vanilla_gradient`.
         target: see `vanilla_gradient`.
         layer: the layer whose output is used, as a module of `model` or by its dotted name. None is the
-            last `nn.Conv2d` in the order of `model.modules()`.
+            `nn.Conv2d` that runs last. Of a layer that runs several times, the last output counts.
         create_graph: see `vanilla_gradient`.
 
     Returns:
         Maps (N, 1, H, W), not negative, resized bilinearly (pixel centres, `align_corners=False`).
 
     Raises:
-        TypeError, ValueError: as `vanilla_gradient`; also if `layer` is unknown or not used, its output
-            is not (N, C, h, w) or only one pixel large, or the model has no convolution to fall back on.
+        TypeError, ValueError, RuntimeError: as `vanilla_gradient`; also if `layer` is unknown or not used,
+            its output is not (N, C, h, w), cannot be told from (N, h, w, C), or is only one pixel large, or
+            the model has no convolution to fall back on.
     """
     return _explain("grad_cam", model, images, target, layer, create_graph, "max")
 
@@ -215,14 +246,42 @@ def _explain(
     create_graph: bool,
     reduce: str | None,
 ) -> Tensor:
-    """One forward pass of `model`, and the map of `method` from it."""
-    _check_arguments(images, reduce)
+    """The map of a method that takes one forward pass."""
+    _check_arguments(model, images, reduce)
     spec = catalog.METHODS[method]
     frozen_stem = spec.layer and not spec.pixels and not create_graph
+    with torch.inference_mode(False):
+        target = as_target(target, len(images))
+        while True:
+            try:
+                return _map(
+                    method, model, images, target, layer, create_graph, reduce, frozen_stem=frozen_stem
+                )
+            except OtherLayerError as error:
+                layer = error.layer
+            except (NoGradientError, CheckpointError):
+                # what switches gradients on and off around the layer, or recomputes it, needs the whole graph
+                if not frozen_stem:
+                    raise
+                frozen_stem = False
+
+
+def _map(
+    method: str,
+    model: nn.Module,
+    images: Tensor,
+    target: Tensor | int | None,
+    layer: nn.Module | str | None = None,
+    create_graph: bool = False,
+    reduce: str | None = None,
+    *,
+    frozen_stem: bool = False,
+) -> Tensor:
+    """One forward pass of `model`, and the map of `method` from it."""
     with (
-        torch.inference_mode(False),
+        left_as_found(model),
         torch.enable_grad(),
-        as_written(),
+        differentiable_twice() if create_graph else as_written(),
         ForwardRecorder(model, method, layer, frozen_stem=frozen_stem) as recorder,
     ):
         pixels = images.clone() if images.is_inference() else images.detach()
@@ -231,13 +290,10 @@ def _explain(
         logits = logits_of(model, pixels)
         check_target(target, *logits.shape)
         scores = class_scores(logits, target)
-        return recorder.maps(pixels, scores, create_graph=create_graph, reduce=reduce)
-
-
-def as_written() -> AbstractContextManager:
-    """Compiled modules hide their ReLUs and refuse a second derivative: run them uncompiled."""
-    # setting the stance imports the compiler, which takes seconds and is needless where nothing was compiled
-    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+        maps = recorder.maps(pixels, scores, create_graph=create_graph, reduce=reduce)
+    if create_graph:
+        check_second_derivative(maps, "create_graph=True", "leave create_graph out")
+    return maps
 
 
 def _gaussian_like(images: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -245,8 +301,10 @@ def _gaussian_like(images: Tensor, generator: torch.Generator | None) -> Tensor:
     return torch.randn(images.shape, generator=generator, device=where, dtype=images.dtype).to(images.device)
 
 
-def _check_arguments(images: Tensor, reduce: str | None) -> None:
+def _check_arguments(model: nn.Module, images: Tensor, reduce: str | None) -> None:
     check_images(images)
+    check_no_transform()
+    check_usable(model)
     check_finite(images, name="images")
     if reduce not in ("max", None):
         raise ValueError(f"reduce must be 'max' or None, got {reduce!r}")

@@ -1,5 +1,7 @@
 """One recorded forward pass, and the maps taken from it: the common ground of all saliency methods."""
 
+import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -10,24 +12,39 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from salnb._common.catalog import METHODS, unknown
+from salnb._common.catalog import METHODS
 from salnb._common.checks import at_least_float32
-from salnb.saliency.relu_rules import ReLURule
+from salnb.double_backward.recomputation import (
+    again_in_recomputation,
+    is_recomputing,
+    model_of_the_forward_pass,
+    reentrant_explained,
+)
+from salnb.saliency.layers import LastConvolution, check_layout, find_layer
+from salnb.saliency.relu_rules import ReLURule, relus_unreached
 
-__all__ = ["ForwardRecorder", "class_scores", "logits_of", "recorded_outputs", "reduce_channels"]
+__all__ = [
+    "ForwardRecorder",
+    "NoGradientError",
+    "class_scores",
+    "logits_of",
+    "recorded_outputs",
+    "reduce_channels",
+]
+
+
+class NoGradientError(ValueError):
+    """No gradient flows where a map needs one."""
 
 
 def logits_of(model: nn.Module, images: Tensor) -> Tensor:
-    """The model's logits, leaving its buffers (running statistics) untouched in train mode.
+    """The model's logits of a copy of the images, which it may overwrite.
 
     Raises:
         ValueError: it does not return (N, K) logits.
     """
-    if isinstance(model, nn.Module) and any(module.training for module in model.modules()):
-        copies = {name: buffer.clone() for name, buffer in model.named_buffers()}
-        logits = torch.func.functional_call(model, copies, (images,))
-    else:
-        logits = model(images)
+    with model_of_the_forward_pass(model):
+        logits = model(images.clone())
     if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[0] != images.shape[0]:
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ValueError(f"model must return logits of shape (N, K) with N = {images.shape[0]}, got {got}")
@@ -74,20 +91,45 @@ def recorded_outputs(
     """Collects the outputs of layers, by name, in the forward pass that runs inside.
 
     Args:
-        layers: modules of the network, by name.
+        layers: modules of the network, by name. Of a layer that runs several times, the last output counts.
         accept: given name and output, returns what is recorded and passed on, or says what is wrong with it.
+
+    Passes in other threads, and those that recompute activations for a gradient, are not recorded.
     """
     outputs: dict[str, Tensor] = {}
+    here = _place()
 
-    def record(name: str, module: nn.Module, args: Any, output: Any) -> Tensor:
-        outputs[name] = accept(name, output)
+    def record(name: str, module: nn.Module, args: Any, output: Any) -> Tensor | None:
+        if is_recomputing():
+            return None
+        place = _place()
+        if place[0] != here[0]:
+            return None
+        accepted = accept(name, output)
+        if place == here:
+            outputs[name] = accepted
         # what follows may work in place (VGG's ReLU does): let it work on a copy
-        return outputs[name].clone()
+        return accepted.clone()
 
     with ExitStack() as stack:
         for name, layer in layers.items():
             stack.callback(layer.register_forward_hook(partial(record, name)).remove)
+        stack.enter_context(again_in_recomputation(lambda: partial(_cloned_outputs, list(layers.values()))))
         yield outputs
+
+
+@contextmanager
+def _cloned_outputs(layers: list[nn.Module]) -> Iterator[None]:
+    """What `recorded_outputs` does to a pass, without recording it."""
+    with ExitStack() as stack:
+        for layer in layers:
+            stack.callback(layer.register_forward_hook(lambda module, args, output: output.clone()).remove)
+        yield
+
+
+def _place() -> tuple[int, int]:
+    """The thread, and the gradient that is being taken in it (-1: none)."""
+    return threading.get_ident(), torch._C._current_graph_task_id()
 
 
 class ForwardRecorder:
@@ -111,8 +153,9 @@ class ForwardRecorder:
         *,
         frozen_stem: bool = False,
     ):
-        self.spec = METHODS[method]
-        self.layers = {"layer": _find_layer(model, layer)} if self.spec.layer else {}
+        self.model, self.spec = model, METHODS[method]
+        self.layer = find_layer(model, layer) if self.spec.layer else None
+        self.last_convolution = LastConvolution(model) if self.spec.layer and layer is None else None
         self.frozen_stem = frozen_stem
         self.outputs: dict[str, Tensor] = {}
         self.relu_rule = ReLURule(self.spec.rule) if self.spec.rule else None
@@ -123,69 +166,101 @@ class ForwardRecorder:
             self._stack.enter_context(self._stem).enter_context(torch.no_grad())
         if self.relu_rule is not None:
             self._stack.enter_context(self.relu_rule)
-        self.outputs = self._stack.enter_context(recorded_outputs(self.layers, self._accept))
+        if self.last_convolution is not None:
+            self._stack.enter_context(self.last_convolution)
+        layers = {} if self.layer is None else {"layer": self.layer}
+        self.outputs = self._stack.enter_context(recorded_outputs(layers, self._accept))
         return self
 
     def __exit__(self, *exc_info: object) -> None:
         self._stack.close()
 
     def _accept(self, name: str, output: Any) -> Tensor:
-        if not isinstance(output, Tensor) or output.ndim != 4:
-            got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        if not isinstance(output, Tensor) or output.ndim != 4 or not output.is_floating_point():
+            got = (
+                f"{tuple(output.shape)} of {output.dtype}"
+                if isinstance(output, Tensor)
+                else type(output).__name__
+            )
             raise ValueError(f"{name} must be one whose output has shape (N, C, h, w), got {got}")
         if not self.frozen_stem:
             return output
         self._stem.close()  # from here on a graph is needed
         return output.detach().requires_grad_()
 
+    @reentrant_explained()
     def maps(
         self, images: Tensor, scores: Tensor, *, create_graph: bool = False, reduce: str | None = "max"
     ) -> Tensor:
         """The maps of `scores` (N,) with respect to `images`, both from the pass that was recorded."""
         score = scores.sum()
+        # while the graph is there, and before Grad-CAM's own rectifier
+        unreached = relus_unreached(score) if self.relu_rule else []
+        no_relu = self.relu_rule is not None and not self.relu_rule.relu_count
         maps: list[Tensor] = []
-        if self.spec.layer:
-            if not self.outputs:
-                raise ValueError("layer is a module of the model that its forward pass never calls")
-            activation, keep = self.outputs["layer"], create_graph or self.spec.pixels
-            (slope,) = torch.autograd.grad(score, activation, retain_graph=keep, create_graph=create_graph)
+        if self.layer is not None:
+            activation, keep = self._activation(images), create_graph or self.spec.pixels
+            slope = _gradient(score, activation, "layer", retain_graph=keep, create_graph=create_graph)
             activation = activation if create_graph else activation.detach()
-            maps.append(_class_activation(activation, slope, images.shape[-2:]))
+            maps.append(_class_activation(activation, slope, images.shape[-2:]).to(images.dtype))
         if self.spec.pixels:
             with self.relu_rule.active() if self.relu_rule else nullcontext():
-                (gradient,) = torch.autograd.grad(score, images, create_graph=create_graph)  # eq. 1
+                gradient = _gradient(score, images, "images", create_graph=create_graph)  # eq. 1
             maps.append(reduce_channels(gradient, reduce))
-        if self.relu_rule is not None and not self.relu_rule.relu_count:
-            warnings.warn(
-                "no ReLU was met in the forward pass: without one, the map is the plain gradient",
-                stacklevel=4,
+        if unreached:
+            _warn(
+                "ReLUs that no rule reaches, as they run in another thread, or where PyTorch is not called "
+                f"from Python: {', '.join(unreached)}; there the map has the plain gradient"
             )
+        elif no_relu:
+            _warn("no ReLU was met in the forward pass: without one, the map is the plain gradient")
         return maps[0] * maps[1] if len(maps) == 2 else maps[0]
+
+    def _activation(self, images: Tensor) -> Tensor:
+        """The output of the layer that was asked for, or of the last convolution that ran."""
+        layer, activation = self.layer, self.outputs.get("layer")
+        if self.last_convolution is not None and self.last_convolution.module is not layer:
+            layer, activation = self.last_convolution.untouched(as_default=not self.frozen_stem)
+        if layer is None or activation is None:
+            raise ValueError(
+                "layer is a module of the model that its forward pass never calls, or calls in another thread"
+            )
+        check_layout(self.model, layer, activation, images)
+        return activation
+
+
+def _gradient(
+    score: Tensor, source: Tensor, name: str, *, create_graph: bool, retain_graph: bool | None = None
+) -> Tensor:
+    """The gradient of a score with respect to `source`."""
+    gradient = None
+    if score.requires_grad:
+        (gradient,) = torch.autograd.grad(
+            score, source, retain_graph=retain_graph, create_graph=create_graph, allow_unused=True
+        )
+    if gradient is None:
+        raise NoGradientError(
+            f"no gradient flows from the model's scores to its {name}: between them it works under "
+            "torch.no_grad() or inference_mode(), detaches a tensor, makes integers or an argmax of it, or "
+            f"does not use the {name} at all"
+        )
+    return gradient
 
 
 def _class_activation(activation: Tensor, slope: Tensor, size: torch.Size) -> Tensor:
-    if activation.shape[-2:] == (1, 1):
-        raise ValueError("layer must have an output of more than one pixel, got 1×1: choose an earlier layer")
+    activation, slope = at_least_float32(activation), at_least_float32(slope)
     weights = slope.mean((2, 3), keepdim=True)
     cam = (weights * activation).sum(1, keepdim=True).clamp(min=0)
     return F.interpolate(cam, size=size, mode="bilinear", align_corners=False)
 
 
-def _find_layer(model: nn.Module, layer: nn.Module | str | None) -> nn.Module:
-    modules = dict(model.named_modules())
-    if isinstance(layer, str):
-        if layer not in modules:
-            raise unknown("layer", layer, [name for name in modules if name])
-        return modules[layer]
-    if isinstance(layer, nn.Module):
-        if not any(module is layer for module in modules.values()):
-            raise ValueError(
-                f"layer must be a module of the model, got a {type(layer).__name__} that is not part of it"
-            )
-        return layer
-    if layer is not None:
-        raise TypeError(f"layer must be a module, a dotted name or None, got {type(layer).__name__}")
-    convolutions = [module for module in modules.values() if isinstance(module, nn.Conv2d)]
-    if not convolutions:
-        raise ValueError("layer=None takes the model's last nn.Conv2d, but the model has none: name a layer")
-    return convolutions[-1]
+#: packages whose frames may lie between a warning and the caller's line
+_NOT_THE_CALLER = ("salnb", "torch", "contextlib")
+
+
+def _warn(message: str) -> None:
+    """Warn at the line of the caller's that led here."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in _NOT_THE_CALLER:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)

@@ -1,30 +1,28 @@
 """ReLU (eq. 3) and its three backward rules (eq. 4), switched on for one gradient only."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
-__all__ = ["ReLURule", "Rectifier"]
+from salnb.double_backward.recomputation import RecomputedMode
+from salnb.saliency.relu_spellings import SIGNS, SPELLINGS, ReLUCall, note_sign
 
-_RELU = (F.relu, torch.relu, Tensor.relu)
-_RELU_IN_PLACE = (torch.relu_, Tensor.relu_)
-_PARAMETERS = dict.fromkeys((*_RELU, *_RELU_IN_PLACE, F.relu6), ("input", "inplace")) | {
-    F.hardtanh: ("input", "min_val", "max_val", "inplace")
-}
+__all__ = ["ReLURule", "Rectifier", "relus_unreached"]
 
 
-class ReLURule(TorchFunctionMode):
+class ReLURule(RecomputedMode):
     """Swaps every ReLU that a model calls for one whose backward pass can follow another rule.
 
-    A ReLU is caught at the call, so modules, `F.relu`, `torch.relu`, in-place variants and ReLU6 are all
-    alike, and the model needs no hooks. The rule acts inside `active()`: for the gradient that makes the
-    map. At any other time, the second backward pass of a loss on the map included, the true derivative is
-    used; the same rule there would give a wrong gradient for the parameters.
+    A ReLU is caught at the call, so modules, functions, methods, in-place variants, `clamp(min=0)`, ReLU6 and
+    the other spellings of `relu_spellings` are all alike, and the model needs no hooks. The rule acts inside
+    `active()`: for the gradient that makes the map. At any other time, the second backward pass of a loss on
+    the map included, the true derivative is used; the same rule there would give a wrong gradient for the
+    parameters.
 
     Args:
         rule: "deconvnet" or "guided_backprop".
@@ -53,52 +51,60 @@ class ReLURule(TorchFunctionMode):
         self, func: Callable, types: Sequence[type], args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        call = _as_rectifier(func, *args, **kwargs)
+        read = SPELLINGS.get(func)
+        call = read(*args, **kwargs) if read else None
         if call is None:
-            return func(*args, **kwargs)
+            result = func(*args, **kwargs)
+            if func in SIGNS:
+                note_sign(SIGNS[func], result, *args, *kwargs.values())
+            return result
         self.relu_count += 1
-        return Rectifier.apply(*call, self)
-
-
-def _as_rectifier(func: Callable, *args: Any, **kwargs: Any) -> tuple[Tensor, float | None, bool] | None:
-    """The input, the upper bound and whether it is in place, if this call is a ReLU or a ReLU6."""
-    arguments = dict(zip(_PARAMETERS.get(func, ()), args, strict=False)) | kwargs
-    if func in _RELU_IN_PLACE:
-        return arguments["input"], None, True
-    if func in _RELU:
-        return arguments["input"], None, arguments.get("inplace", False)
-    if func is F.relu6:
-        return arguments["input"], 6.0, arguments.get("inplace", False)
-    if func is F.hardtanh and arguments.get("min_val") == 0:  # nn.ReLU6 calls it
-        return arguments["input"], arguments.get("max_val", 1.0), arguments.get("inplace", False)
-    return None
+        if call.in_place and call.input._is_view():  # the rest of its base has a history to be kept
+            out = Rectifier.apply(call.input, partial(call.out_of_place, call.input), call, False, self)
+            return call.input.copy_(out)
+        return Rectifier.apply(call.input, partial(func, *args, **kwargs), call, call.in_place, self)
 
 
 class Rectifier(torch.autograd.Function):
     """min(max(x, 0), upper), whose backward pass asks its `ReLURule` what to let through."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, upper: float | None, in_place: bool, relu_rule: ReLURule) -> Tensor:
-        """The rectified input; where there is no upper bound, that of ReLU."""
+    def forward(
+        ctx: Any, x: Tensor, run: Callable[[], Any], call: ReLUCall, in_place: bool, relu_rule: ReLURule
+    ) -> Tensor:
+        """The rectified input, as `run` computes it."""
+        slope = _slope(call.plain, x) if call.plain else None
+        out = run()  # eq. 3
         if in_place:
             ctx.mark_dirty(x)
-        out = (x.clamp_ if in_place else x.clamp)(0, upper)  # eq. 3
-        ctx.save_for_backward(out)
-        ctx.upper, ctx.relu_rule = upper, relu_rule
+            out = x  # the assignment to items returns nothing
+        ctx.save_for_backward(out, slope)
+        ctx.upper, ctx.relu_rule = call.upper, relu_rule
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """The gradient where the rule of the moment lets it pass."""
-        (grad,) = grads
-        if not ctx.relu_rule.rule_active:
-            grad = _pass_where(ctx.saved_tensors[0], grad, ctx.upper)  # eq. 4, gradient: input positive
-        elif ctx.relu_rule.rule == "deconvnet":
+        (grad,), (out, slope) = grads, ctx.saved_tensors
+        rule = ctx.relu_rule.rule if ctx.relu_rule.rule_active else None
+        if rule != "deconvnet" and slope is None:
+            grad = _pass_where(out, grad, ctx.upper)  # eq. 4, gradient: input positive
+        elif rule != "deconvnet":
+            # where PyTorch has a derivative of a half or one at zero, eq. 4 has none
+            positive = slope > 0 if rule is None else (slope > 0) & (out > 0)
+            grad = (grad * slope).where(positive, 0)
+        if rule == "deconvnet":
             grad = _pass_where(grad.detach(), grad)  # eq. 4, DeconvNet: gradient positive
-        else:
-            grad = _pass_where(ctx.saved_tensors[0], grad, ctx.upper)
+        elif rule == "guided_backprop":
             grad = _pass_where(grad.detach(), grad)  # eq. 4, guided: both positive
-        return grad, None, None, None
+        return grad, None, None, None, None
+
+
+def _slope(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """The derivative of an elementwise function."""
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        return torch.autograd.grad(function(x).sum(), x)[0]
 
 
 def _pass_where(positive: Tensor, grad: Tensor, upper: float | None = None) -> Tensor:
@@ -106,3 +112,60 @@ def _pass_where(positive: Tensor, grad: Tensor, upper: float | None = None) -> T
     if upper is None:
         return torch.ops.aten.threshold_backward(grad, positive, 0)
     return torch.ops.aten.hardtanh_backward(grad, positive, 0, upper)
+
+
+#: what PyTorch's own ReLUs leave in a graph, and the attribute that is zero where the function is a ReLU
+_NODES = {
+    "Relu": None,
+    "Threshold": "_saved_threshold",
+    "Clamp": "_saved_min",
+    "ClampMin": "_saved_min",
+    "Hardtanh": "_saved_min_val",
+    "LeakyRelu": "_saved_negative_slope",
+    "Elu": "_saved_alpha",
+    "Maximum": "_saved_other",
+    "Fmax": "_saved_other",
+}
+
+
+def relus_unreached(scores: Tensor) -> list[str]:
+    """The ReLUs of a graph that no rule has swapped, as words for a warning.
+
+    These run where no mode sees them: in scripted modules, in threads of the model, in an
+    `autograd.Function` of the user's, which is known by its name only.
+    """
+    found: Counter[str] = Counter()
+    seen, ahead = set(), [scores.grad_fn]
+    while ahead:
+        node = ahead.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            ahead += [following for following, _ in node.next_functions]
+            if words := _is_unreached(node):
+                found[words] += 1
+    return [f"{words} ({count}×)" for words, count in found.items()]
+
+
+def _is_unreached(node: Any) -> str | None:
+    """What to call a node that is, or may hide, a ReLU; None for others."""
+    name = type(node).__name__  # quicker to get at than `node.name()`
+    if name == "CppFunction":
+        name = node.name()
+    if "DifferentiableGraph" in name:
+        return "scripted code (torch.jit)"
+    kind = name.rstrip("0123456789").removesuffix("Backward")
+    if isinstance(node, torch.autograd.function.BackwardCFunction):
+        function = type(node)._forward_cls  # type: ignore[attr-defined]
+        ours = function.__module__.startswith("salnb.")
+        return f"the Function {kind}" if not ours and _sounds_like_relu(kind) else None
+    if kind not in _NODES:
+        return None
+    bound = getattr(node, attribute) if (attribute := _NODES[kind]) else 0
+    at_zero = not bound.any() if isinstance(bound, Tensor) else bound == 0
+    return name if at_zero else None
+
+
+def _sounds_like_relu(name: str) -> bool:
+    return any(part in name.lower() for part in ("relu", "rectif")) and not any(
+        part in name.lower() for part in ("leaky", "prelu")
+    )

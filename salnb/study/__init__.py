@@ -6,8 +6,9 @@ from salnb._common.lazy import lazy_names
 
 if TYPE_CHECKING:
     from salnb.study.grids import STUDIES, Training, trainings
-    from salnb.study.runner import read, run
+    from salnb.study.runner import run
     from salnb.study.scale import Scale, load_scale
+    from salnb.study.values import read
     from salnb.study.weights import choose_gammas, match_weight
 
 __all__ = [
@@ -26,8 +27,9 @@ __getattr__, __dir__ = lazy_names(
     __name__,
     {
         "grids": ("STUDIES", "Training", "trainings"),
-        "runner": ("read", "run"),
+        "runner": ("run",),
         "scale": ("Scale", "load_scale"),
+        "values": ("read",),
         "weights": ("choose_gammas", "match_weight"),
     },
 )

@@ -7,7 +7,7 @@ What is left out: looking at validation and test images, and the augmentations t
 
 import functools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -16,11 +16,11 @@ from salnb import models
 from salnb._common import catalog
 from salnb._common.tables import markdown_table
 from salnb.data.paper import put_aside
-from salnb.study.grids import UNCHOSEN, Training, trainings
+from salnb.study.grids import UNCHOSEN, trainings
 from salnb.study.scale import load_scale
 from salnb.train.config import Config
 
-__all__ = ["forward_flops", "markdown", "steps", "study_flops", "training_flops"]
+__all__ = ["forward_flops", "markdown", "steps", "training_flops"]
 
 # training images as they are published
 _PUBLISHED = {"cifar10": 50_000, "cifar100": 50_000, "svhn": 73_257, "imagenet": 1_281_167}
@@ -52,21 +52,16 @@ def forward_flops(network: str, size: int, num_classes: int) -> int:
 
 
 def steps(config: Config) -> int:
-    """The number of steps of a training run.
-
-    Raises:
-        ValueError: it is not known how many images there are.
-    """
-    images = config.train_images or _training_images(config.data)
+    """The number of steps of a training run."""
+    images = config.train_images or catalog.DATA[config.data].training_images
+    if images is None:
+        published = _PUBLISHED[config.data.removesuffix("-streamed")]
+        images = published - put_aside(published)
     return config.epochs * (images // config.batch_size)
 
 
 def training_flops(config: Config) -> float:
-    """Multiplications and additions of all steps of a training run.
-
-    Raises:
-        ValueError: it is not known how many images there are.
-    """
+    """Multiplications and additions of all steps of a training run."""
     total = steps(config)
     with_maps = math.ceil(max(total - config.warmup, 0) / config.every) if config.gamma else 0
     spec = catalog.METHODS[config.method]
@@ -74,18 +69,6 @@ def training_flops(config: Config) -> float:
     passes = _BASELINE * total + maps * with_maps
     forward = forward_flops(config.model, config.size, catalog.DATA[config.data].num_classes)
     return 2.0 * config.batch_size * forward * passes  # originals, and as many augmented ones
-
-
-def study_flops(trainings: Iterable[Training]) -> float:
-    """Multiplications and additions of all training runs of a study.
-
-    Args:
-        trainings: see `salnb.study.trainings`.
-
-    Raises:
-        ValueError: it is not known how many images there are.
-    """
-    return sum(training_flops(training.config("runs")) for training in trainings)
 
 
 def markdown(study: str, rates: Mapping[str, float]) -> str:
@@ -97,32 +80,29 @@ def markdown(study: str, rates: Mapping[str, float]) -> str:
             to sustain.
 
     Raises:
-        ValueError: there is no such study or scale, a rate is not positive, or it is not known how many
-            images there are.
+        ValueError: there is no such study or scale, or a rate is not positive.
 
     >>> print(markdown("table3", {"smoke": 1e9}).splitlines()[0])
     | study | scale | data | networks | trainings | operations, 10¹⁵ | rate, 10¹² / s | hours |
     """
-    header = ("study", "scale", "data", "networks", "trainings", "operations, 10¹⁵")
+    header = (
+        "study",
+        "scale",
+        "data",
+        "networks",
+        "trainings",
+        "operations, 10¹⁵",
+        "rate, 10¹² / s",
+        "hours",
+    )
     rows = []
     for name, rate in rates.items():
         if not rate > 0:
             raise ValueError(f"rates must be positive, got {rate} for {name}")
         scale = load_scale(name).for_study(study)
         planned = trainings(study, scale, *UNCHOSEN)
-        flops = study_flops(planned)
-        costs = map(_digits, (flops / 1e15, rate / 1e12, flops / rate / 3600))
-        grid = (", ".join(scale.data), ", ".join(scale.networks), len(planned))
-        rows.append((study, name, *grid, *costs))
-    return markdown_table((*header, "rate, 10¹² / s", "hours"), rows)
-
-
-def _digits(number: float) -> str:
-    return f"{number:,.0f}" if number >= 10 else f"{number:.2g}"
-
-
-def _training_images(data: str) -> int:
-    if known := catalog.DATA[data].training_images:
-        return known
-    published = _PUBLISHED[data.removesuffix("-streamed")]
-    return published - put_aside(published)
+        flops = sum(training_flops(training.config("runs")) for training in planned)
+        costs = (flops / 1e15, rate / 1e12, flops / rate / 3600)
+        digits = (f"{cost:,.0f}" if cost >= 10 else f"{cost:.2g}" for cost in costs)
+        rows.append((study, name, ", ".join(scale.data), ", ".join(scale.networks), len(planned), *digits))
+    return markdown_table(header, rows)

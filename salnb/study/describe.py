@@ -34,9 +34,8 @@ def table(rows: Iterable[Row], columns: Mapping[str, Callable[[Row], object]]) -
     | 3 | 9 |
     | 4 | 16 |
     """
-    return markdown_table(
-        list(columns), ([cell(row) for cell in columns.values()] for row in rows), rule="---"
-    )
+    cells = ([cell(row) for cell in columns.values()] for row in rows)
+    return markdown_table(list(columns), cells, rule="---")
 
 
 def stacked(*tables: str) -> str:
@@ -56,50 +55,44 @@ def coverage(
     """
     rows = []
     for study, found in records.items():
-        plan = [_place(factors) for factors in planned[study]]
-        ran = [(_place(record["factors"]), record["status"]) for record in found]
-        for place in dict.fromkeys([*plan, *(place for place, _ in ran)]):
-            done, failed = (ran.count((place, status)) for status in ("done", "failed"))
+        plan = [(factors["data"], factors["network"]) for factors in planned[study]]
+        ran = [(record["factors"]["data"], record["factors"]["network"]) for record in found]
+        ended = list(zip(ran, (record["status"] for record in found), strict=True))
+        for place in dict.fromkeys([*plan, *ran]):
+            done, failed = (ended.count((place, status)) for status in ("done", "failed"))
             rows.append((study, *place, plan.count(place) or "–", done or "none", failed))
     header = ("study", "data", "network", "trainings of the paper's scale", "recorded", "failed")
     return markdown_table(header, rows, rule="---")
 
 
-def _place(factors: Mapping[str, Any]) -> tuple[str, str]:
-    return factors["data"], factors["network"]
-
-
 def verdicts(comparisons: Sequence[Comparison]) -> list[str]:
     """Which settings are better than the reference, worse, or not to be told apart: a sentence for each."""
     words = {"better": "better than", "worse": "worse than", "cannot tell": "not to be told apart from"}
-    named = {words[verdict]: _named(comparisons, verdict) for verdict in words}
     return [
         f"**{len(names)} of {len(comparisons)} settings are {which} the reference**: {listed(names)}."
-        for which, names in named.items()
-        if names
+        for verdict, which in words.items()
+        if (names := _named(comparisons, verdict))
     ]
 
 
 def ranking(comparisons: Sequence[Comparison]) -> list[str]:
     """Sentences on the settings of a study: the best and the worst, what helps and what hurts, and chance."""
+    if not comparisons:
+        raise ValueError("comparisons must hold at least one, got none")
     ranked = sorted(comparisons, key=lambda c: -c.difference)
     best, last = ranked[0], ranked[-1]
     useful, harmful = (_named(ranked, verdict) for verdict in ("better", "worse"))
-    said = [
+    return [
         f"On these data the best mean is that of **{best.what}** ({100 * best.difference:+.1f} points, "
         f"{best.verdict}), the worst that of **{last.what}** ({100 * last.difference:+.1f} points, "
         f"{last.verdict}).",
         f"Shown to help, in this order: {listed(useful)}."
         if useful
         else "**No setting is shown to help here.**",
-    ]
-    if harmful:
-        said.append(f"Shown to hurt: {listed(harmful)}.")
-    said.append(
+        *([f"Shown to hurt: {listed(harmful)}."] if harmful else []),
         f"Of {len(ranked)} intervals of 95 %, about {0.05 * len(ranked):.1f} would leave out zero if no "
-        "setting changed anything: a single verdict in such a list is a hint, to be asked again as above."
-    )
-    return said
+        "setting changed anything: a single verdict in such a list is a hint, to be asked again as above.",
+    ]
 
 
 def _named(comparisons: Sequence[Comparison], verdict: str) -> list[str]:

@@ -5,6 +5,8 @@ compares is listed here: whatever is registered besides takes no part. Free of t
 answered at once.
 """
 
+import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -14,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from salnb._common import catalog
-from salnb.study.scale import Scale
+from salnb.study.scale import Scale, check_known
 from salnb.train.config import PRACTICAL, Config
 
 __all__ = [
@@ -83,16 +85,16 @@ class Training(NamedTuple):
 
         The folder is named after the settings: two studies whose settings are equal share one run.
         """
-        settings = Config(out="run", **self.settings).to_dict()
-        settings = {name: value for name, value in settings.items() if name not in PRACTICAL}
+        config = Config(out="run", **self.settings)
+        settings = {name: value for name, value in config.to_dict().items() if name not in PRACTICAL}
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
-        return Config(out=str(Path(runs) / digest), **self.settings)
+        return dataclasses.replace(config, out=str(Path(runs) / digest))
 
 
 # from the settings of a run with a weight, to the weight that makes another one's term as strong
 Match = Callable[[Mapping[str, Any], Mapping[str, Any]], float]
 Gammas = Mapping[str, float]
-# the factors of runs and their settings, both without the seed
+# the factors of runs and their settings, both without the seed; a network that is no factor is the first
 Cells = Iterator[tuple[dict[str, Any], dict[str, Any]]]
 # in place of both, where only the other settings matter
 UNCHOSEN: tuple[Gammas, Match] = (defaultdict(lambda: 1.0), lambda settings, changed: 1.0)
@@ -111,74 +113,63 @@ def trainings(study: str, scale: Scale, gammas: Gammas, match: Match) -> list[Tr
     Raises:
         ValueError: the study is unknown, or settings are not allowed together.
     """
-    if study not in STUDIES:
-        raise catalog.unknown("study", study, STUDIES)
-    scale = scale.for_study(study)
+    check_known("study", [study], STUDIES)
+    scale, found = scale.for_study(study), []
     cells = list(STUDIES[study](scale, gammas, match))  # once, as weights take time to match
-    found = [
-        Training(study, {**factors, "seed": seed}, {**scale.training, **settings, "seed": seed})
-        for seed in (scale.gamma_seeds if study == "gamma" else scale.seeds)
-        for factors, settings in cells
-    ]
-    for training in found:
-        training.config("runs")
+    for seed in scale.gamma_seeds if study == "gamma" else scale.seeds:
+        for factors, settings in cells:
+            where = {"data": factors["data"], "model": factors.get("network", scale.networks[0])}
+            settings = {**scale.training, **where, **settings, "seed": seed}
+            found.append(Training(study, {**factors, "seed": seed}, settings))
+            _config(scale, settings)
     return found
+
+
+def _config(scale: Scale, settings: Mapping[str, Any]) -> Config:
+    try:
+        return Config(out="run", **settings)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"training of scale {scale.name!r}: {error}") from error
 
 
 def _gamma(scale: Scale, gammas: Gammas, match: Match) -> Cells:
     """The weights to choose from, on the network and the augmentation that come first."""
-    network = scale.networks[0]
     for data, gamma in itertools.product(scale.data, (0.0, *map(float, scale.gammas))):
-        settings = {"data": data, "model": network, "augmentation": "affine", "gamma": gamma}
-        yield {"data": data, "network": network, "gamma": f"{gamma:g}"}, settings
+        factors = {"data": data, "network": scale.networks[0], "gamma": f"{gamma:g}"}
+        yield factors, {"augmentation": "affine", "gamma": gamma}
 
 
-def _with_and_without(scale: Scale, gammas: Gammas, augmentations: Sequence[str]) -> Cells:
+def _with_and_without(augmentations: Sequence[str], scale: Scale, gammas: Gammas, match: Match) -> Cells:
     for data, network, augmentation in itertools.product(scale.data, scale.networks, augmentations):
         for strategy, gamma in {"reference": 0.0, "saliency": gammas[data]}.items():
             factors = {"data": data, "network": network, "augmentation": augmentation, "strategy": strategy}
-            settings = {"data": data, "model": network, "augmentation": augmentation, "gamma": gamma}
-            yield factors, settings
-
-
-def _table1(scale: Scale, gammas: Gammas, match: Match) -> Cells:
-    return _with_and_without(scale, gammas, TABLE1_AUGMENTATIONS)
-
-
-def _table2(scale: Scale, gammas: Gammas, match: Match) -> Cells:
-    return _with_and_without(scale, gammas, ("simclr",))
+            yield factors, {"augmentation": augmentation, "gamma": gamma}
 
 
 def _table3(scale: Scale, gammas: Gammas, match: Match) -> Cells:
     for data, network, strategy in itertools.product(scale.data, scale.networks, TABLE3_STRATEGIES):
-        factors = {"data": data, "network": network, "strategy": strategy}
-        yield factors, {"data": data, "model": network, **TABLE3_STRATEGIES[strategy]}
+        yield {"data": data, "network": network, "strategy": strategy}, TABLE3_STRATEGIES[strategy]
 
 
 def _open(scale: Scale, gammas: Gammas, match: Match) -> Cells:
     """One factor at a time around a default; each is compared with its reference, which has no such term."""
     for data in scale.data:
-        shared = {"data": data, "model": scale.networks[0], "augmentation": "affine"}
-        whole = {**scale.training, **shared, "gamma": gammas[data]}
-        default = Config(out="run", **whole)
+        own = {"data": data, "model": scale.networks[0], "augmentation": "affine", "gamma": gammas[data]}
+        whole = {**scale.training, **own}
+        default = _config(scale, whole)
         sizes, variants = _training_sets(default), _variants(default)
         wanted = [ALL_IMAGES, *(scale.variants or (*sizes, *variants))]
-        for variant in wanted:
-            if variant not in sizes and variant not in variants:
-                raise catalog.unknown(
-                    f"variants of scale {scale.name!r}: variant", variant, [*sizes, *variants]
-                )
+        check_known(f"variants of scale {scale.name!r}: variant", wanted, [*sizes, *variants])
         for images in dict.fromkeys(name for name in wanted if name in sizes):
             for variant, gamma in {"reference": 0.0, "default": gammas[data]}.items():
                 factors = {"data": data, "images": images, "variant": variant}
-                yield factors, {**shared, **sizes[images], "gamma": gamma}
+                yield factors, {**whole, **sizes[images], "gamma": gamma}
         for variant in (name for name in wanted if name in variants):
-            changes = variants[variant]
-            if Config(out="run", **{**whole, **changes}) == default:
+            settings = {**whole, **variants[variant]}
+            if _config(scale, settings) == default:
                 continue  # that is the default here
-            settings = {**shared, "gamma": gammas[data], **changes}
-            if _UNITS & changes.keys():
-                settings["gamma"] = match(whole, {**whole, **changes})
+            if _UNITS & variants[variant].keys():
+                settings["gamma"] = match(whole, settings)
             yield {"data": data, "images": ALL_IMAGES, "variant": variant}, settings
 
 
@@ -226,8 +217,8 @@ REFERENCES = {
 
 STUDIES: dict[str, Callable[[Scale, Gammas, Match], Cells]] = {
     "gamma": _gamma,
-    "table1": _table1,
-    "table2": _table2,
+    "table1": functools.partial(_with_and_without, TABLE1_AUGMENTATIONS),
+    "table2": functools.partial(_with_and_without, ("simclr",)),
     "table3": _table3,
     "open": _open,
 }

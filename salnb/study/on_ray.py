@@ -38,11 +38,16 @@ class OnRay:
     Raises:
         ModuleNotFoundError: Ray is not installed.
         ConnectionError: there is no cluster at the address.
-        ValueError: the cluster is too small for the share.
+        ValueError: the share is not positive, or the cluster is too small for it.
     """
 
     address: str = "local"
     share: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Check the share."""
+        if not self.share > 0:
+            raise ValueError(f"share must be positive, got {self.share}")
 
     def __call__(self, pending: Sequence[Training], runs: Path, started: Started) -> Ended:
         """Make them; see `salnb.study.runner.Executor`."""

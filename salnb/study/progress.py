@@ -28,13 +28,11 @@ class Progress:
         self.bar = progress(what=study, total=total, initial=done, file=display)
 
     def __enter__(self) -> "Progress":
-        """Show where it starts."""
         if self.bar.disable and self.done:
             print(f"{self.study}: {self.done}/{self.total} were done before", file=self.display, flush=True)
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Leave the line free."""
         self.bar.close()
 
     def started(self, training: Training) -> None:

@@ -7,8 +7,10 @@ What a study leaves in its folder: `STUDY/NAME.json`, the record of each run; `r
 runs, see `salnb.train`.
 """
 
+import contextlib
 import dataclasses
 import sys
+import tempfile
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,14 +18,15 @@ from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 from salnb import results
-from salnb._common.files import locked
+from salnb._common.files import locked, remove_drafts
 from salnb.study.grids import UNCHOSEN, Training, trainings
 from salnb.study.progress import Progress
 from salnb.study.scale import Scale
+from salnb.study.values import read_one
 from salnb.study.weights import choose_gammas, match_weight
 from salnb.train import fit
 
-__all__ = ["Executor", "in_process", "read", "run", "run_training"]
+__all__ = ["Executor", "in_process", "run", "run_training"]
 
 
 # what an executor calls when a run begins, and what it yields
@@ -66,10 +69,15 @@ def run(
         ValueError: settings of the scale are not allowed, or a record in the folder is of other settings.
         RuntimeError: no run succeeded from which the weight of the saliency loss could be chosen.
         FileExistsError: another process is at work in the folder.
+        OSError: the folder cannot be made or written to.
         Interrupted: a signal stopped the run under way, which has been saved.
     """
+    if not str(folder):
+        raise ValueError("out must name a folder, got ''")
     folder, execute = Path(folder), execute or in_process
     trainings(study, scale, *UNCHOSEN)  # all mistakes, before anything is run
+    with _writing_to(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
         own = scale.for_study(study)
         gammas = dict.fromkeys(own.data, float(own.gammas[0]))
@@ -95,13 +103,26 @@ def _run(
     planned = trainings(study, scale, gammas, match_weight)
     records = {t.name: record for t in planned if (record := _finished(t, folder))}
     pending = [t for t in planned if t.name not in records]
+    if pending:
+        with _writing_to(folder), tempfile.TemporaryFile(dir=folder):
+            remove_drafts(folder / study)
     with Progress(study, len(planned), len(records), display or sys.stderr) as progress:
         for training, record in execute(pending, folder / "runs", progress.started):
             record = {"study": study, "scale": scale.name, "name": training.name, **record}
-            results.write_record(_path(training, folder), record)
+            with _writing_to(folder):
+                results.write_record(_path(training, folder), record)
             records[training.name] = record
             progress.finished(training, record)
     return [records[t.name] for t in planned]
+
+
+@contextlib.contextmanager
+def _writing_to(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, UnicodeError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise OSError(f"out must be a folder that can be written to, got {str(folder)!r}: {why}") from error
 
 
 def _path(training: Training, folder: Path) -> Path:
@@ -113,26 +134,14 @@ def _finished(training: Training, folder: Path) -> dict[str, Any] | None:
     path = _path(training, folder)
     if not path.exists():
         return None
-    record = results.read_record(path)
-    if record.get("status") != "done":
+    record = read_one(path, training.study)
+    if record["status"] != "done":
         return None
-    if different := training.config(folder).differences(record["result"]["config"]):
+    if different := training.config(folder).differences(record["result"].get("config", {})):
         raise ValueError(
             f"out: {path} is of a training with other settings: {different}; take another folder"
         )
     return record
-
-
-def read(folder: str | Path, study: str) -> list[dict[str, Any]]:
-    """The records of a study that are in a folder, by name.
-
-    Raises:
-        FileNotFoundError: there is none.
-    """
-    files = sorted((Path(folder) / study).glob("*.json"))
-    if not files:
-        raise FileNotFoundError(f"there is no record of {study} in {folder}: run `salnb study {study}`")
-    return [results.read_record(file) for file in files]
 
 
 def run_training(training: Training, runs: Path) -> dict[str, Any]:

@@ -4,6 +4,7 @@ Free of torch, so that a mistake is answered at once.
 """
 
 import dataclasses
+import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,10 @@ from salnb._common import catalog
 from salnb._common.packages import require
 from salnb.train.config import Config
 
-__all__ = ["STUDY_NAMES", "Scale", "load_scale"]
+__all__ = ["STUDY_NAMES", "Scale", "check_known", "load_scale"]
+
+# settings of which every study has values of its own
+_OF_STUDIES = frozenset({"augmentation", "data", "gamma", "model", "out", "seed"})
 
 STUDY_NAMES = ("gamma", "table1", "table2", "table3", "open")
 
@@ -50,30 +54,27 @@ class Scale:
 
     def __post_init__(self) -> None:
         """Check what the settings of a single run do not tell."""
-        for name in ("data", "networks", "seeds", "gammas", "gamma_seeds", "variants"):
-            self._check_list(name)
         of_scale = f"of scale {self.name!r}"
-        for name in ("training", "studies"):
-            _check_mapping(f"{name} {of_scale}", getattr(self, name))
+        for name in ("data", "networks", "seeds", "gammas", "gamma_seeds", "variants"):
+            _check_list(f"{name} {of_scale}", getattr(self, name), least=name != "variants")
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name in ("seeds", "gamma_seeds"):
+            if not all(type(seed) is int for seed in getattr(self, name)):
+                raise TypeError(f"{name} {of_scale} must be whole numbers, got {getattr(self, name)}")
         if both := set(self.seeds) & set(self.gamma_seeds):
             raise ValueError(f"gamma_seeds {of_scale} must not be among seeds, got {sorted(both)}")
-        if not all(isinstance(gamma, int | float) and gamma > 0 for gamma in self.gammas):
+        if not all(type(gamma) in (int, float) and 0 < gamma < math.inf for gamma in self.gammas):
             raise ValueError(f"gammas {of_scale} must be positive numbers, got {self.gammas}")
-        _check_known(f"data {of_scale}:", self.data, catalog.DATA)
+        for name in ("training", "studies"):
+            _check_mapping(f"{name} {of_scale}", getattr(self, name))
+        check_known(f"data {of_scale}:", self.data, catalog.DATA)
         settings = [f.name for f in dataclasses.fields(Config)]
-        _check_known(f"training {of_scale}: setting", self.training, settings)
-        _check_known(f"studies {of_scale}: study", self.studies, STUDY_NAMES)
+        check_known(f"training {of_scale}: setting", self.training, settings)
+        if own := _OF_STUDIES & self.training.keys():
+            raise ValueError(f"training {of_scale} must leave {', '.join(sorted(own))} to the studies")
+        check_known(f"studies {of_scale}: study", self.studies, STUDY_NAMES)
         for study in self.studies:
             self.for_study(study)
-
-    def _check_list(self, name: str) -> None:
-        values = getattr(self, name)
-        is_list = isinstance(values, Sequence) and not isinstance(values, str)
-        if not is_list or not (values or name == "variants"):
-            raise TypeError(f"{name} of scale {self.name!r} must be a list, not empty, got {values!r}")
-        if len(values) != len(set(map(repr, values))):
-            raise ValueError(f"{name} of scale {self.name!r} must not name anything twice, got {values}")
-        object.__setattr__(self, name, tuple(values))
 
     def with_training(self, **settings: Any) -> "Scale":
         """The same with other settings of all runs, whatever a study says of its own."""
@@ -120,19 +121,31 @@ def load_scale(scale: str | Path | Mapping[str, Any]) -> Scale:
         raise catalog.unknown("scale", str(scale), [*files, "FILE.yml"])
     yaml = require("yaml", "train")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))["scale"]
-    except (OSError, UnicodeError, KeyError, TypeError, yaml.YAMLError) as error:
-        raise ValueError(f"scale {path} is no file with a mapping named scale: {error}") from error
-    return _scale(path.stem, values)
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except Exception as error:  # bytes, syntax, tags, dates: the parser has many
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"scale {path} is no file with a mapping named scale: {why}") from error
+    if not isinstance(content, Mapping) or "scale" not in content:
+        raise ValueError(f"scale {path} is no file with a mapping named scale")
+    return _scale(path.stem, content["scale"])
 
 
 def _scale(name: str, values: Mapping[str, Any]) -> Scale:
     _check_mapping(f"scale {name!r}", values)
     known = [f.name for f in dataclasses.fields(Scale) if f.name != "name"]
-    _check_known(f"key of scale {name!r}", values, known)
+    check_known(f"key of scale {name!r}", values, known)
     if missing := {"data", "networks", "seeds"} - values.keys():
         raise ValueError(f"scale {name!r} lacks {', '.join(sorted(missing))}")
     return Scale(name=name, **values)
+
+
+def _check_list(what: str, given: Any, *, least: int) -> None:
+    is_list = isinstance(given, Sequence) and not isinstance(given, str | bytes)
+    if not is_list or len(given) < least:
+        raise TypeError(f"{what} must be a list, not empty, got {given!r}")
+    words = [f"{v:g}" if isinstance(v, float) else repr(v) for v in given]  # as in the names of records
+    if len(words) != len(set(words)):
+        raise ValueError(f"{what} must not name anything twice, got {given}")
 
 
 def _check_mapping(what: str, given: object) -> None:
@@ -140,9 +153,10 @@ def _check_mapping(what: str, given: object) -> None:
         raise TypeError(f"{what} must be a mapping, got {given!r}")
 
 
-def _check_known(what: str, names: Iterable[str], known: Collection[str]) -> None:
+def check_known(what: str, names: Iterable[str], known: Collection[str]) -> None:
+    """Raise a ValueError, which begins with `what`, unless all names are among the known ones."""
     for name in names:
-        if name not in known:
+        if name not in list(known):  # which asks nothing of a name, not even that it can be a key
             raise catalog.unknown(what, name, known)
 
 

@@ -9,7 +9,7 @@ import torch
 
 from salnb import data
 from salnb._common.devices import best_device
-from salnb.statistics import mean
+from salnb.statistics import mean, reached
 from salnb.train.config import Config
 from salnb.train.setup import derived_seed, make_objective, numerics
 
@@ -36,7 +36,7 @@ def choose_gammas(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         accuracies = found.setdefault(record["factors"]["data"], {})
         gamma = float(record["factors"]["gamma"])
         if record["status"] == "done" and gamma:
-            accuracies.setdefault(gamma, []).append(record["result"]["validation_accuracy"])
+            accuracies.setdefault(gamma, []).append(reached(record, "validation_accuracy"))
     for name, accuracies in found.items():
         if not accuracies:
             errors = "; ".join(r["error"] for r in records if r["status"] == "failed")

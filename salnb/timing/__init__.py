@@ -7,10 +7,10 @@ from salnb._common.lazy import lazy_names
 if TYPE_CHECKING:
     from salnb.timing import tables
     from salnb.timing.cases import PAPER, TABLE_4, Case, Settings, plan
-    from salnb.timing.comparison import compare, describe
     from salnb.timing.measurement import measure
     from salnb.timing.records import case_of, check_record, read_timing
     from salnb.timing.runner import default_path, study
+    from salnb.timing.tables import compare, describe
 
 __all__ = [
     "PAPER",
@@ -33,10 +33,9 @@ __getattr__, __dir__ = lazy_names(
     __name__,
     {
         "cases": ("PAPER", "TABLE_4", "Case", "Settings", "plan"),
-        "comparison": ("compare", "describe"),
         "measurement": ("measure",),
         "records": ("case_of", "check_record", "read_timing"),
         "runner": ("default_path", "study"),
-        "tables": (),
+        "tables": ("compare", "describe", "tables"),
     },
 )

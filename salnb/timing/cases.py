@@ -1,7 +1,8 @@
 """Which steps a timing study measures, in which order; free of torch, to answer mistakes at once."""
 
+import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from salnb._common import catalog
@@ -23,14 +24,7 @@ MODES = ("eager", "compiled")
 # what a study takes where it is not told: on a CPU, elsewhere
 _USUAL = {"budget": (55.0, 570.0), "batch": (2, 32), "size": (64, 224), "iterations": (8, 200)}
 # the methods whose cost is compared, the dearest last
-TIMED_METHODS = (
-    "vanilla_gradient",
-    "deconvnet",
-    "guided_backprop",
-    "grad_cam",
-    "guided_grad_cam",
-    "smoothgrad",
-)
+TIMED_METHODS = sorted(catalog.METHODS, key=lambda method: catalog.METHODS[method].repeats is not None)
 
 
 @dataclass(frozen=True)
@@ -70,9 +64,14 @@ class Case:
         return MODES[self.compiled]
 
     @property
+    def arithmetic(self) -> str:
+        """The precision in words: "fp32", "tf32" or "bf16"."""
+        return "fp32" if self.precision == "32" else self.precision
+
+    @property
     def label(self) -> str:
         """The case in words."""
-        words = [self.network, {"32": "fp32"}.get(self.precision, self.precision), self.mode]
+        words = [self.network, self.arithmetic, self.mode]
         words += ["channels_last"] * self.channels_last + [f"{self.batch}+{self.batch}"]
         words += [self.method.replace("_", " ") if self.method else "baseline"]
         words += [f"every {self.every}"] * (self.every > 1)
@@ -84,10 +83,6 @@ class Case:
         repeats = catalog.METHODS[self.method].repeats if self.method else None
         return {repeats: self.samples} if repeats and self.samples else {}
 
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON can hold them."""
-        return asdict(self)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
@@ -98,11 +93,8 @@ class Settings:
         budget: seconds that the study may take. None: 55 on a CPU, 570 elsewhere.
         batch: originals in a step. None: 2 on a CPU, 32 elsewhere.
         size: height and width of the images. None: 64 on a CPU, 224 elsewhere.
-        iterations: of each row, the second half of which counts. None: 8 on a CPU, 200 elsewhere, as in the
-            paper.
-        networks: only rows of these.
-        precisions: only rows of these.
-        modes: only rows of these.
+        iterations: of each row, the second half of which counts. None: 8 on a CPU, elsewhere the paper's 200.
+        networks, precisions, modes: only rows of these.
 
     Raises:
         ValueError: a setting is not allowed; the message names it.
@@ -172,69 +164,55 @@ def _cpu_cases(settings: Settings) -> Iterator[Case]:
     """Table 4, then each question with a small network; what takes longest comes last."""
     networks = settings.networks or ("resnet18", "resnet50", "densenet121")
     first = Case(networks[0], batch=settings.batch or 0, size=settings.size or 0)
-    yield from (replace(first, network=name) for name in networks)
-    yield from _every(first)
-    yield from _batches(first, [2 * first.batch, 4 * first.batch, 8 * first.batch])
+    yield from _each(first, network=networks)
+    yield from _each(first, every=(1, 4, 16))
+    yield from _each(first, batch=[factor * first.batch for factor in (2, 4, 8)])
     *cheap, repeated = _methods(first, samples=5)
     yield from cheap
     yield replace(first, channels_last=True)
     if not settings.networks:
-        yield from (replace(first, network=name) for name in ("densenet169", "vgg16", "vgg19"))
+        yield from _each(first, network=("densenet169", "vgg16", "vgg19"))
     yield repeated
     if settings.precisions and "bf16" in settings.precisions:  # most CPUs have to emulate it
-        yield from (replace(first, network=name, precision="bf16") for name in networks)
+        yield from _each(first, network=networks, precision=["bf16"])
     # minutes, and nothing gained on a CPU: all networks only where it is asked for
-    for name in networks if settings.modes else networks[:1]:
-        yield replace(first, network=name, compiled=True)
+    yield from _each(first, network=networks if settings.modes else networks[:1], compiled=[True])
 
 
 def _gpu_cases(settings: Settings) -> Iterator[Case]:
     """The paper's table as it is, then in faster arithmetic, then compiled, then each further question."""
     chosen = settings.networks
-    networks = chosen or TABLE_4
-    more = () if chosen else ("resnet18", "convnext_tiny", "vit_b_16")
-    first = Case("resnet50", batch=settings.batch or 0, size=settings.size or 0)
-    if chosen and "resnet50" not in chosen:
-        first = replace(first, network=chosen[0])
+    networks, more = (chosen, ()) if chosen else (TABLE_4, ("resnet18", "convnext_tiny", "vit_b_16"))
+    network = "resnet50" if "resnet50" in networks else networks[0]
+    first = Case(network, batch=settings.batch or 0, size=settings.size or 0)
     fast = replace(first, precision="bf16")
-
-    def table(names: Sequence[str], **changes: Any) -> Iterator[Case]:
-        return (replace(first, network=name, **changes) for name in names)
-
-    yield from table(networks)
-    yield from table(networks, precision="bf16")
-    yield from table(networks, precision="tf32")
-    yield from _every(fast)
+    yield from _each(first, precision=("32", "bf16", "tf32"), network=networks)
+    yield from _each(fast, every=(1, 4, 16))
     yield replace(fast, channels_last=True)
     yield replace(fast, compiled=True)
     yield replace(first, precision="tf32", compiled=True)
-    yield from _batches(fast, [8, 16, 32, 64, 128, 256])
+    yield from _each(fast, batch=(8, 16, 32, 64, 128, 256))
     yield from _methods(fast, samples=25)
-    yield from table(more, precision="bf16")
+    yield from _each(fast, network=more)
+    yield from _each(first, precision=("bf16", "tf32"), network=networks, compiled=[True])
+    yield from _each(first, precision=("32", "tf32"), network=more)
     for precision in ("bf16", "tf32"):
-        yield from table(networks, precision=precision, compiled=True)
-    for precision in ("32", "tf32"):
-        yield from table(more, precision=precision)
-    for precision in ("bf16", "tf32"):
-        yield from table((*networks, *more), precision=precision, channels_last=True)
-        yield from table((*networks, *more), precision=precision, channels_last=True, compiled=True)
-        yield from table(more, precision=precision, compiled=True)
-    yield from table((*networks, *more), compiled=True)
-    yield from table((*networks, *more), channels_last=True)
+        case = replace(first, precision=precision)
+        yield from _each(case, compiled=(False, True), network=(*networks, *more), channels_last=[True])
+        yield from _each(case, network=more, compiled=[True])
+    yield from _each(first, network=(*networks, *more), compiled=[True])
+    yield from _each(first, network=(*networks, *more), channels_last=[True])
 
 
-def _every(case: Case) -> Iterator[Case]:
-    return (replace(case, every=every) for every in (1, 4, 16))
-
-
-def _batches(case: Case, batches: Sequence[int]) -> Iterator[Case]:
-    return (replace(case, batch=batch) for batch in batches if batch >= 2)
+def _each(case: Case, **values: Sequence[Any]) -> Iterator[Case]:
+    """The case with each combination of values of some fields, the last field changing fastest."""
+    for combination in itertools.product(*values.values()):
+        yield replace(case, **dict(zip(values, combination, strict=True)))
 
 
 def _methods(case: Case, samples: int) -> Iterator[Case]:
     for method in TIMED_METHODS:
-        repeated = catalog.METHODS[method].repeats
-        yield replace(case, method=method, samples=samples if repeated else 0)
+        yield replace(case, method=method, samples=samples if catalog.METHODS[method].repeats else 0)
 
 
 def counted(iterations: int, every: int) -> tuple[int, int]:

@@ -8,16 +8,7 @@ from typing import Any
 
 import torch
 
-__all__ = [
-    "CudaClock",
-    "HostClock",
-    "MpsClock",
-    "OutOfBudgetError",
-    "Stopwatch",
-    "clock_of",
-    "distribution",
-    "run_protocol",
-]
+__all__ = ["HostClock", "OutOfBudgetError", "Stopwatch", "clock_of", "distribution", "run_protocol"]
 
 
 class OutOfBudgetError(RuntimeError):
@@ -28,43 +19,37 @@ class HostClock:
     """Marks moments of the host; for devices that have done what they were told when a call returns."""
 
     def mark(self) -> Any:
-        """This moment."""
+        """This moment; on a device with a clock of its own, when it has done what it was told so far."""
         return time.perf_counter()
 
     def wait(self) -> None:
         """Until the device has done all its work."""
 
     def seconds(self, start: Any, end: Any) -> float:
-        """Between two moments."""
+        """Between two moments, after `wait`."""
         return end - start
 
 
-class CudaClock(HostClock):
+class _CudaClock(HostClock):
     """Marks moments of a GPU by events in its stream, so that nothing has to wait between two steps."""
 
     def __init__(self, device: torch.device):
         self.device = device
 
     def mark(self) -> Any:
-        """The moment when the GPU has done what it was told so far."""
         event = torch.cuda.Event(enable_timing=True)
         event.record(torch.cuda.current_stream(self.device))
         return event
 
     def wait(self) -> None:
-        """Until the GPU has done all its work."""
         torch.cuda.synchronize(self.device)
 
     def seconds(self, start: Any, end: Any) -> float:
-        """Between two moments, after `wait`."""
         return start.elapsed_time(end) / 1000
 
 
-class MpsClock(HostClock):
-    """Waits for the device at every moment that is marked."""
-
+class _MpsClock(HostClock):
     def mark(self) -> Any:
-        """The moment when the device has done what it was told so far."""
         torch.mps.synchronize()
         return time.perf_counter()
 
@@ -72,16 +57,12 @@ class MpsClock(HostClock):
 def clock_of(device: torch.device) -> HostClock:
     """The clock that measures the device's own time."""
     if device.type == "cuda":
-        return CudaClock(device)
-    return MpsClock() if device.type == "mps" else HostClock()
+        return _CudaClock(device)
+    return _MpsClock() if device.type == "mps" else HostClock()
 
 
 class Stopwatch:
-    """Takes the time of steps and of their parts.
-
-    Args:
-        clock: says what a moment is.
-    """
+    """Takes the time of steps and of their parts, by a clock."""
 
     def __init__(self, clock: HostClock):
         self.clock = clock
@@ -117,7 +98,9 @@ def run_protocol(
     iterations: int,
     averaged: int,
     left: Callable[[], float] = lambda: float("inf"),
-) -> None:
+    *,
+    shrink: bool = False,
+) -> tuple[int, int]:
     """Run a step so often, with the device idle at the start and before the iterations that count.
 
     Args:
@@ -126,20 +109,29 @@ def run_protocol(
         iterations: how often, at least 4.
         averaged: how many of the last ones count.
         left: tells how many seconds are left.
+        shrink: run as often as there is time for, but 5 times at least.
+
+    Returns:
+        How often it was run, and how many of the last times count.
 
     Raises:
         OutOfBudgetError: after three iterations it is plain that the rest would take longer than is left.
     """
-    watch.clock.wait()
-    for i in range(iterations):
-        if i in (1, 3, iterations - averaged):
+    while len(watch.laps) < iterations:
+        i = len(watch.laps)
+        if i in (0, 1, 3, iterations - averaged):
             watch.clock.wait()
         if i == 3:
-            needed = (iterations - i) * statistics.mean(watch.times(2))
-            if needed > left():
-                raise OutOfBudgetError(f"{needed:.0f} s more were needed, {max(left(), 0):.0f} s were left")
+            each, rest = statistics.mean(watch.times(2)), max(left(), 0)
+            needed = (iterations - i) * each
+            if needed > rest and not shrink:
+                raise OutOfBudgetError(f"{needed:.0f} s more were needed, {rest:.0f} s were left")
+            if needed > rest:
+                iterations = min(iterations, max(5, i + int(rest / each)))
+                averaged = iterations // 2
         watch.run(step)
     watch.clock.wait()
+    return iterations, averaged
 
 
 def distribution(times: Sequence[float]) -> dict[str, float]:
@@ -149,11 +141,5 @@ def distribution(times: Sequence[float]) -> dict[str, float]:
     2.0
     """
     steps = statistics.quantiles(times, n=20, method="inclusive")
-    return {
-        "mean": statistics.fmean(times),
-        "median": statistics.median(times),
-        "p5": steps[0],
-        "p95": steps[-1],
-        "min": min(times),
-        "max": max(times),
-    }
+    found = {"mean": statistics.fmean(times), "median": statistics.median(times)}
+    return found | {"p5": steps[0], "p95": steps[-1], "min": min(times), "max": max(times)}

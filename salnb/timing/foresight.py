@@ -8,7 +8,7 @@ import torch
 from salnb.timing.cases import Case, counted
 from salnb.timing.records import Row
 
-__all__ = ["expected_seconds", "foreseen", "lacking"]
+__all__ = ["expected_seconds", "foreseen", "guaranteed", "lacking"]
 
 # seconds that compiling is taken to need before any was seen: of a baseline, of a step with saliency
 _COMPILING = (30.0, 90.0)
@@ -28,8 +28,7 @@ def foreseen(
         left: seconds that are left.
         before: the rows that had their turn.
     """
-    missing = lacking(case, device)
-    if missing:
+    if missing := lacking(case, device):
         return "not available", missing
     for row in before:
         n = row.case.batch
@@ -41,29 +40,36 @@ def foreseen(
     return None, ""
 
 
+def guaranteed(case: Case, before: Sequence[Row], left: float) -> bool:
+    """Whether a row is measured however long it takes: no pair was measured before it.
+
+    The plan begins with a pair; another takes its place while there is time. What has to be compiled may take
+    minutes, in which nothing is gained by fewer iterations.
+    """
+    paired = any(row.measured and row.case.method for row in before)
+    return not (paired or case.compiled) and (left > 0 or len(before) < 2)
+
+
 def expected_seconds(case: Case, iterations: int, before: Sequence[Row]) -> float:
     """At least what a row takes, as far as the rows before it tell."""
-    done = [(row.case, row.measured) for row in before if row.measured]
-    compiling = 0.0
-    if case.compiled:
-        alike = [(other.compiled, bool(other.method)) == (True, bool(case.method)) for other, _ in done]
-        seen = [found.first_step_seconds for (_, found), same in zip(done, alike, strict=True) if same]
-        compiling = max(seen, default=_COMPILING[bool(case.method)])
-    base = next((found.seconds["mean"] for other, found in done if other == case.baseline), 0.0)
+    done = {row.case: row.measured for row in before if row.measured}
+    alike = [
+        found for other, found in done.items() if other.compiled and bool(other.method) == bool(case.method)
+    ]
+    compiling = max((found.first_step_seconds for found in alike), default=_COMPILING[bool(case.method)])
+    base = done.get(case.baseline)
     # the arithmetic of a step with saliency is twice that of its baseline, and again for each noisy copy
     steps = counted(iterations, case.every)[0] * (1 + max(1, case.samples) / case.every if case.method else 1)
-    return compiling + steps * base
+    return case.compiled * compiling + (steps * base.seconds["mean"] if base else 0)
 
 
 def lacking(case: Case, device: torch.device) -> str:
     """What the device lacks for a row; empty where nothing."""
     if device.type != "cuda":
         return "TF32 is for NVIDIA's GPUs" if case.precision == "tf32" else ""
-    needs = [{"tf32": "TF32", "bf16": "bfloat16"}.get(case.precision), "the compiler" * case.compiled]
-    major, minor = torch.cuda.get_device_capability(device)
-    for need in filter(None, needs):
-        least = _CAPABILITIES[need]
-        if (major, minor) < least:
-            wanted = f"{least[0]}.{least[1]}"
-            return f"{need} needs compute capability {wanted}, this device has {major}.{minor}"
+    capability = torch.cuda.get_device_capability(device)
+    for need in ({"tf32": "TF32", "bf16": "bfloat16"}.get(case.precision), "the compiler" * case.compiled):
+        if need and capability < _CAPABILITIES[need]:
+            wanted, got = (f"{major}.{minor}" for major, minor in (_CAPABILITIES[need], capability))
+            return f"{need} needs compute capability {wanted}, this device has {got}"
     return ""

@@ -7,7 +7,7 @@ either.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -15,11 +15,11 @@ import torch
 
 from salnb.timing.cases import Case, counted
 from salnb.timing.clock import Stopwatch, clock_of, distribution, run_protocol
-from salnb.timing.profiler import clocks, peak_flops, profiled
-from salnb.timing.records import Measured
+from salnb.timing.profiler import StepProfile, clocks, peak_flops
+from salnb.timing.records import ACCESSORIES, Measured, Row
 from salnb.timing.steps import arithmetic, count_flops, step_of
 
-__all__ = ["measure", "measure_case"]
+__all__ = ["measure", "measure_case", "reason_of"]
 
 
 def measure(
@@ -39,46 +39,103 @@ def measure(
 
     Returns:
         The case's fields and what was measured, without the ratios to its baseline. Times are in seconds.
+        What could not be found out beside them is null, and `lacks` says why.
 
     Raises:
         OutOfBudgetError: it would take longer than is left.
         torch.OutOfMemoryError: the device is too small for it.
     """
-    return case.to_dict() | asdict(measure_case(case, torch.device(device), iterations=iterations, left=left))
+    measured = measure_case(case, torch.device(device), iterations=iterations, left=left)
+    return asdict(case) | measured.to_dict()
 
 
-def measure_case(case: Case, device: torch.device, *, iterations: int, left: Callable[[], float]) -> Measured:
-    """What `measure` finds out about a case."""
-    iterations, averaged = counted(iterations, case.every)
+def measure_case(
+    case: Case,
+    device: torch.device,
+    *,
+    iterations: int,
+    left: Callable[[], float],
+    shrink: bool = False,
+    keep: Callable[[Measured], object] = lambda measured: None,
+) -> Measured:
+    """What `measure` finds out about a case.
+
+    Args:
+        case: see `measure`.
+        device: see `measure`.
+        iterations: see `measure`.
+        left: see `measure`.
+        shrink: where time is short, run fewer iterations, and leave out what takes long beside them.
+        keep: told the times as soon as they are there.
+    """
+    wanted, averaged = counted(iterations, case.every)
     watch = Stopwatch(clock_of(device))
     with arithmetic(case, device):
         step = step_of(case, device, watch.mark)
-        run_protocol(step, watch, iterations, averaged, left)
-        speed = clocks(device)  # just after the work, before the device slows down
-        times, first = watch.times(averaged), watch.times(iterations)[0]
-        parts = watch.parts(averaged) if case.every == 1 and not case.compiled else None
-        watch.laps.append([])  # what follows is none of the protocol's
-        kinds, peak = profiled(step, device)
-    flops, convolutions = count_flops(case)
-    share = None
+        iterations, averaged = run_protocol(step, watch, wanted, averaged, left, shrink=shrink)
+        measured = Measured(
+            iterations=iterations,
+            averaged=averaged,
+            seconds=_nanoseconds(distribution(watch.times(averaged))),
+            first_step_seconds=round(watch.times(iterations)[0], 9),
+            time=datetime.now(UTC).isoformat(timespec="seconds"),
+            lacks={name: "there was no time for it" for name in ACCESSORIES if name != "ratio"},
+        )
+        keep(measured)
+        profile = StepProfile(step, device)
+        # in this order: the clocks just after the work, before the device slows down
+        accessories: dict[str, Callable[[], Any]] = {
+            "clocks_mhz": lambda: clocks(device),
+            "parts": lambda: _parts(case, watch, averaged),
+            "held_bytes": lambda: step.held_bytes,
+            "kinds": lambda: _nanoseconds(profile.kinds) if case.every == 1 else None,
+            "peak_bytes": lambda: step.held_bytes + profile.peak_bytes,
+            "flops": lambda: count_flops(case),
+            "peak_share": lambda: _peak_share(case, device, measured, profile),
+        }
+        for name, find in accessories.items():
+            if name not in _SLOW or iterations == wanted or left() > 0:
+                measured = _with(case, measured, name, find)
+    return measured
+
+
+# what takes about as long as a few steps
+_SLOW = ("kinds", "peak_bytes", "flops", "peak_share")
+
+
+def _with(case: Case, measured: Measured, name: str, find: Callable[[], Any]) -> Measured:
+    """What was measured and one of `ACCESSORIES`, or why that is lacking."""
+    others = {other: why for other, why in measured.lacks.items() if other != name}
+    try:
+        value = find()
+        values = value if isinstance(value, tuple) else (value,)
+        found = replace(measured, **dict(zip(ACCESSORIES[name], values, strict=True)), lacks=others)
+        Row(case, "ok", measured=found).check()
+    except Exception as error:
+        return replace(measured, lacks=others | {name: reason_of(error)})
+    return found
+
+
+def _parts(case: Case, watch: Stopwatch, averaged: int) -> dict[str, float] | None:
+    parts = _nanoseconds(watch.parts(averaged)) if case.every == 1 and not case.compiled else None
+    watch.laps.append([])  # what follows is none of the protocol's
+    return parts
+
+
+def _peak_share(case: Case, device: torch.device, measured: Measured, profile: StepProfile) -> float | None:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    if (possible := peak_flops(name, case.precision)) and kinds["convolution"]:
-        share = convolutions / kinds["convolution"] / possible
-    return Measured(
-        iterations=iterations,
-        averaged=averaged,
-        seconds=_nanoseconds(distribution(times)),
-        parts=_nanoseconds(parts) if parts else None,
-        kinds=_nanoseconds(kinds) if case.every == 1 else None,
-        first_step_seconds=round(first, 9),
-        held_bytes=step.held_bytes,
-        peak_bytes=step.held_bytes + peak,
-        flops=flops,
-        convolution_flops=convolutions,
-        peak_share=share,
-        clocks_mhz=speed,
-        time=datetime.now(UTC).isoformat(timespec="seconds"),
-    )
+    possible = peak_flops(name, case.precision)
+    if possible is None:
+        return None
+    if measured.convolution_flops is None:
+        raise ValueError("the operations of the convolutions were not counted")
+    spent = profile.kinds["convolution"]
+    return measured.convolution_flops / spent / possible if spent else None
+
+
+def reason_of(error: Exception) -> str:
+    """An error in a line."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"[:300]
 
 
 def _nanoseconds(seconds: Mapping[str, float]) -> dict[str, float]:

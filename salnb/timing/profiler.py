@@ -5,16 +5,18 @@ import os
 import re
 import subprocess
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from salnb.timing.cases import PRECISIONS
 from salnb.timing.steps import TimedStep
 
-__all__ = ["KINDS", "clocks", "device_facts", "kind_of", "peak_flops", "profiled", "seconds_by_kind"]
+__all__ = ["KINDS", "StepProfile", "clocks", "device_facts", "kind_of", "peak_flops", "seconds_by_kind"]
 
 KINDS = ("convolution", "batch norm", "matrix product", "other")
 
@@ -46,17 +48,13 @@ def peak_flops(device_name: str, precision: str) -> float | None:
     """
     for pattern, peaks in _PEAKS.items():
         if re.search(pattern, device_name):
-            peak = peaks[("32", "tf32", "bf16").index(precision)]
-            return None if peak is None else peak * 1e12
+            peak = peaks[PRECISIONS.index(precision)]
+            return peak and peak * 1e12
     return None
 
 
-def kind_of(names: Iterable[str], kernel: str = "") -> str:
-    """What kind of work a piece of a step is.
-
-    Args:
-        names: the operator and what it was called by, from inside to outside.
-        kernel: the name of the kernel, on a GPU.
+def kind_of(names: Sequence[str], kernel: str = "") -> str:
+    """What kind of work a piece of a step is, by the names of its operator and of what that was called by.
 
     >>> kind_of(["aten::mul", "_BatchNormBackwardBackward"]), kind_of(["aten::addmm"])
     ('batch norm', 'matrix product')
@@ -64,35 +62,43 @@ def kind_of(names: Iterable[str], kernel: str = "") -> str:
     if kernel.startswith("triton"):
         # it bears the names of all that was fused into it; the products themselves are left to libraries
         return "batch norm" if _WORDS["batch norm"].search(kernel) else "other"
-    chain = list(names)
-    for kind, words in _WORDS.items():
-        if any(words.search(name) for name in chain):
-            return kind
-    return "other"
+    return next((kind for kind, words in _WORDS.items() if any(map(words.search, names))), "other")
 
 
-def profiled(step: TimedStep, device: torch.device) -> tuple[dict[str, float], int]:
-    """One step under the profiler.
+class StepProfile:
+    """One step, looked into when asked: where its time goes, and how much memory it takes."""
 
-    Returns:
-        Seconds of each of `KINDS` (of the device's kernels where it has some, else of the host), and the
-        most memory that is taken beyond parameters, buffers and batch, in bytes: gradients are included.
-    """
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it reports its own start past sys.stderr
-    on_gpu = device.type == "cuda"
-    step.model.zero_grad()
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats(device)
-        held = torch.cuda.memory_allocated(device)
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about devices that are not there
-        with profile(activities=activities, profile_memory=not on_gpu) as run:
-            step()
-            if on_gpu:
-                torch.cuda.synchronize(device)
-    peak = torch.cuda.max_memory_allocated(device) - held if on_gpu else _most_memory(run)
-    return seconds_by_kind(run.events(), on_gpu), peak
+    def __init__(self, step: TimedStep, device: torch.device):
+        self.step, self.device, self.on_gpu = step, device, device.type == "cuda"
+
+    @cached_property
+    def _run(self) -> Any:
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it reports its own start past sys.stderr
+        self.step.model.zero_grad()
+        activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * self.on_gpu
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about devices that are not there
+            with profile(activities=activities, profile_memory=not self.on_gpu) as run:
+                self.step()
+                if self.on_gpu:
+                    torch.cuda.synchronize(self.device)
+        return run
+
+    @cached_property
+    def kinds(self) -> dict[str, float]:
+        """Seconds of each of `KINDS`: of the device's kernels where it has some, else of the host."""
+        return seconds_by_kind(self._run.events(), self.on_gpu)
+
+    @cached_property
+    def peak_bytes(self) -> int:
+        """The most memory taken beyond parameters, buffers and batch, in bytes: gradients are included."""
+        if not self.on_gpu:
+            return _most_memory(self._run)
+        self.step.model.zero_grad()
+        torch.cuda.reset_peak_memory_stats(self.device)
+        held = torch.cuda.memory_allocated(self.device)
+        self.step()
+        return torch.cuda.max_memory_allocated(self.device) - held
 
 
 def seconds_by_kind(events: Iterable[Any], on_gpu: bool) -> dict[str, float]:
@@ -121,21 +127,17 @@ def _most_memory(run: Any) -> int:
 
 def device_facts(device: torch.device) -> dict[str, Any]:
     """The device's driver, clocks and limits as far as they can be found out; None where they cannot."""
-    facts: dict[str, Any] = {
-        "processor": _processor(),
-        "driver": None,
-        "clocks_mhz": None,
-        "power_limit_w": None,
-    }
+    facts: dict[str, Any] = {"processor": _processor()}
+    facts |= dict.fromkeys(("driver", "clocks_mhz", "power_limit_w"))
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        facts["cuda"], facts["cudnn"] = torch.version.cuda, torch.backends.cudnn.version()
-        facts["memory_bytes"] = properties.total_memory
-        facts["capability"] = f"{properties.major}.{properties.minor}"
-        answer = _nvidia_smi(device, "driver_version,power.limit,clocks.max.sm,clocks.max.mem")
-        if answer:
-            facts["driver"], facts["power_limit_w"] = answer[0], _number(answer[1])
-            facts["clocks_mhz"] = {"most_sm": _number(answer[2]), "most_memory": _number(answer[3])}
+        facts |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
+        capability = f"{properties.major}.{properties.minor}"
+        facts |= {"memory_bytes": properties.total_memory, "capability": capability}
+        if answer := _nvidia_smi(device, "driver_version,power.limit,clocks.max.sm,clocks.max.mem"):
+            power, most_sm, most_memory = map(_number, answer[1:])
+            facts |= {"driver": answer[0], "power_limit_w": power}
+            facts |= {"clocks_mhz": {"most_sm": most_sm, "most_memory": most_memory}}
     return facts
 
 
@@ -158,10 +160,7 @@ def _nvidia_smi(device: torch.device, query: str) -> list[str] | None:
 
 
 def _number(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:  # "[N/A]"
-        return None
+    return float(text) if re.fullmatch(r"\d+(\.\d+)?", text) else None  # else "[N/A]"
 
 
 def _processor() -> str | None:

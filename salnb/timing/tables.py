@@ -1,13 +1,18 @@
-"""What chapter 15 reads from records: rows that belong together, and tables of them in plain text."""
+"""Records in words: a row, two records side by side, and the tables of chapter 15; free of torch."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from fractions import Fraction
 from typing import Any
 
-from salnb.timing.cases import PAPER
+from salnb._common.tables import markdown_table
+from salnb.timing.cases import PAPER, Case
 from salnb.timing.records import case_of
 
 __all__ = [
     "batches_of",
+    "compare",
+    "describe",
     "describe_record",
     "memory_table",
     "method_label",
@@ -23,27 +28,75 @@ __all__ = [
 ]
 
 Record = Mapping[str, Any]
-TimingRow = dict[str, Any]
+TimingRow = Mapping[str, Any]
 Pair = tuple[TimingRow, TimingRow]
 
 METHOD = "vanilla_gradient"
 
 
+def describe(row: TimingRow) -> str:
+    """A row of a record in a line."""
+    label = case_of(row).label
+    if row["status"] != "ok":
+        return f"{label}: {row['status']} ({row['reason']})"
+    mean, low, high = (1000 * row["seconds"][name] for name in ("mean", "p5", "p95"))
+    words = [f"{label}: {mean:.2f} ms ({low:.2f} to {high:.2f})"]
+    words += [f"{row['peak_bytes'] / 2**20:.0f} MiB"] if row["peak_bytes"] else []
+    words += [f"{row['ratio']:.2f} times the baseline"] if row["ratio"] else []
+    words += [f"{row['flops_ratio']:.2f} its arithmetic"] if row["flops_ratio"] else []
+    return ", ".join(words + [f"without {name} ({why})" for name, why in row.get("lacks", {}).items()])
+
+
+def compare(first: Record, second: Record) -> str:
+    """Two records side by side, as a Markdown table of the rows that either of them measured.
+
+    Rows belong together where all but the batch and the size of the images agree and the batches are the
+    same multiple of the record's usual batch.
+    """
+    lines, keyed = [], []
+    for letter, record in zip("AB", (first, second), strict=True):
+        origin, protocol = record["provenance"], record["protocol"]
+        batch, size = protocol["batch"], protocol["size"]
+        lines.append(
+            f"{letter}: {origin['device_name']}, torch {origin['versions']['torch']}, {origin['time']}, "
+            f"batches of {batch}+{batch} at {size}×{size}, {protocol['iterations']} iterations"
+        )
+        keyed.append({_key(case_of(row), batch): row for row in record["rows"]})
+    cells = []
+    for case, batches in dict.fromkeys([*keyed[0], *keyed[1]]):
+        rows = [rows.get((case, batches), {}) for rows in keyed]
+        if "ok" in (row.get("status") for row in rows):
+            label = case.label.replace(", 0+0", "") + (f", {batches} × the batch" if batches != 1 else "")
+            cells.append([label, *_cells(*rows)])
+    header = ["step", "A ms", "B ms", "A / B", "ratio A", "ratio B", "arithmetic"]
+    return "\n".join([*lines, "", markdown_table(header, cells, rule="---")])
+
+
+def _key(case: Case, usual_batch: int) -> tuple[Case, Fraction]:
+    return replace(case, batch=0, size=0, samples=0), Fraction(case.batch, usual_batch)
+
+
+def _cells(a: TimingRow, b: TimingRow) -> list[str]:
+    times = [1000 * row["seconds"]["mean"] if row.get("seconds") else None for row in (a, b)]
+    states = [time or row.get("status") for time, row in zip(times, (a, b), strict=True)]
+    speedup = times[0] / times[1] if times[0] and times[1] else None
+    found = [*states, speedup, a.get("ratio"), b.get("ratio"), a.get("flops_ratio") or b.get("flops_ratio")]
+    return [f"{value:.2f}" if isinstance(value, float) else value or "–" for value in found]
+
+
 def rows_of(record: Record, **wanted: Any) -> list[TimingRow]:
     """The measured rows of a record in which the fields of the case have the given values.
 
-    Args:
-        record: see `read_timing`.
-        wanted: fields of `Case`; those that are not given are as in the paper: a saliency loss in every step,
-            fp32, eager, the usual layout, the record's usual batch.
+    Those that are not given are as in the paper: a saliency loss in every step, fp32, eager, the usual
+    layout, the record's usual batch.
     """
-    usual = {"every": 1, "compiled": False, "channels_last": False, "precision": "32"}
-    usual |= {"batch": record["protocol"]["batch"]} | wanted
-    return _matching(record["rows"], status="ok", **usual)
+    usual = {"status": "ok", "every": 1, "compiled": False, "precision": "32"}
+    return _matching(record, **usual | {"batch": record["protocol"]["batch"]} | wanted)
 
 
-def _matching(rows: Sequence[TimingRow], **wanted: Any) -> list[TimingRow]:
-    return [row for row in rows if all(row[name] == value for name, value in wanted.items())]
+def _matching(record: Record, **wanted: Any) -> list[TimingRow]:
+    wanted = {"channels_last": False} | wanted
+    return [row for row in record["rows"] if wanted.items() <= row.items()]
 
 
 def pair(record: Record, network: str, **wanted: Any) -> Pair | None:
@@ -61,19 +114,17 @@ def pairs(record: Record) -> dict[str, Pair]:
 def ratio_series(record: Record) -> dict[str, dict[str, float]]:
     """For each precision and mode, such as "fp32 eager", the ratios of the networks."""
     found: dict[str, dict[str, float]] = {}
-    batch = record["protocol"]["batch"]
-    for row in _matching(record["rows"], method=METHOD, every=1, channels_last=False, batch=batch):
+    for row in _matching(record, method=METHOD, every=1, batch=record["protocol"]["batch"]):
         if row["ratio"]:
-            precision = {"32": "fp32"}.get(row["precision"], row["precision"])
-            series = found.setdefault(f"{precision} {case_of(row).mode}", {})
-            series[row["network"]] = row["ratio"]
+            case = case_of(row)
+            found.setdefault(f"{case.arithmetic} {case.mode}", {})[row["network"]] = row["ratio"]
     return found
 
 
 def batches_of(record: Record) -> tuple[str, dict[int, dict[str | None, TimingRow]]]:
     """The network with most sizes of batches; its rows by originals in a batch, then by method or None."""
     found: dict[tuple[str, str], dict[int, dict[str | None, TimingRow]]] = {}
-    for row in _matching(record["rows"], every=1, compiled=False, channels_last=False):
+    for row in _matching(record, every=1, compiled=False):
         if row["method"] in (None, METHOD):
             sizes = found.setdefault((row["network"], row["precision"]), {})
             sizes.setdefault(row["batch"], {})[row["method"]] = row
@@ -86,17 +137,15 @@ def unfinished_batches(records: Mapping[str, Record]) -> list[str]:
     lines = []
     for name, record in records.items():
         network, batches = batches_of(record)
-        for size, found in batches.items():
-            states = [row["status"] for row in found.values() if row["status"] != "ok"]
-            lines += [f"{name}, {network}, {size}+{size}: {status}" for status in states]
+        states = ((size, row["status"]) for size, found in batches.items() for row in found.values())
+        lines += [f"{name}, {network}, {size}+{size}: {state}" for size, state in states if state != "ok"]
     return lines
 
 
 def method_rows(record: Record) -> list[TimingRow]:
     """Rows of the network whose methods were compared: less than every step first, then method by method."""
     network = next(row["network"] for row in record["rows"] if row["method"] == "grad_cam")
-    wanted = {"network": network, "batch": record["protocol"]["batch"]}
-    found = _matching(record["rows"], compiled=False, channels_last=False, **wanted)
+    found = _matching(record, network=network, compiled=False, batch=record["protocol"]["batch"])
     return sorted((row for row in found if row["ratio"]), key=lambda row: row["every"] == 1)
 
 
@@ -109,13 +158,13 @@ def method_label(row: TimingRow) -> str:
 
 def describe_record(name: str, record: Record) -> str:
     """A record in eight lines: on what it was measured, how, and how much of it there is."""
-    protocol, rows = record["protocol"], record["rows"]
+    origin, protocol, rows = record["provenance"], record["protocol"], record["rows"]
     batch, size = protocol["batch"], protocol["size"]
     told = {
-        "device": record["provenance"]["device_name"],
+        "device": origin["device_name"],
         "processor": record["facts"]["processor"],
         "driver": record["facts"]["driver"],
-        "torch": record["provenance"]["versions"]["torch"],
+        "torch": origin["versions"]["torch"],
         "batch": f"{batch} + {batch} images of {size}×{size}",
         "iterations": f"{protocol['iterations']}, the second half counts",
         "rows": f"{sum(row['status'] == 'ok' for row in rows)} measured of {len(rows)}",
@@ -125,53 +174,55 @@ def describe_record(name: str, record: Record) -> str:
 
 def paper_table(records: Mapping[str, Record]) -> str:
     """The paper's Table 4, and below each network what the records say of it."""
+
+    def times(network: str, base: float, salient: float) -> str:
+        return f"{network:12} {base:9.1f} ms {salient:11.1f} ms {salient / base:7.2f}"
+
     lines = ["                 baseline  with saliency   ratio   arithmetic"]
-    for network, (base, salient) in PAPER.items():
-        lines.append(_times(network, base, salient) + "            the paper")
+    for network, paper in PAPER.items():
+        lines.append(times(network, *paper) + "            the paper")
         for name, record in records.items():
-            found = pair(record, network)
-            if found is None:
-                lines.append(f"{'':12} {'not measured':>45}      {name}")
-            else:
+            if found := pair(record, network):
                 a, b = (1000 * row["seconds"]["mean"] for row in found)
-                lines.append(f"{_times('', a, b)} {found[1]['flops_ratio']:9.2f}  {name}")
+                lines.append(f"{times('', a, b)} {_number(found[1]['flops_ratio']):>9}  {name}")
+            else:
+                lines.append(f"{'':12} {'not measured':>45}      {name}")
     return "\n".join(lines)
 
 
-def _times(network: str, base: float, salient: float) -> str:
-    return f"{network:12} {base:9.1f} ms {salient:11.1f} ms {salient / base:7.2f}"
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"
 
 
 def part_table(found: Mapping[str, Pair]) -> str:
-    """Shares of the parts of each network's step with saliency, and what convolutions reach of the peak.
-
-    Args:
-        found: see `pairs`.
-    """
+    """Shares of the parts of steps with saliency, and what convolutions reach of the peak; see `pairs`."""
     lines = ["share of the step with saliency     forward  input gradient     loss  backward"]
-    widths = {"forward": 8, "input gradient": 15, "loss": 8, "backward": 9}
+    peaks = []
     for network, (_, row) in found.items():
-        mean = row["seconds"]["mean"]
-        shares = (f"{row['parts'][part] / mean:{width}.0%}" for part, width in widths.items())
-        lines.append(" ".join([f"{network:34}", *shares]))
-    for network, (_, row) in found.items():
+        widths = {"forward": 8, "input gradient": 15, "loss": 8, "backward": 9}
+        parts, mean = row["parts"], row["seconds"]["mean"]
+        shares = (f"{parts[part] / mean:.0%}" if parts else "–" for part in widths)
+        cells = (f"{share:>{width}}" for share, width in zip(shares, widths.values(), strict=True))
+        lines.append(" ".join([f"{network:34}", *cells]))
         if row["peak_share"] is not None:
-            lines.append(f"{network}: convolutions reach {row['peak_share']:.0%} of the peak")
-    return "\n".join(lines)
+            peaks.append(f"{network}: convolutions reach {row['peak_share']:.0%} of the peak")
+    return "\n".join(lines + peaks)
 
 
 def memory_table(found: Mapping[str, Pair]) -> str:
     """How much more memory the step with saliency takes, beyond what is held anyway; see `pairs`."""
     lines = []
     for network, rows in found.items():
-        a, b = (row["peak_bytes"] - row["held_bytes"] for row in rows)
-        lines.append(f"{network:12} {b / a:.1f} times the memory beyond parameters and batch")
+        a, b = ((row["peak_bytes"] or 0) - (row["held_bytes"] or 0) for row in rows)
+        known = all(row["peak_bytes"] and row["held_bytes"] for row in rows)
+        times = f"{b / a:.1f}" if known else "–"
+        lines.append(f"{network:12} {times} times the memory beyond parameters and batch")
     return "\n".join(lines)
 
 
 def method_table(rows: Sequence[TimingRow]) -> str:
     """What each of `method_rows` costs, and its arithmetic, in units of the baseline."""
     return "\n".join(
-        f"{method_label(row):22} {row['ratio']:6.2f} measured {row['flops_ratio']:6.2f} arithmetic"
+        f"{method_label(row):22} {row['ratio']:6.2f} measured {_number(row['flops_ratio']):>6} arithmetic"
         for row in rows
     )

@@ -8,9 +8,6 @@ from salnb._common.files import DamagedFileError, load_hashed, save_hashed
 
 __all__ = ["last_checkpoint", "load_checkpoint", "save_checkpoint"]
 
-# the one before the last is there in case the last is damaged
-_KEPT = 2
-
 
 def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:
     """Save the state of a run, and then remove all but this checkpoint and the one before it.
@@ -20,17 +17,15 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:
         step: number of optimiser steps done.
         state: what `torch.load` can load with `weights_only=True`.
 
-    Returns:
-        The file.
-
     Raises:
         OSError: it could not be written (a full disk, say): the checkpoints that were there still are.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = save_hashed(folder, f"step-{step:09d}", state)
     # one of the same step, saved before its epoch was evaluated, says less
-    others = [old for old in _newest_first(folder) if old.stem.split(".")[0] != path.stem.split(".")[0]]
-    for old in {*_newest_first(folder)} - {path, *others[: _KEPT - 1]}:
+    others = [old for old in _newest_first(folder) if old.name.split(".")[0] != path.name.split(".")[0]]
+    # the one before is there in case the last is damaged
+    for old in {*_newest_first(folder)} - {path, *others[:1]}:
         old.unlink()
     return path
 
@@ -56,4 +51,4 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 
 def _newest_first(folder: Path) -> list[Path]:
-    return sorted(folder.glob("step-*.pt"), reverse=True)
+    return sorted(filter(Path.is_file, folder.glob("step-*.pt")), reverse=True)

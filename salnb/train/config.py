@@ -1,27 +1,35 @@
 """The settings of a training run; free of torch, so that a mistake is answered at once."""
 
+import contextlib
 import dataclasses
-import json
 import math
 import os
+import re
 import tempfile
 from collections.abc import Collection
 from dataclasses import dataclass
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from salnb import results
 from salnb._common import catalog
 from salnb._common.devices import check_device_name
 
-__all__ = ["PRACTICAL", "Config"]
+__all__ = ["PRACTICAL", "Config", "torchrun"]
 
 # where and how fast a run is made and how often it is saved; a resumed run may alter these
 PRACTICAL = frozenset({"out", "device", "workers", "save_minutes"})
+# what each process of several must know
+_OF_TORCHRUN = {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
+# what is taken for a type and made one: 1 and 1.0 and numpy's numbers are the same configuration
+_FORMS: dict[Any, Any] = {bool: bool, int: Integral, int | None: Integral, float: Real, str: str}
 
 
-def setting(default: Any, text: str) -> Any:
-    """A field of `Config` with a line of help."""
-    return dataclasses.field(default=default, metadata={"help": text})
+def setting(default: Any, text: str, *, known: Collection[str] = (), least: int | None = None) -> Any:
+    """A field of `Config`: a line of help, and the words or the least number that are allowed."""
+    listed = ": ".join([text, *filter(None, [", ".join(known)])])
+    return dataclasses.field(default=default, metadata={"help": listed, "known": known, "least": least})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,59 +43,50 @@ class Config:
         ModuleNotFoundError: a network of timm is asked for, and timm is not installed.
     """
 
-    out: str = dataclasses.field(metadata={"help": "folder of the run"})
-    data: str = setting("digit-scenes", "data set: " + ", ".join(catalog.DATA))
-    size: int = setting(32, "height and width of the images, in pixels")
-    train_images: int | None = setting(None, "use only so many training images")
-    model: str = setting("small", "network: " + ", ".join(catalog.NETWORKS) + ", timm:NAME")
-    augmentation: str = setting("affine", "augmentation: " + ", ".join(catalog.AUGMENTATIONS))
-    alpha: float = setting(1.0, "weight of the class loss (eq. 5)")
-    beta: float = setting(0.0, "weight of the invariance loss (eq. 6)")
-    gamma: float = setting(1.0, "weight of the saliency loss (eq. 7)")
+    out: str = setting(dataclasses.MISSING, "folder of the run")
+    data: str = setting("digit-scenes", "data set", known=catalog.DATA)
+    size: int = setting(32, "height and width of the images, in pixels", least=1)
+    train_images: int | None = setting(None, "use only so many training images", least=1)
+    model: str = setting("small", "network: " + ", ".join([*catalog.NETWORKS, "timm:NAME"]))
+    augmentation: str = setting("affine", "augmentation", known=catalog.AUGMENTATIONS)
+    alpha: float = setting(1.0, "weight of the class loss (eq. 5)", least=0)
+    beta: float = setting(0.0, "weight of the invariance loss (eq. 6)", least=0)
+    gamma: float = setting(1.0, "weight of the saliency loss (eq. 7)", least=0)
     layers: tuple[str, ...] = setting((), "layers of the invariance loss; by default the network's stages")
-    method: str = setting("vanilla_gradient", "saliency method: " + ", ".join(catalog.METHODS))
-    normalize: str = setting("max", "normalisation of each map: " + ", ".join(catalog.NORMALIZATIONS))
-    distance: str = setting("mse", "distance between maps: " + ", ".join(catalog.DISTANCES))
-    pool: int = setting(1, "side of the blocks of pixels whose means are compared")
-    samples: int = setting(25, "noisy copies of each image that smoothgrad takes the mean of")
-    every: int = setting(1, "steps from one saliency loss to the next")
-    warmup: int = setting(0, "steps before the first saliency loss")
+    method: str = setting("vanilla_gradient", "saliency method", known=catalog.METHODS)
+    normalize: str = setting("max", "normalisation of each map", known=catalog.NORMALIZATIONS)
+    distance: str = setting("mse", "distance between maps", known=catalog.DISTANCES)
+    pool: int = setting(1, "side of the blocks of pixels whose means are compared", least=1)
+    samples: int = setting(25, "noisy copies of each image that smoothgrad takes the mean of", least=1)
+    every: int = setting(1, "steps from one saliency loss to the next", least=1)
+    warmup: int = setting(0, "steps before the first saliency loss", least=0)
     detach_original: bool = setting(False, "hold the originals' maps fixed")
-    epochs: int = setting(30, "passes over the training images")
-    batch_size: int = setting(64, "originals in a step, over all processes")
-    optimizer: str = setting("sgd", "optimiser: " + ", ".join(catalog.OPTIMIZERS))
+    epochs: int = setting(30, "passes over the training images", least=1)
+    batch_size: int = setting(64, "originals in a step, over all processes", least=1)
+    optimizer: str = setting("sgd", "optimiser", known=catalog.OPTIMIZERS)
     learning_rate: float = setting(0.05, "the highest learning rate")
-    weight_decay: float = setting(5e-4, "weight decay")
-    schedule: str = setting("onecycle", "learning rate over the run: " + ", ".join(catalog.SCHEDULES))
-    seed: int = setting(0, "of everything that is drawn")
+    weight_decay: float = setting(5e-4, "weight decay", least=0)
+    schedule: str = setting("onecycle", "learning rate over the run", known=catalog.SCHEDULES)
+    seed: int = setting(0, "of everything that is drawn", least=0)
     device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps")
-    precision: str = setting("32", "arithmetic: " + ", ".join(catalog.PRECISIONS))
+    precision: str = setting("32", "arithmetic", known=catalog.PRECISIONS)
     compile: bool = setting(False, "compile the step; pays off on GPUs")
-    workers: int = setting(4, "processes that decode images from disk")
-    save_minutes: float = setting(10.0, "time between checkpoints within an epoch, in minutes")
+    workers: int = setting(4, "processes that decode images from disk", least=0)
+    save_minutes: float = setting(10.0, "time between checkpoints within an epoch, in minutes", least=0)
 
     def __post_init__(self) -> None:
         """Check every setting on its own, then those that depend on one another."""
-        object.__setattr__(self, "out", str(self.out))
-        object.__setattr__(self, "layers", tuple(self.layers))
-        self._check_types()
-        known: dict[str, Collection[str]] = {
-            "data": catalog.DATA,
-            "augmentation": catalog.AUGMENTATIONS,
-            "precision": catalog.PRECISIONS,
-            "method": catalog.METHODS,
-            "normalize": catalog.NORMALIZATIONS,
-            "distance": catalog.DISTANCES,
-            "optimizer": catalog.OPTIMIZERS,
-            "schedule": catalog.SCHEDULES,
-        }
-        for name, names in known.items():
-            if getattr(self, name) not in names:
-                raise catalog.unknown(name, getattr(self, name), names)
-        for name in ("size", "train_images", "pool", "samples", "every", "epochs", "batch_size"):
-            self._at_least(name, 1)
-        for name in ("alpha", "beta", "gamma", "warmup", "weight_decay", "seed", "workers", "save_minutes"):
-            self._at_least(name, 0)
+        kinds = get_type_hints(type(self))
+        for field in dataclasses.fields(self):
+            name, value = field.name, _plain(field.name, getattr(self, field.name), kinds[field.name])
+            object.__setattr__(self, name, value)
+            known, least = field.metadata["known"], field.metadata["least"]
+            if known and value not in known:
+                raise catalog.unknown(name, value, known)
+            if None not in (value, least) and value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        if not _is_path(self.out):
+            raise ValueError(f"out must name a folder, got {self.out!r}")
         if self.pool > self.size:
             raise ValueError(f"pool must be at most {self.size}, the size of the images, got {self.pool}")
         if not self.learning_rate > 0:
@@ -95,31 +94,8 @@ class Config:
         check_device_name(self.device)
         if self.device == "cpu" and self.precision in ("tf32", "fp16"):
             raise ValueError(f"precision {self.precision} is for GPUs: with device cpu, take 32 or bf16")
-        if not self.out:
-            raise ValueError("out must name a folder, got ''")
         self._check_network(catalog.network(self.model))
         self._check_data(catalog.DATA[self.data])
-
-    def _check_types(self) -> None:
-        for name, expected in get_type_hints(type(self)).items():
-            value = getattr(self, name)
-            if name == "layers":
-                if not all(isinstance(layer, str) for layer in value):
-                    raise TypeError(f"layers must be names of layers, got {value!r}")
-                continue
-            if expected is float and isinstance(value, int) and not isinstance(value, bool):
-                object.__setattr__(self, name, float(value))  # 1 and 1.0 are one configuration
-                continue
-            if not isinstance(value, expected) or (isinstance(value, bool) and expected is not bool):
-                words = getattr(expected, "__name__", str(expected))
-                raise TypeError(f"{name} must be of type {words}, got {value!r}")
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"{name} must be a finite number, got {value}")
-
-    def _at_least(self, name: str, least: int) -> None:
-        value = getattr(self, name)
-        if value is not None and value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")
 
     def _check_network(self, network: catalog.Network) -> None:
         catalog.check_size(self.model, self.size)
@@ -136,9 +112,7 @@ class Config:
             raise ValueError("one of alpha, beta and gamma must be positive, got 0 for all")
 
     def _check_data(self, source: catalog.Source) -> None:
-        if source.sizes is not None and self.size not in source.sizes:
-            sizes = ", ".join(map(str, source.sizes))
-            raise ValueError(f"size of {self.data} must be one of {sizes}, got {self.size}")
+        catalog.check_made_in(self.data, self.size)
         least = catalog.AUGMENTATIONS[self.augmentation]
         if self.batch_size < least:
             raise ValueError(
@@ -177,52 +151,121 @@ class Config:
             resume: whether a run that is in `out` already may be continued.
 
         Raises:
-            ValueError: the processes that torchrun started cannot share a batch.
-            FileExistsError: a run is in `out` and is not to be continued, or it is one of other settings.
-            NotADirectoryError: `out` is a file.
-            OSError: `out` cannot be made, or cannot be written to.
+            ValueError: the processes that torchrun started cannot share a batch, or its variables are wrong.
+            FileExistsError: a run is in `out` and is not to be continued, or it is one of other settings, or
+                is damaged.
+            OSError: `out` is a file, or cannot be made or written to.
         """
-        processes = int(os.environ.get("WORLD_SIZE", 1))
+        processes = torchrun("WORLD_SIZE")
         least = processes * catalog.AUGMENTATIONS[self.augmentation]
         if self.batch_size % processes or self.batch_size < least:
             raise ValueError(
                 f"batch_size must be a multiple of the {processes} processes and at least {least} with "
                 f"{self.augmentation}, got {self.batch_size}"
             )
+        if processes % torchrun("LOCAL_WORLD_SIZE"):
+            raise ValueError(f"WORLD_SIZE must be a multiple of LOCAL_WORLD_SIZE, got {processes}")
+        if processes > 1 and (lacking := _OF_TORCHRUN - os.environ.keys()):
+            raise ValueError(
+                f"WORLD_SIZE is {processes}, but {', '.join(sorted(lacking))} are not set: "
+                "start the processes with torchrun, or unset WORLD_SIZE"
+            )
         self.check_folder(resume=resume)
 
     def check_folder(self, *, resume: bool) -> None:
         """Raise unless `out` may take this run; see `check_run`."""
         folder = Path(self.out)
-        if folder.exists() and not folder.is_dir():
+        if os.path.exists(folder) and not os.path.isdir(folder):
             raise NotADirectoryError(f"out must be a folder, got the file {folder}")
-        if (folder / "config.json").exists():
-            self._check_held(folder, resume)
-        if not (folder / "summary.json").exists():
+        config = _read(folder, "config.json", data=str, model=str)
+        summary = _read(folder, "summary.json", test_accuracy=float, config=dict)
+        for theirs in filter(None, (config, summary and summary["config"])):
+            if different := self.differences(theirs):
+                raise FileExistsError(f"out {folder} holds a run of other settings: {different}")
+            if not resume:
+                raise FileExistsError(
+                    f"out {folder} holds this run already: resume it (--resume) or name another folder"
+                )
+        if not config and os.path.isdir(folder / "checkpoints"):
+            raise FileExistsError(
+                f"out {folder} holds checkpoints without a config.json: name another folder"
+            )
+        if os.path.isdir(folder / "metrics.jsonl"):
+            raise IsADirectoryError(f"out {folder} holds a folder metrics.jsonl: name another folder")
+        if not summary:
             _check_writable(folder)
 
-    def _check_held(self, folder: Path, resume: bool) -> None:
-        """Raise unless the run that a folder holds may be continued as this one."""
-        try:
-            theirs = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        except ValueError:
-            theirs = None
-        if not isinstance(theirs, dict):
-            raise FileExistsError(
-                f"out {folder} holds a config.json that is not of a run: name another folder"
-            )
-        if different := self.differences(theirs):
-            raise FileExistsError(f"out {folder} holds a run of other settings: {different}")
-        if not resume:
-            raise FileExistsError(
-                f"out {folder} holds this run already: resume it (--resume) or name another folder"
-            )
+
+def torchrun(name: str) -> int:
+    """How many processes torchrun started, by the environment variable in which it says so; 1 without it."""
+    given = os.environ.get(name, "1")
+    if not re.fullmatch("[1-9][0-9]{0,8}", given):
+        raise ValueError(f"{name}, which torchrun sets, must be a number of processes, got {given!r}")
+    return int(given)
+
+
+def _plain(name: str, value: Any, kind: Any) -> Any:
+    """A value as its setting's own type; raises where it has no such form."""
+    if name == "layers":
+        if not isinstance(value, list | tuple) or not all(isinstance(layer, str) for layer in value):
+            raise TypeError(f"layers must be names of layers, got {_words(value)}")
+        return tuple(value)
+    value = os.fspath(value) if isinstance(value, os.PathLike) else value
+    if value is None and isinstance(value, kind):
+        return None
+    if not isinstance(value, _FORMS[kind]) or (isinstance(value, bool) and kind is not bool):
+        raise TypeError(f"{name} must be of type {getattr(kind, '__name__', kind)}, got {_words(value)}")
+    return _number(name, value, kind) if isinstance(value, Real) and kind is not bool else value
+
+
+def _words(value: object) -> str:
+    try:
+        return repr(value)
+    except Exception:  # of a whole number of thousands of digits, for one
+        return f"a value of type {type(value).__name__}"
+
+
+def _is_path(name: str) -> bool:
+    try:
+        return bool(name) and b"\0" not in os.fsencode(name)
+    except UnicodeEncodeError:  # halves of characters, which are not what stands for other bytes in a path
+        return False
+
+
+def _number(name: str, value: Any, kind: Any) -> int | float:
+    if kind is not float:
+        value = int(value)
+        if abs(value) >= 2**64:
+            raise ValueError(f"{name} must be less than 2**64, got a number of {value.bit_length()} bits")
+        return value
+    try:
+        value = float(value)
+    except OverflowError:  # a whole number that is larger
+        value = math.inf
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number, got {value}")
+    return value
+
+
+def _read(folder: Path, name: str, **needed: type) -> dict[str, Any] | None:
+    """What a run left in its folder, or None."""
+    if not os.path.lexists(folder / name):
+        return None
+    with contextlib.suppress(OSError, ValueError):
+        record = results.read_record(folder / name)
+        if all(isinstance(record.get(key), kind) for key, kind in needed.items()):
+            return record
+    raise FileExistsError(f"out {folder} holds a {name} that is not of a run: name another folder")
 
 
 def _check_writable(folder: Path) -> None:
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    longest = folder / "checkpoints" / "step-000000000.0123456789abcdef.damaged"
+    existing = next(path for path in longest.parents if os.path.exists(path))
     try:
         with tempfile.TemporaryFile(dir=existing):
             pass
+        for path in (longest, *(existing / part for part in folder.parts)):  # names may be too long
+            with contextlib.suppress(FileNotFoundError):
+                path.lstat()
     except OSError as error:
         raise OSError(error.errno, f"out {folder} cannot be written to: {error.strerror}") from error

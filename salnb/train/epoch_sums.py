@@ -16,17 +16,11 @@ _AVERAGED = (*TERMS, "accuracy")
 
 
 class StepTerms(NamedTuple):
-    """What one step found, left on its device until somebody looks.
+    """What one step found, left on its device until somebody looks."""
 
-    Attributes:
-        step: the number of the step, from 1.
-        salient: whether it had a saliency loss.
-        values: (5,), the loss terms and the share of its originals that were classified correctly.
-    """
-
-    step: int
-    salient: bool
-    values: Tensor
+    step: int  # its number, from 1
+    salient: bool  # whether it had a saliency loss
+    values: Tensor  # (5,), the loss terms and the share of its originals that were classified correctly
 
     @classmethod
     def of(cls, step: int, losses: Losses, labels: Tensor) -> "StepTerms":

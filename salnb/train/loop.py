@@ -10,37 +10,24 @@ step's number, and each epoch's order likewise. A resumed run draws what it woul
 """
 
 import contextlib
-import itertools
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning_fabric import Fabric
 
 from salnb import data, results
-from salnb._common import catalog
-from salnb._common.files import locked, write_atomic
-from salnb._common.progress import progress
-from salnb.objective import Objective
+from salnb._common.files import locked
+from salnb._common.progress import log_line, progress
 from salnb.train import setup
 from salnb.train.config import Config
 from salnb.train.epoch_sums import TERMS, EpochSums, StepTerms
 from salnb.train.evaluate import evaluate
-from salnb.train.run import Interrupted, NonFiniteError, Run
+from salnb.train.run import AHEAD, Interrupted, NonFiniteError, Run
 from salnb.train.signals import noticed_signals
 
 __all__ = ["Config", "Interrupted", "NonFiniteError", "fit"]
-
-# how many steps a GPU may be ahead of the look at its losses, for which it has to be waited
-_AHEAD = 20
-
-
-def log_line(line: str) -> None:
-    """Print a line at once, to a file as well."""
-    print(line, flush=True)
 
 
 def fit(
@@ -81,37 +68,16 @@ def fit(
         dataset = setup.make_dataset(config, fabric)
         # before this there is nothing to be saved: a signal acts at once
         signals = stack.enter_context(noticed_signals())
-        run = make_run(config, fabric, objective, dataset, signals, log, bar=bar)
+        run = Run(config, fabric, objective, dataset, signals, log, bar and fabric.is_global_zero)
         run.restore()
         run.write("config.json", config.to_dict())
         while run.epoch < config.epochs:
             train_epoch(run)
-            finish_epoch(run, evaluate_split(run, run.dataset.validation))
-        summary = run.summary(evaluate_split(run, run.dataset.test))
+            finish_epoch(run, evaluate(run, run.dataset.validation))
+        summary = run.summary(evaluate(run, run.dataset.test))
         run.write("summary.json", summary)
         fabric.barrier()
     return summary
-
-
-def make_run(
-    config: Config,
-    fabric: Fabric,
-    objective: Objective,
-    dataset: data.Dataset,
-    signals: list[int],
-    log: Callable[[str], object],
-    *,
-    bar: bool = True,
-) -> Run:
-    """Everything in its place, before the first step."""
-    optimizer = setup.make_optimizer(config, objective)
-    steps = config.epochs * (len(dataset.train) // config.batch_size)
-    schedule = setup.make_schedule(config, optimizer, steps)
-    forward, optimizer = fabric.setup(objective, optimizer)
-    if config.compile:
-        objective.compile()
-    bar = bar and fabric.is_global_zero
-    return Run(config, fabric, objective, forward, optimizer, schedule, dataset, signals, log, bar)
 
 
 # --- the loop ----------------------------------------------------------------------------------------------
@@ -122,7 +88,7 @@ def train_epoch(run: Run) -> None:
     config, fabric = run.config, run.fabric
     run.objective.train()
     pending: list[StepTerms] = []
-    look_every = 1 if fabric.device.type == "cpu" else _AHEAD
+    look_every = 1 if fabric.device.type == "cpu" else AHEAD
     with progress(
         what=f"epoch {run.epoch + 1}/{config.epochs}",
         initial=run.batch,
@@ -180,52 +146,29 @@ def step_generator(run: Run) -> torch.Generator:
     return generator.manual_seed(setup.derived_seed(seed, "augmentation", run.step, apart))
 
 
-def finish_epoch(run: Run, validation: dict[str, float]) -> None:
+def finish_epoch(run: Run, validation: dict[str, Any]) -> None:
     """Note down an epoch, and save."""
     sums, config = run.sums, run.config
-    row: dict[str, Any] = {"epoch": run.epoch + 1, "step": run.step}
-    row |= {
-        "train_accuracy" if name == "accuracy" else name: mean for name, mean in sums.epoch_means().items()
-    }
-    row |= {f"validation_{name}": value for name, value in validation.items()}
-    row |= {
-        "learning_rate": run.schedule.get_last_lr()[0],
-        "seconds": sums.seconds,
-        "images_per_second": sums.steps * config.batch_size / sums.seconds,
-    }
+    means = sums.epoch_means()
+    row = results.with_accessories(
+        {
+            "epoch": run.epoch + 1,
+            "step": run.step,
+            **{term: means[term] for term in TERMS},
+            "train_accuracy": means["accuracy"],
+            **{f"validation_{name}": value for name, value in validation.items()},
+            "learning_rate": run.schedule.get_last_lr()[0],
+            "seconds": sums.seconds,
+            "images_per_second": sums.steps * config.batch_size / sums.seconds,
+        }
+    )
     run.history.append(row)
     run.lap()
     run.epoch, run.batch, run.sums = run.epoch + 1, 0, EpochSums()
     if run.fabric.is_global_zero:
-        lines = "".join(json.dumps(line) + "\n" for line in run.history)
-        with run.explained():
-            write_atomic(Path(config.out) / "metrics.jsonl", lines.encode())
-        run.log(
-            f"epoch {run.epoch}/{config.epochs}: "
-            + ", ".join(f"{name} {row[name]:.4f}" for name in TERMS)
-            + f", accuracy {row['train_accuracy']:.3f} (validation {row['validation_accuracy']:.3f}), "
-            f"{row['seconds']:.1f} s"
-        )
+        run.write_metrics()
     run.save()
-
-
-def evaluate_split(run: Run, split: data.Split) -> dict[str, float]:
-    """Accuracy, loss and share of saliency on the object; see `evaluate`."""
-    numbers = itertools.count()
-
-    def between() -> None:
-        number = next(numbers)
-        # all processes have these batches, and so come here; the last may be too small for some
-        shared = number % _AHEAD == 0 and number < len(split) // run.config.batch_size
-        if (shared or run.share.of == 1) and run.stop_requested():
-            run.interrupt()
-
-    return evaluate(
-        run.objective.model,
-        split,
-        run.fabric,
-        num_classes=catalog.DATA[run.config.data].num_classes,
-        size=run.config.size,
-        batch_size=run.config.batch_size,
-        between=between,
-    )
+    if run.fabric.is_global_zero:
+        losses = ", ".join(f"{name} {row[name]:.4f}" for name in TERMS)
+        accuracies = f"accuracy {row['train_accuracy']:.3f} (validation {row['validation_accuracy']:.3f})"
+        run.log(f"epoch {run.epoch}/{config.epochs}: {losses}, {accuracies}, {row['seconds']:.1f} s")

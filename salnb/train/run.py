@@ -1,6 +1,7 @@
 """A training run under way: where it is, what it saves, and what it says when it cannot go on."""
 
 import contextlib
+import json
 import math
 import signal
 import time
@@ -13,14 +14,17 @@ import torch
 from lightning_fabric import Fabric
 
 from salnb import data, results
-from salnb._common.files import remove_drafts
+from salnb._common.files import remove_drafts, write_atomic
 from salnb.objective import Losses, Objective
+from salnb.train import setup
 from salnb.train.checkpoint import last_checkpoint, load_checkpoint, save_checkpoint
 from salnb.train.config import Config
 from salnb.train.epoch_sums import TERMS, EpochSums, StepTerms
 
-__all__ = ["Interrupted", "NonFiniteError", "Run"]
+__all__ = ["AHEAD", "Interrupted", "NonFiniteError", "Run"]
 
+# how many steps a GPU may be ahead of the look at its losses, for which it has to be waited
+AHEAD = 20
 _POSITION = ("step", "epoch", "batch", "seconds", "history")
 
 
@@ -29,11 +33,7 @@ class NonFiniteError(ArithmeticError):
 
 
 class Interrupted(KeyboardInterrupt):
-    """The run was asked to stop, by SIGTERM or Ctrl-C, and has been saved.
-
-    Attributes:
-        signal: the number of the signal.
-    """
+    """The run was asked to stop, by the signal SIGTERM or Ctrl-C, and has been saved."""
 
     def __init__(self, number: int, message: str):
         super().__init__(message)
@@ -42,53 +42,44 @@ class Interrupted(KeyboardInterrupt):
 
 @dataclass
 class Run:
-    """A run under way.
-
-    Attributes:
-        signals: the numbers of those that ask it to stop.
-        log: is given a line after each epoch.
-        bar: whether it shows how far an epoch is.
-        step: number of optimiser steps done.
-        epoch: number of epochs finished.
-        batch: number of batches done in the epoch under way.
-        seconds: spent on it so far, over all its resumptions.
-        sums: of the epoch under way.
-        history: the lines of `metrics.jsonl`.
-    """
+    """A run under way."""
 
     config: Config
     fabric: Fabric
     objective: Objective
-    forward: Callable[..., Losses]
-    optimizer: Any
-    schedule: torch.optim.lr_scheduler.LRScheduler
     dataset: data.Dataset
-    signals: list[int]
-    log: Callable[[str], object]
-    bar: bool = True
-    step: int = 0
-    epoch: int = 0
-    batch: int = 0
-    seconds: float = 0.0
-    sums: EpochSums = field(default_factory=EpochSums)
-    history: list[dict[str, Any]] = field(default_factory=list)
+    signals: list[int]  # the numbers of those that ask it to stop
+    log: Callable[[str], object]  # is given a line after each epoch
+    bar: bool = True  # shows how far an epoch is
+    step: int = 0  # number of optimiser steps done
+    epoch: int = 0  # number of epochs finished
+    batch: int = 0  # number of batches done in the epoch under way
+    seconds: float = 0.0  # spent on it so far, over all its resumptions
+    sums: EpochSums = field(default_factory=EpochSums)  # of the epoch under way
+    history: list[dict[str, Any]] = field(default_factory=list)  # the lines of `metrics.jsonl`
     clock: float = field(default_factory=time.perf_counter)
     saved: float = field(default_factory=time.perf_counter)
 
-    @property
-    def checkpoints(self) -> Path:
-        """The folder of the checkpoints."""
-        return Path(self.config.out) / "checkpoints"
-
-    @property
-    def share(self) -> data.Share:
-        """This process's part of each batch."""
-        return data.Share(self.fabric.global_rank, self.fabric.world_size)
-
-    @property
-    def epoch_batches(self) -> int:
-        """Batches in an epoch."""
-        return len(self.dataset.train) // self.config.batch_size
+    def __post_init__(self) -> None:
+        """Make what trains, and bring it onto the device."""
+        config, fabric = self.config, self.fabric
+        optimizer = setup.make_optimizer(config, self.objective)
+        self.epoch_batches = len(self.dataset.train) // config.batch_size
+        self.schedule = setup.make_schedule(config, optimizer, config.epochs * self.epoch_batches)
+        self.forward: Callable[..., Losses]
+        self.optimizer: Any
+        self.forward, self.optimizer = fabric.setup(self.objective, optimizer)
+        if config.compile:
+            self.objective.compile()
+        # what has a state
+        self.parts = {
+            "objective": self.objective,
+            "optimizer": self.optimizer,
+            "schedule": self.schedule,
+            "scaler": fabric.strategy.precision,
+        }
+        self.share = data.Share(fabric.global_rank, fabric.world_size)  # of each batch
+        self.checkpoints = Path(config.out) / "checkpoints"
 
     def lap(self) -> None:
         """Count the time since the last lap."""
@@ -98,11 +89,7 @@ class Run:
         self.sums.seconds += passed
 
     def add_steps(self, pending: list[StepTerms]) -> None:
-        """Add steps to the epoch's sums, and empty the list; this waits for the device.
-
-        Raises:
-            NonFiniteError: a loss is not finite.
-        """
+        """Add steps to the epoch's sums, and empty the list; this waits for the device."""
         rows = torch.stack([terms.values for terms in pending])
         if self.share.of > 1:
             rows = self.fabric.all_reduce(rows, reduce_op="mean")  # type: ignore[assignment]
@@ -121,11 +108,7 @@ class Run:
         return float(self.fabric.all_reduce(asked, reduce_op="sum")) > 0  # type: ignore[arg-type]
 
     def interrupt(self) -> NoReturn:
-        """Save and stop.
-
-        Raises:
-            Interrupted: always.
-        """
+        """Save and stop."""
         self.save()
         self.fabric.barrier()  # a process that ended would have torchrun end the one that saves
         number = self.signals[0] if self.signals else signal.SIGTERM  # another process was asked
@@ -157,6 +140,12 @@ class Run:
             with self.explained():
                 results.write_record(Path(self.config.out) / name, record)
 
+    def write_metrics(self) -> None:
+        """Write a line for each epoch."""
+        lines = "".join(json.dumps(row) + "\n" for row in self.history)
+        with self.explained():
+            write_atomic(Path(self.config.out) / "metrics.jsonl", lines.encode())
+
     @contextlib.contextmanager
     def explained(self) -> Iterator[None]:
         """What cannot be written stops the run; say what is left of it."""
@@ -178,30 +167,30 @@ class Run:
         with self.fabric.rank_zero_first():  # the first sets damaged checkpoints aside
             state = load_checkpoint(self.checkpoints)
         if state:
-            self.load_state_dict(state)
+            try:
+                self.load_state_dict(state)
+            except Exception as error:
+                why = " ".join(f"{type(error).__name__}: {error}".split())
+                path = last_checkpoint(self.checkpoints)
+                raise ValueError(f"the run cannot go on from {path}: {why}") from error
         if self.fabric.is_global_zero:
             remove_drafts(Path(self.config.out))
             remove_drafts(self.checkpoints)
+            if self.history:  # somebody may have altered the file
+                self.write_metrics()
 
     def state_dict(self) -> dict[str, Any]:
         """All that the rest of the run depends on."""
-        return {name: getattr(self, name) for name in _POSITION} | {
-            "sums": asdict(self.sums),
-            "objective": self.objective.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
-            "scaler": self.fabric.strategy.precision.state_dict(),
-        }
+        position = {name: getattr(self, name) for name in _POSITION} | {"sums": asdict(self.sums)}
+        return position | {name: part.state_dict() for name, part in self.parts.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what `state_dict` gave."""
         for name in _POSITION:
             setattr(self, name, state[name])
         self.sums = EpochSums(**state["sums"])
-        self.objective.load_state_dict(state["objective"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
-        self.fabric.strategy.precision.load_state_dict(state["scaler"])
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
 
     def progress_text(self) -> str:
         """What the bar shows beside itself; the most of it fits into 80 columns."""
@@ -210,11 +199,11 @@ class Run:
         losses = [f"{name} {means[f'{name}_loss']:.3f}" for name, weight in weights.items() if weight]
         return ", ".join([f"accuracy {means['accuracy']:.3f}", *losses, f"total {means['total']:.3f}"])
 
-    def summary(self, test: dict[str, float]) -> dict[str, Any]:
+    def summary(self, test: dict[str, Any]) -> dict[str, Any]:
         """What the run comes to, with what was found on the test split."""
         self.lap()
         last, device = self.history[-1], self.fabric.device
-        return {
+        record = {
             **{f"test_{name}": value for name, value in test.items()},
             "validation_accuracy": last["validation_accuracy"],
             "train_accuracy": last["train_accuracy"],
@@ -223,10 +212,11 @@ class Run:
             "steps": self.step,
             "seconds": self.seconds,
             "training_seconds": sum(row["seconds"] for row in self.history),
-            "peak_memory_bytes": results.peak_memory(device),
+            "peak_memory_bytes": lambda: results.peak_memory(device),
             "processes": self.share.of,
             "seed": self.config.seed,
-            "parameters_sha256": results.parameters_sha256(self.objective.model),
+            "parameters_sha256": lambda: results.parameters_sha256(self.objective.model),
             "config": self.config.to_dict(),
-            "provenance": results.provenance(str(device)),
+            "provenance": lambda: results.provenance(str(device)),
         }
+        return results.with_accessories(record)

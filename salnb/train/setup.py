@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import os
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
+from torch.optim import Optimizer, lr_scheduler
 
 from salnb import data, models
 from salnb._common import catalog
@@ -17,7 +17,7 @@ from salnb._common.devices import resolve_device
 from salnb.augment import AUGMENTATIONS, Augmentation
 from salnb.objective import Objective
 from salnb.objective.precision import tf32
-from salnb.train.config import Config
+from salnb.train.config import Config, torchrun
 
 __all__ = [
     "derived_seed",
@@ -31,16 +31,11 @@ __all__ = [
 
 
 def make_fabric(config: Config) -> Fabric:
-    """Device, precision and processes; under torchrun, the processes that it started.
-
-    Raises:
-        ValueError: the machine lacks the device, or it lacks the precision.
-    """
+    """Device, precision and processes (of torchrun); raises a ValueError where the machine lacks one."""
     device = resolve_device(config.device)
     if device.type == "cpu" and config.precision in ("tf32", "fp16"):
         raise ValueError(f"precision {config.precision} is for GPUs: on this machine take 32 or bf16")
-    processes = int(os.environ.get("WORLD_SIZE", 1))
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    processes, local = torchrun("WORLD_SIZE"), torchrun("LOCAL_WORLD_SIZE")
     one_gpu = [device.index or 0] if device.type == "cuda" else 1
     fabric = Fabric(
         accelerator=device.type,
@@ -54,11 +49,7 @@ def make_fabric(config: Config) -> Fabric:
 
 
 def make_dataset(config: Config, fabric: Fabric) -> data.Dataset:
-    """The images; those in memory on the device where they fit.
-
-    Raises:
-        ValueError: there are fewer training images than a batch takes.
-    """
+    """The images; raises a ValueError where there are fewer to train on than a batch takes."""
 
     def placed(split: data.Split) -> data.Split:
         return split.to(fabric.device) if isinstance(split, data.Arrays) else split
@@ -103,6 +94,10 @@ class SharedDraw(Augmentation[Any]):
         return self.augmentation.align(maps, new_maps, params)
 
 
+# settings that `Objective` has by the same name
+_OF_OBJECTIVE = ("alpha", "beta", "gamma", "method", "normalize", "distance", "pool", "every", "warmup")
+
+
 def make_objective(config: Config, share: data.Share) -> Objective:
     """The network and its losses, drawn from torch's global generator.
 
@@ -117,18 +112,10 @@ def make_objective(config: Config, share: data.Share) -> Objective:
     objective = Objective(
         model,
         augmentation,
-        alpha=config.alpha,
-        beta=config.beta,
-        gamma=config.gamma,
         layers=config.compared_layers,
-        method=config.method,
         method_options={repeats: config.samples} if repeats else None,
-        normalize=config.normalize,
-        distance=config.distance,
-        pool=config.pool,
-        every=config.every,
-        warmup=config.warmup,
         detach_original=config.detach_original,
+        **{name: getattr(config, name) for name in _OF_OBJECTIVE},
     )
     if config.layers or config.model.startswith("timm:"):  # else it is known what goes together
         _rehearse(objective, config)
@@ -155,7 +142,7 @@ def _rehearse(objective: Objective, config: Config) -> None:
     objective.train()
 
 
-def make_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
+def make_optimizer(config: Config, model: nn.Module) -> Optimizer:
     """SGD with momentum, or AdamW."""
     options: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
     if config.optimizer == "sgd":
@@ -163,15 +150,13 @@ def make_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), **options)
 
 
-def make_schedule(
-    config: Config, optimizer: torch.optim.Optimizer, steps: int
-) -> torch.optim.lr_scheduler.LRScheduler:
+def make_schedule(config: Config, optimizer: Optimizer, steps: int) -> lr_scheduler.LRScheduler:
     """The learning rate over all steps: constant, a falling cosine, or up and down again in one cycle."""
     if config.schedule == "constant":
-        return torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0, total_iters=0)
+        return lr_scheduler.ConstantLR(optimizer, factor=1.0, total_iters=0)
     if config.schedule == "cosine":
-        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
-    return torch.optim.lr_scheduler.OneCycleLR(
+        return lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
+    return lr_scheduler.OneCycleLR(
         optimizer, config.learning_rate, total_steps=steps + 1, pct_start=0.25, cycle_momentum=False
     )
 

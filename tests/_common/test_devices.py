@@ -26,7 +26,9 @@ def test_names(name):
     check_device_name(name)
 
 
-@pytest.mark.parametrize("name", ["", "gpu", "cuda:", "cuda:x", "cpu:0", "cuda:0 "])
+@pytest.mark.parametrize(
+    "name", ["", "gpu", "cuda:", "cuda:x", "cpu:0", "cuda:0 ", "cuda:01", "cuda:٣", "cuda:12345", None, 3]
+)
 def test_other_names_are_refused(name):
     with pytest.raises(ValueError, match=f"device must be auto, cpu, cuda, cuda:N or mps, got {name!r}"):
         check_device_name(name)
@@ -48,6 +50,8 @@ def test_what_is_not_there_is_refused(machine):
         resolve_device("cuda:2")
     with pytest.raises(ValueError, match="device cuda:2 is not on this machine: it has 2 GPUs"):
         resolve_device("cuda:2", advice="it has 2 GPUs")
+    with pytest.raises(ValueError, match="device cuda:300 is not on this machine"):
+        resolve_device("cuda:300")
     with pytest.raises(ValueError, match="device mps is not on this machine: take cuda, or auto"):
         resolve_device("mps")
 

@@ -9,6 +9,7 @@ from torchvision.transforms.v2 import functional as tv
 
 from salnb import augment
 from salnb.augment import augmix, mixing
+from salnb.augment.warp import Warp, compose, resample
 from tests.helpers.tolerances import assert_close
 
 CLASSES = 4
@@ -270,6 +271,20 @@ def test_a_chain_runs_in_order_and_movements_in_a_row_are_resampled_once():
     shift = augment.AffineParams(zero, zero + 1, torch.tensor([[2 / 30, 0.0]] * 2), pair)
     moved = joined.images(solarized, augment.SequentialParams((turn, shift)))
     assert_close(aug.images(images, params), augmix.posterize(moved, torch.full((2,), 2)), 1e-7)
+
+
+@pytest.mark.parametrize("name", augmix.OPERATIONS[augmix.FIRST_GEOMETRIC :])
+def test_no_movement_asks_for_a_resampling_of_its_own(name):
+    images, _, _ = batch(2)
+    steps = ("rotate", 3.0), (name, 2.0)
+    first, second = (
+        augmix.step_matrix(
+            torch.tensor([augmix.OPERATIONS.index(step)] * 2), level.expand(2), images.shape[-2:]
+        )
+        for step, level in ((step, torch.tensor(level).double()) for step, level in steps)
+    )
+    expected = resample(images, Warp(compose(first, second)))
+    assert_close(augment.AugMix().images(images, chain(*steps)), expected)
 
 
 def test_maps_move_with_their_chain_and_are_mixed_by_the_weights_of_the_images():

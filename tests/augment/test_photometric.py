@@ -118,7 +118,8 @@ def test_simclr_is_crop_flip_jitter_and_grey():
         "Grayscale",
     ]
     jitter = aug.steps[2]
-    assert jitter.brightness == pytest.approx((0.2, 1.8))
+    for name in ("brightness", "contrast", "saturation"):
+        assert getattr(jitter, name) == pytest.approx((0.2, 1.8))
     assert jitter.hue == pytest.approx((-0.2, 0.2))
     assert jitter.p == 0.8
     maps = torch.rand(N, 1, 9, 11)

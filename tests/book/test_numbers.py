@@ -21,7 +21,7 @@ PAGES = [
 ALLOWED = {
     "95 %": "confidence level of all intervals",
     "3.11": "of Python, which the package needs",
-    "8 GB": "of disk to keep free for an installation, a recommendation",
+    "11 GB": "of disk to keep free for an installation, a recommendation",
 }
 
 _NOT_PROSE = re.compile(

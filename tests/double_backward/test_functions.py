@@ -155,6 +155,22 @@ def test_max_pooling(options):
     check(lambda x: F.max_pool2d(x.sin(), **options), (random(2, 3, 7, 8),))
 
 
+def test_max_pooling_with_defaults():
+    """Windows side by side, and none that reaches beyond the rim."""
+    check(lambda x: torch.max_pool2d(x.sin(), 3), (random(2, 3, 7, 8),))
+
+
+def test_the_gradients_of_what_is_concatenated_may_change_in_place():
+    x = random(2, 3)
+    with fast_double_backward():
+        parts = [x * 1, x.sin()]
+        for part in parts:
+            part.register_hook(lambda gradient: gradient.mul_(2))
+        y = torch.cat(parts).square().sum()
+    (gradient,) = torch.autograd.grad(y, x, create_graph=True)
+    assert_close(gradient, 2 * (2 * x + (2 * x).sin()))  # of x² + sin²(x), twice
+
+
 @pytest.mark.parametrize("dim", [0, 1, -1], ids=str)
 def test_concatenation(dim):
     sizes = [3, 3, 3]

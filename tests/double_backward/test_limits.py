@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from salnb.double_backward import fast_double_backward
+from salnb.double_backward.functions import check_second_derivative
 from tests.helpers.double_backward import agree, batch, check, random, second_order
 from tests.helpers.networks import Residual
 from tests.helpers.tolerances import assert_close
@@ -152,3 +153,29 @@ def test_the_model_and_its_hooks_are_left_alone():
     assert len(hooked) == len(list(model.parameters()))  # once each, after both paths
     assert {n: m.__dict__.keys() for n, m in model.named_modules()} == before
     assert [type(m) for m in model.modules()] == types
+
+
+class OnceOnly(torch.autograd.Function):
+    """A cube whose gradient has none."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        return 3 * grad * ctx.saved_tensors[0] ** 2
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_an_operation_without_a_second_derivative_is_found_wherever_it_is(depth):
+    x = random(2, 3)
+    y = OnceOnly.apply(x)
+    for _ in range(depth):
+        y = (y.sin() + x) * x.exp()
+    (first,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"a test differentiates .*no second derivative.*, or do not"):
+        check_second_derivative(first, "a test", "do not")
+    check_second_derivative(torch.autograd.grad((x**3).sin().sum(), x, create_graph=True)[0])

@@ -13,7 +13,7 @@ SECONDS = {"mean": 0.02, "median": 0.02, "p5": 0.018, "p95": 0.022, "min": 0.017
 PARTS = {"forward": 0.004, "input gradient": 0.002, "loss": 0.001, "backward": 0.013}
 
 
-def made_up(case, device="cpu", *, iterations=8, left=None, factor=1.0):
+def made_up(case, device="cpu", *, iterations=8, factor=1.0, **options):
     """What `measure_case` might return: a step with saliency takes three times its baseline."""
     factor *= 3 if case.method else 1
     flops = 1000 * case.batch * (2 if case.method else 1)

@@ -171,6 +171,17 @@ def test_float16_does_not_underflow(way, monkeypatch):
     assert not torch.equal(model[0].weight, before)
 
 
+@pytest.mark.parametrize("method", ["vanilla_gradient", "grad_cam", "guided_grad_cam"])
+def test_maps_of_float16_have_the_scale_taken_out(method):
+    """Of each of their factors that is a gradient: guided Grad-CAM has two."""
+    model, x = conv_bn(), images(size=12, dtype=torch.float32)
+    objective = Objective(model, HorizontalFlip(), method=method, normalize="none", distance="l1")
+    expected = objective(x, TARGET, torch.Generator().manual_seed(7)).saliency_loss
+    with torch.autocast("cpu", dtype=torch.float16):
+        found = [objective(x, TARGET, torch.Generator().manual_seed(7)).saliency_loss for _ in range(4)][-1]
+    assert_close(found, expected, 0.05)
+
+
 def test_the_scale_of_float16_follows_the_gradients():
     scale = LossScale(5, top=6)
     for overflows, value in ((1, 16), (2, 4), (9, 1)):

@@ -17,6 +17,7 @@ def images():
     return torch.rand(4, 3, 8, 8)
 
 
+SMOOTH = {"method": "smoothgrad", "warmup": 1000}
 BAD_SETTINGS = {
     "alpha-negative": ({"alpha": -1.0}, ValueError, "alpha must be a finite number of at least 0, got -1"),
     "gamma-nan": ({"gamma": math.nan}, ValueError, "gamma must be .* got nan"),
@@ -31,6 +32,11 @@ BAD_SETTINGS = {
     "beta-alone": ({"beta": 1.0}, ValueError, "beta and layers go together"),
     "layers-alone": ({"layers": ["0"]}, ValueError, "beta and layers go together"),
     "option": ({"method_options": {"layer": "3"}}, ValueError, "method_options of vanilla_gradient 'layer' is unknown"),
+    "n_samples-0": ({**SMOOTH, "method_options": {"n_samples": 0}}, ValueError, r"n_samples must lie in \[1, 1e\+09\], got 0"),
+    "n_samples-float": ({**SMOOTH, "method_options": {"n_samples": 2.5}}, TypeError, "n_samples must be a whole number in .* got 2.5"),
+    "n_samples-word": ({**SMOOTH, "method_options": {"n_samples": "3"}}, TypeError, "n_samples must be a whole number in .* got '3'"),
+    "noise_level": ({**SMOOTH, "method_options": {"noise_level": -1}}, ValueError, "noise_level must lie in .* got -1"),
+    "noise_level-nan": ({**SMOOTH, "method_options": {"noise_level": math.nan}}, ValueError, "noise_level must lie in .* got nan"),
     "cam-layer": ({"method": "grad_cam", "method_options": {"layer": "33"}}, ValueError, "layer '33' is unknown"),
     "augmentation": ({"augmentation": torch.nn.Identity()}, TypeError, "augmentation must be one of salnb.augment, got Identity"),
     "model": ({"model": lambda x: x}, TypeError, "model must be an nn.Module, got function"),
@@ -65,7 +71,7 @@ BAD_BATCHES = {
     "label-too-high": (lambda x: (x, TARGET + 1), ValueError, "target must lie in 0 … 3, got 4"),
     "label-negative": (lambda x: (x, TARGET - 1), ValueError, "target must lie in 0 … 3, got -1"),
     "weights-misfit": (
-        lambda x: (x, torch.rand(4, 7)),
+        lambda x: (x, torch.full((4, 7), 1 / 7)),
         ValueError,
         r"weights must be \(4, 4\), got \(4, 7\)",
     ),

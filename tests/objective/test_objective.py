@@ -226,7 +226,8 @@ def test_one_forward_pass_serves_all_terms(method):
     objective = objective_of(method, model=Spy(*conv_bn().double()), beta=1.0, layers=["3"])
     objective(images(), TARGET).total.backward()
     assert objective.model.calls == 1
-    assert objective.model.seen["hooks"] == 1 + METHODS[method].layer
+    # for Grad-CAM one on its layer, and one on each convolution: which runs last is to be seen
+    assert objective.model.seen["hooks"] == 1 + METHODS[method].layer * (1 + 2)
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])

@@ -95,8 +95,9 @@ def test_what_lies_outside_is_an_arrow_at_the_edge():
     assert arrows(ax, 1.26) == {(0.1, ">")}
 
 
-def test_a_single_seed_has_no_interval():
-    fig = show_differences([comparison(-math.inf, math.inf, pairs=((0.5, 0.52),))], LIMITS)
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_where_the_spread_is_unknown_there_is_no_interval(seeds):
+    fig = show_differences([comparison(-math.inf, math.inf, pairs=((0.5, 0.52),) * seeds)], LIMITS)
     assert interval(fig.axes[0], 0) == []
     assert mark(fig.axes[0], 0).get_xdata()[0] == pytest.approx(0.02)
     assert legend(fig) == ["cannot tell", "one seed"]

@@ -64,3 +64,9 @@ def test_ranking_says_where_nothing_helps():
     _, helps, chance = describe.ranking([UNCLEAR])
     assert helps == "**No setting is shown to help here.**"
     assert chance.startswith("Of 1 intervals")
+
+
+def test_nothing_can_be_ranked():
+    assert describe.verdicts([]) == []
+    with pytest.raises(ValueError, match="comparisons must hold at least one, got none"):
+        describe.ranking([])

@@ -150,6 +150,12 @@ def test_a_share_that_no_machine_has(tmp_path, cluster):
         run(tmp_path, execute=OnRay(share=3))
 
 
+@pytest.mark.parametrize("share", [0, -1, float("nan")])
+def test_a_share_of_nothing_is_refused(share):
+    with pytest.raises(ValueError, match=f"share must be positive, got {share}"):
+        OnRay(share=share)
+
+
 # --- without one -------------------------------------------------------------------------------------------
 
 

@@ -11,14 +11,11 @@ import pytest
 import torch
 
 import salnb.losses
-from salnb import data, models, results, statistics, study
-from salnb.augment import Affine
-from salnb.objective import Objective
-from salnb.study import Scale, choose_gammas, grids, match_weight, runner, weights
+from salnb import results, statistics, study
+from salnb.study import Scale, choose_gammas, grids, runner
 from salnb.study.grids import trainings
 from salnb.study.runner import run_training
 from salnb.train import Interrupted, fit, loop
-from salnb.train.setup import derived_seed
 from tests.helpers import runs
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -135,6 +132,21 @@ def test_more_seeds_run_only_what_is_new(finished, counted, tmp_path):
         (folder / "table2" / f"{record['name']}.json").unlink()
 
 
+def test_a_study_chooses_its_weight_first_and_keeps_to_it(tmp_path, counted):
+    scale = scale_of(seeds=[0], gammas=[1e-9, 1e9], gamma_seeds=[7], training=TRAINING | {"epochs": 1})
+    records = run(tmp_path, "table2", scale)
+    chosen = choose_gammas(study.read(tmp_path, "gamma"))["cifar10"]
+    assert [r["result"]["config"]["gamma"] for r in records] == [0, chosen]
+    assert {r["factors"]["seed"] for r in study.read(tmp_path, "gamma")} == {7}
+    assert len(counted) == 3 + 2
+    before = files(tmp_path)
+    assert run(tmp_path, "table2", scale) == records
+    assert files(tmp_path) == before
+    # the papers' weights need no choice
+    run(tmp_path / "three", "table3", scale)
+    assert not (tmp_path / "three" / "gamma").exists()
+
+
 # --- what stops a study ------------------------------------------------------------------------------------
 
 
@@ -225,6 +237,81 @@ def test_a_failed_training_leaves_its_error_and_the_others_go_on(tmp_path, finis
         assert files(tmp_path)[path] == before[path]
 
 
+def fail(*args, **options):
+    raise RuntimeError("is broken")
+
+
+@pytest.mark.parametrize("target", ["peak_memory", "parameters_sha256", "provenance", "commit"])
+def test_a_record_does_without_what_fails_beside_the_measurement(tmp_path, finished, monkeypatch, target):
+    monkeypatch.setattr(results, target, fail)
+    first, _ = run(tmp_path, scale=scale_of(seeds=[0], training=TRAINING | {"epochs": 2}))
+    assert first == results.read_record(tmp_path / "table2" / f"{first['name']}.json")
+    whole, found = finished[1][0]["result"], first["result"]
+    assert (first["status"], found["test_accuracy"]) == ("done", whole["test_accuracy"])
+    place = found["provenance"] if target == "commit" else found
+    field = {"peak_memory": "peak_memory_bytes"}.get(target, target)
+    assert place.pop("missing") == {field: "RuntimeError: is broken"}
+    assert place[field] is None
+    assert found.keys() == whole.keys()
+    # what is there is enough to go on
+    assert run(tmp_path, scale=scale_of(seeds=[0]))[0]["name"] == first["name"]
+
+
+@pytest.mark.parametrize("place", ["file", "file/deeper", "x" * 300, "\ud800"], ids=ascii)
+def test_a_folder_that_cannot_be_made_is_named(tmp_path, counted, place):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"out must be a folder that can be written to, got '.*': ") as refused:
+        run(tmp_path / place)
+    assert ascii(place)[1:-1] in ascii(str(refused.value)).replace("\\\\", "\\")
+    with pytest.raises(ValueError, match="out must name a folder, got ''"):
+        run("")
+    assert counted == []
+
+
+def test_a_folder_whose_name_is_no_utf8_is_as_good_as_any(tmp_path):
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    records = run(folder, scale=scale_of(seeds=[0], training=TRAINING | {"epochs": 1}))
+    assert [record["status"] for record in records] == ["done", "done"]
+    assert len(study.read(folder, "table2")) == 2
+
+
+def test_a_full_disk_costs_no_record_that_was_there(tmp_path, monkeypatch, counted):
+    one = scale_of(seeds=[0], training=TRAINING | {"epochs": 1})
+    (tmp_path / "table2").mkdir()
+    (tmp_path / "table2" / ".draft-killed").write_text("half a rec")
+    write, left = results.write_record, [False, True]
+
+    def fill(path, record):
+        if path.parent.name == "table2" and not left.pop():
+            raise OSError(28, "No space left on device", str(path))
+        write(path, record)
+
+    monkeypatch.setattr(results, "write_record", fill)
+    with pytest.raises(OSError, match=r"out must be a folder .*, got '.*': No space left on device"):
+        run(tmp_path, scale=one)
+    monkeypatch.undo()
+    (path,) = (tmp_path / "table2").iterdir()
+    before = files(tmp_path)
+    assert len(run(tmp_path, scale=one)) == 2
+    assert files(tmp_path)[path] == before[path]
+
+
+@pytest.mark.parametrize("damage", ["cut", "other study"])
+def test_a_record_that_is_damaged_stops_the_study_with_its_name(tmp_path, finished, counted, damage):
+    planned = trainings("table2", scale_of(), *grids.UNCHOSEN)[2]
+    path = tmp_path / "table2" / f"{planned.name}.json"
+    results.write_record(path, finished[1][2] | {"study": "table1"})
+    if damage == "cut":
+        path.write_text(path.read_text()[:200])
+    message = {
+        "cut": "is not a record",
+        "other study": "is no record of the study 'table2', got one of 'table1'",
+    }
+    with pytest.raises(ValueError, match=f"{path} {message[damage]}"):
+        run(tmp_path)
+    assert counted == []
+
+
 def test_a_record_of_other_settings_is_refused(finished, counted):
     folder, _ = finished
     scale = scale_of(training=TRAINING | {"learning_rate": 0.25, "epochs": 3})
@@ -257,116 +344,3 @@ def test_warnings_are_kept_and_nothing_is_printed(tmp_path, monkeypatch, capfd):
     record = run_training(training, tmp_path)
     assert record["warnings"] == ["UserWarning: a checkpoint is damaged"]
     assert capfd.readouterr() == ("", "")
-
-
-# --- weights -----------------------------------------------------------------------------------------------
-
-
-def gamma_record(gamma, seed, accuracy, data="svhn", **changes):
-    result = {"validation_accuracy": accuracy, "test_accuracy": 1 - accuracy}
-    factors = {"data": data, "network": "small", "gamma": f"{gamma:g}", "seed": seed}
-    return {"status": "done", "factors": factors, "result": result} | changes
-
-
-def failed(record):
-    return {k: v for k, v in record.items() if k != "result"} | {
-        "status": "failed",
-        "error": "MemoryError: 3",
-    }
-
-
-def test_the_weight_is_the_best_on_the_validation_split():
-    records = [
-        *(gamma_record(0, seed, 0.99) for seed in (7, 8)),  # the reference is no candidate
-        *(gamma_record(0.1, seed, 0.5) for seed in (7, 8)),
-        *(gamma_record(1, seed, accuracy) for seed, accuracy in ((7, 0.4), (8, 0.7))),
-        *(gamma_record(10, seed, 0.3) for seed in (7, 8)),
-        gamma_record(0.1, 7, 0.2, "cifar10"),
-        gamma_record(1, 7, 0.1, "cifar10"),
-    ]
-    assert choose_gammas(records) == {"svhn": 1.0, "cifar10": 0.1}
-    # of equals the smallest, in whatever order
-    equal = [gamma_record(gamma, 7, 0.5) for gamma in (3, 10, 0.3, 1)]
-    assert choose_gammas(equal) == {"svhn": 0.3}
-    assert choose_gammas([*equal, failed(gamma_record(0.1, 7, 0.9))]) == {"svhn": 0.3}
-
-
-def test_without_a_training_there_is_no_choice():
-    records = [gamma_record(0, 7, 0.5), failed(gamma_record(1, 7, 0.5)), gamma_record(1, 7, 0.5, "cifar10")]
-    with pytest.raises(
-        RuntimeError, match="no weight can be chosen for svhn, as all trainings failed: MemoryError: 3"
-    ):
-        choose_gammas(records)
-
-
-def test_a_study_chooses_its_weight_first_and_keeps_to_it(tmp_path, counted):
-    scale = scale_of(seeds=[0], gammas=[1e-9, 1e9], gamma_seeds=[7], training=TRAINING | {"epochs": 1})
-    records = run(tmp_path, "table2", scale)
-    chosen = choose_gammas(study.read(tmp_path, "gamma"))["cifar10"]
-    assert [r["result"]["config"]["gamma"] for r in records] == [0, chosen]
-    assert {r["factors"]["seed"] for r in study.read(tmp_path, "gamma")} == {7}
-    assert len(counted) == 3 + 2
-    before = files(tmp_path)
-    assert run(tmp_path, "table2", scale) == records
-    assert files(tmp_path) == before
-    # the papers' weights need no choice
-    run(tmp_path / "three", "table3", scale)
-    assert not (tmp_path / "three" / "gamma").exists()
-
-
-SETTINGS = {"data": "cifar10", "model": "small", "augmentation": "affine", "gamma": 2.0, **TRAINING}
-CHANGES = [
-    {"normalize": "sum"}, {"normalize": "none"}, {"distance": "cosine"}, {"pool": 4},
-    {"method": "guided_backprop"}, {"method": "grad_cam"}, {"method": "smoothgrad", "samples": 2},
-]  # fmt: skip
-
-
-def pull(settings, weight):
-    """The length of the gradient of the weighted term, by hand: over four batches of an untrained network."""
-    torch.manual_seed(derived_seed(0, "weights"))
-    options = {"n_samples": settings["samples"]} if "samples" in settings else None
-    objective = Objective(
-        models.build("small", 10), Affine(), alpha=0.0, gamma=weight, method_options=options,
-        **{k: settings[k] for k in ("method", "normalize", "distance", "pool") if k in settings},
-    )  # fmt: skip
-    split, generator, lengths = data.load("cifar10", 32).train, torch.Generator().manual_seed(0), []
-    for images, labels, _ in data.batches(split, 32, torch.device("cpu"), batch_size=4, seed=0):
-        objective.zero_grad()
-        objective(images, labels, generator).total.backward()
-        gradient = torch.cat([p.grad.flatten() for p in objective.parameters() if p.grad is not None])
-        lengths.append(gradient.norm().item())
-    assert len(lengths) == 4
-    return sum(lengths) / 4
-
-
-@pytest.mark.parametrize("changes", CHANGES, ids=str)
-def test_a_matched_term_pulls_as_strongly(changes):
-    changed = SETTINGS | changes
-    weight = match_weight(SETTINGS, changed)
-    assert pull(changed, weight) == pytest.approx(pull(SETTINGS, 2.0), rel=0.06)  # it has two digits
-    assert pull(changed, 2.0) != pytest.approx(pull(SETTINGS, 2.0), rel=0.06)
-
-
-def test_a_factor_on_the_loss_is_undone(monkeypatch):
-    assert match_weight(SETTINGS, SETTINGS) == 2.0
-    weights._gradient_length.cache_clear()
-    loss = salnb.losses.saliency_loss
-    monkeypatch.setattr(
-        "salnb.objective.terms.saliency_loss",
-        lambda *a, **k: loss(*a, **k) * (50.0 if k["pool"] == 2 else 1.0),
-    )
-    strong = match_weight(SETTINGS, SETTINGS | {"pool": 2})
-    monkeypatch.undo()
-    weights._gradient_length.cache_clear()
-    assert match_weight(SETTINGS, SETTINGS | {"pool": 2}) == pytest.approx(50 * strong, rel=0.05)
-
-
-def test_a_weight_is_matched_whatever_else_is_trained_with():
-    """Other terms, and when the term enters, do not count; the generators are left alone."""
-    other = {"beta": 0.5, "layers": ("network.stage1",), "alpha": 0.3, "warmup": 100, "every": 3, "seed": 5}
-    before = torch.random.get_rng_state()
-    changes = {"normalize": "sum"}
-    assert match_weight(SETTINGS | other, SETTINGS | other | changes) == match_weight(
-        SETTINGS, SETTINGS | changes
-    )
-    assert torch.equal(torch.random.get_rng_state(), before)

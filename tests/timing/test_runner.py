@@ -278,7 +278,7 @@ def test_an_error_is_a_row_that_says_which(tmp_path, monkeypatch, quick, error, 
 def test_what_does_not_fit_the_budget_is_listed_as_not_run(tmp_path, monkeypatch, quick):
     now, asked = [0.0], []
 
-    def measure(case, device, *, iterations, left):
+    def measure(case, device, *, left, **options):
         asked.append(left())
         now[0] += 10
         if case.method == "grad_cam":
@@ -290,7 +290,7 @@ def test_what_does_not_fit_the_budget_is_listed_as_not_run(tmp_path, monkeypatch
     statuses = [row["status"] for row in record["rows"]]
     assert statuses[:5] == ["ok"] * 5
     assert set(statuses[5:]) == {"not run"}
-    assert asked == [45, 35, 25, 15, 5]
+    assert asked == [45 / 4, 35, 25, 15, 5]  # of the first pair the baseline has a quarter
     assert record["protocol"]["spent_seconds"] == 50
     assert record["rows"][5]["reason"].endswith("0 s were left")
 
@@ -302,13 +302,14 @@ def test_a_row_is_not_begun_if_twice_its_baseline_is_too_much(tmp_path, monkeypa
         runner, "measure_case", lambda case, *a, **k: tried.append(case) or made_up(case, factor=100)
     )
     timing.study(settings(budget=31), tmp_path / "a.json", log=silent, now=lambda: 0.0)
-    whole = Case("small", batch=2, size=32)
-    assert whole not in tried  # 8 steps of 2 seconds, twice, are 32 seconds
-    assert dataclasses.replace(whole, every=4) in tried  # 20 seconds
+    case = Case("small", "deconvnet", batch=2, size=32)
+    assert case not in tried  # 8 steps of 2 seconds, twice, are 32 seconds
+    assert dataclasses.replace(case, method="vanilla_gradient") in tried  # the first pair
+    assert dataclasses.replace(case, method="vanilla_gradient", every=4) in tried  # 20 seconds
     tried.clear()
     timing.study(settings(budget=33), tmp_path / "b.json", log=silent, now=lambda: 0.0)
-    assert whole in tried
-    assert dataclasses.replace(whole, method="smoothgrad", samples=5) not in tried
+    assert case in tried
+    assert dataclasses.replace(case, method="smoothgrad", samples=5) not in tried
 
 
 def test_time_to_compile_is_foreseen(tmp_path, monkeypatch, quick):

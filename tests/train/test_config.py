@@ -4,12 +4,19 @@ import json
 import re
 import subprocess
 import sys
+from decimal import Decimal
+from fractions import Fraction
+from pathlib import Path
+from typing import get_type_hints
 
+import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from salnb.__main__ import COMMANDS, main
 from salnb._common import catalog
-from salnb.train.config import PRACTICAL, Config
+from salnb.train.config import Config
 
 # --- the catalogue against the modules that own the things -------------------------------------------------
 
@@ -87,6 +94,23 @@ MISTAKES = [
     ({"layers": ("stage1",)}, ValueError, "layers are for the invariance loss, got stage1 with beta=0"),
     ({"beta": 1, "model": "timm:resnet18"}, ValueError, "layers must be named for beta > 0 with timm:resnet18, got none"),
     ({"layers": (1,), "beta": 1}, TypeError, r"layers must be names of layers, got \(1,\)"),
+    ({"layers": "stage1", "beta": 1}, TypeError, "layers must be names of layers, got 'stage1'"),
+    ({"layers": None}, TypeError, "layers must be names of layers, got None"),
+    ({"out": None}, TypeError, "out must be of type str, got None"),
+    ({"out": b"run"}, TypeError, "out must be of type str, got b'run'"),
+    ({"out": "a\0b"}, ValueError, r"out must name a folder, got 'a\\x00b'"),
+    ({"out": "\ud800"}, ValueError, r"out must name a folder, got '\\ud800'"),
+    ({"samples": np.float64(3)}, TypeError, r"samples must be of type int, got np\.float64\(3\.0\)"),
+    ({"compile": np.True_}, TypeError, "compile must be of type bool, got np.True_"),
+    ({"detach_original": 1}, TypeError, "detach_original must be of type bool, got 1"),
+    ({"train_images": "9"}, TypeError, r"train_images must be of type int | None, got '9'"),
+    ({"data": ["svhn"]}, TypeError, r"data must be of type str, got \['svhn'\]"),
+    ({"gamma": 10**400}, ValueError, "gamma must be a finite number, got inf"),
+    ({"save_minutes": float("nan")}, ValueError, "save_minutes must be a finite number, got nan"),
+    ({"size": [10**5000]}, TypeError, "size must be of type int, got a value of type list"),
+    ({"seed": 2**64}, ValueError, r"seed must be less than 2\*\*64, got a number of 65 bits"),
+    ({"epochs": 10**5000}, ValueError, r"epochs must be less than 2\*\*64, got a number of 16610 bits"),
+    ({"device": "cuda:01"}, ValueError, "device must be auto, cpu, cuda, cuda:N or mps, got 'cuda:01'"),
 ]  # fmt: skip
 
 
@@ -111,71 +135,67 @@ def test_layers_come_with_the_network():
 def test_numbers_are_one_configuration_however_they_are_written():
     assert Config(out="run", gamma=1).to_dict() == Config(out="run", gamma=1.0).to_dict()
     assert type(Config(out="run", gamma=1).gamma) is float
+    numbers = {
+        "gamma": np.float32(0.5),
+        "seed": np.int64(7),
+        "train_images": np.uint16(99),
+        "weight_decay": 0,
+    }
+    config = Config(out=Path("run"), layers=["a"], beta=Fraction(1, 4), **numbers)
+    assert json.loads(json.dumps(config.to_dict())) == config.to_dict()
+    plain = {"gamma": 0.5, "seed": 7, "train_images": 99, "weight_decay": 0.0}
+    assert config == Config(out="run", layers=("a",), beta=0.25, **plain)
 
 
-# --- the folder --------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def held(tmp_path):
-    """A folder with a run in it."""
-    config = Config(out=str(tmp_path / "run"), seed=1, learning_rate=0.1)
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.json").write_text(json.dumps(config.to_dict()))
-    return tmp_path / "run"
-
-
-def test_a_folder_with_another_run_is_refused(held):
-    config = Config(out=str(held), seed=2, learning_rate=0.1, model="small_groupnorm")
-    for resume in (False, True):
-        with pytest.raises(FileExistsError) as error:
-            config.check_run(resume=resume)
-        assert "model 'small' (now 'small_groupnorm'), seed 1 (now 2)" in str(error.value)
-        assert "learning_rate" not in str(error.value)
-
-
-def test_the_same_run_is_continued_only_when_asked(held):
-    config = Config(out=str(held), seed=1, learning_rate=0.1)
-    with pytest.raises(FileExistsError, match="holds this run already: resume it"):
-        config.check_run(resume=False)
-    config.check_run(resume=True)
-
-
-def test_practical_settings_may_change(held):
-    changes = {"device": "cpu", "workers": 0, "save_minutes": 1}
-    assert set(changes) | {"out"} == PRACTICAL
-    Config(out=str(held), seed=1, learning_rate=0.1, **changes).check_run(resume=True)
-
-
-def test_a_file_is_no_folder(tmp_path):
-    (tmp_path / "run").write_text("")
-    with pytest.raises(NotADirectoryError, match="out must be a folder, got the file"):
-        Config(out=str(tmp_path / "run")).check_run(resume=True)
-
-
-def test_a_folder_that_cannot_be_made_is_named(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(NotADirectoryError, match=r"out .*file/run cannot be written to: Not a directory"):
-        Config(out=str(tmp_path / "file" / "run")).check_run(resume=False)
-
-
-@pytest.mark.parametrize("content", ["", "[1]"])
-def test_a_configuration_of_something_else_is_left_alone(tmp_path, content):
-    (tmp_path / "config.json").write_text(content)
-    with pytest.raises(FileExistsError, match=r"holds a config\.json that is not of a run"):
-        Config(out=str(tmp_path)).check_run(resume=True)
-    assert (tmp_path / "config.json").read_text() == content
-
-
-@pytest.mark.parametrize(
-    ("changes", "least"), [({"batch_size": 9}, 2), ({"batch_size": 2, "augmentation": "mixup"}, 4)]
+FIELDS = get_type_hints(Config)
+WORDS = sorted(
+    {*catalog.DATA, *catalog.NETWORKS, *catalog.AUGMENTATIONS, *catalog.METHODS, *catalog.PRECISIONS, "cpu"}
 )
-def test_processes_must_share_a_batch(tmp_path, monkeypatch, changes, least):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(
-        ValueError, match=f"batch_size must be a multiple of the 2 processes and at least {least}"
-    ):
-        Config(out=str(tmp_path), **changes).check_run(resume=False)
+VALUES = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-3, 300),
+    st.integers(),
+    st.floats(),
+    st.sampled_from(
+        [10**400, -(10**5000), 2**63, -0.0, 1j, b"cpu", Fraction(1, 3), Decimal(1), Path("x"), object(), int]
+    ),
+    st.sampled_from(
+        [
+            np.int8(3),
+            np.uint64(2**64 - 1),
+            np.float16(0.5),
+            np.float64("nan"),
+            np.True_,
+            np.array(3),
+            np.str_("cpu"),
+        ]
+    ),
+    st.text(st.characters(), max_size=4).filter(lambda text: not text.startswith("timm:")),
+    st.sampled_from(WORDS),
+    st.lists(st.one_of(st.text(max_size=3), st.integers()), max_size=2),
+    st.dictionaries(st.text(max_size=2), st.none(), max_size=1),
+)
+
+
+@settings(deadline=None, max_examples=400)
+@given(st.dictionaries(st.sampled_from(sorted(FIELDS)), VALUES, max_size=3))
+def test_any_value_makes_a_sound_configuration_or_is_answered_by_name(changes):
+    config = None
+    try:
+        config = Config(**{"out": "run"} | changes)
+    except (TypeError, ValueError) as error:
+        answer = str(error)
+    if config is None:
+        named = rf"(one of )?({'|'.join(FIELDS)})\b.*\b(got|known: |for GPUs|lacks)"
+        assert re.match(named, answer, re.DOTALL), answer
+    else:
+        for name, kind in FIELDS.items():
+            kind = {tuple[str, ...]: tuple, int | None: (int, type(None))}.get(kind, kind)
+            value = getattr(config, name)
+            assert isinstance(value, kind), name
+            assert kind is bool or not isinstance(value, bool), name
+        assert Config(**json.loads(json.dumps(config.to_dict()))) == config
 
 
 # --- the command line --------------------------------------------------------------------------------------
@@ -206,6 +226,10 @@ def test_every_setting_is_an_option(capsys):
         (["train", "--out", "OUT", "--augmentation", "cutmix", "--batch-size", "1"], "which mixes images"),
         (["train", "--out", "OUT", "--model", "densenet121", "--method", "grad_cam"], "needs a layer"),
         (["train", "--out", "HELD"], "holds a run of other settings"),
+        (["train", "--out", "DAMAGED"], r"holds a config\.json that is not of a run"),
+        (["train", "--out", "OUT/" + "x" * 300], "cannot be written to: File name too long"),
+        (["train", "--out", "OUT", "--save-minutes", "nan"], "save_minutes must be a finite number, got nan"),
+        (["train", "--out", "OUT", "--seed", "-1"], "seed must be at least 0, got -1"),
         (["train", "--out", "OUT", "--pool", "64"], "pool must be at most 32, the size of the images"),
         (["study", "tabel1", "--out", "OUT"], "study 'tabel1' is unknown .did you mean 'table1'"),
         (["study", "table1", "--out", "OUT", "--scale", "labtop"], "did you mean 'laptop'"),
@@ -227,8 +251,11 @@ def test_every_setting_is_an_option(capsys):
 def test_mistakes_are_answered_in_a_line_without_loading_torch(tmp_path, held, arguments, message):
     scale = tmp_path / "scale.yml"
     scale.write_text("scale: {data: [digit-scenes], networks: [small], seeds: [0], training: {size: '32'}}")
-    paths = {"OUT": str(tmp_path / "out"), "HELD": str(held), "SCALE": str(scale)}
-    arguments = [paths.get(word, word) for word in arguments]
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "config.json").write_text("{")
+    for word in ("out", "held", "scale", "damaged"):
+        path = {"held": held, "scale": scale}.get(word, tmp_path / word)
+        arguments = [re.sub(rf"^{word.upper()}\b", str(path), argument) for argument in arguments]
     program = (
         "import sys; from salnb.__main__ import main; status = main(sys.argv[1:]); "
         "print(sorted({'torch', 'numpy', 'datasets'} & set(sys.modules))); sys.exit(status)"

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from salnb import data, models, results
+from salnb.__main__ import main
 from salnb.augment import AUGMENTATIONS
 from salnb.objective import Objective
 from salnb.train import fit
@@ -156,6 +157,91 @@ def test_without_masks_no_share_is_reported(whole):
     assert not any("on_object" in name for name in whole[1])
 
 
+# --- what may fail beside it -------------------------------------------------------------------------------
+
+
+def fail(*args, **options):
+    raise RuntimeError("is broken")
+
+
+@pytest.fixture
+def masked(monkeypatch):
+    """The images come with masks."""
+    sets = data.load("cifar10", 32)
+    for split in (sets.validation, sets.test):
+        split.masks = torch.ones(len(split), 1, 32, 32, dtype=torch.bool)
+    monkeypatch.setattr(data, "load", lambda *args, **options: sets)
+
+
+BESIDE = {
+    "salnb.results.peak_memory": ["peak_memory_bytes"],
+    "salnb.results.parameters_sha256": ["parameters_sha256"],
+    "salnb.results.provenance": ["provenance"],
+    "salnb.saliency.vanilla_gradient": ["validation_saliency_on_object", "test_saliency_on_object"],
+    "salnb.trust.share_on_object": ["validation_saliency_on_object", "test_saliency_on_object"],
+}
+
+
+@pytest.mark.parametrize("target", BESIDE)
+def test_a_summary_does_without_what_fails_beside_the_accuracy(tmp_path, masked, monkeypatch, target):
+    options = {"epochs": 1, "gamma": 0}
+    whole = fit(settings(tmp_path / "whole", **options), log=silent)
+    assert whole["test_saliency_on_object"] == pytest.approx(1)
+    monkeypatch.setattr(target, fail)
+    summary = fit(settings(tmp_path / "run", **options), log=silent)
+    assert results.read_record(tmp_path / "run" / "summary.json") == summary
+    (row,) = rows(tmp_path / "run")
+    for name in BESIDE[target]:
+        record = row if name.startswith("validation") else summary
+        assert record[name] is None
+        assert record.pop("missing") == {name: "RuntimeError: is broken"}
+    assert "missing" not in summary
+    assert summary.keys() == whole.keys()
+    assert summary["test_accuracy"] == whole["test_accuracy"]
+    assert load_checkpoint(tmp_path / "run" / "checkpoints")["history"][0].keys() >= row.keys()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_of_the_test_that_is_not_finite_costs_no_summary(tmp_path, monkeypatch, value):
+    monkeypatch.setattr("salnb.train.evaluate.MeanMetric.compute", lambda self: torch.tensor(value))
+    summary = fit(settings(tmp_path / "run", epochs=1), log=silent)
+    assert results.read_record(tmp_path / "run" / "summary.json") == summary
+    assert summary["test_loss"] is None
+    assert summary["missing"] == {"test_loss": f"ArithmeticError: it is {value}"}
+    (line,) = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert "NaN" not in line
+    assert "Infinity" not in line
+
+
+def test_what_a_log_raises_costs_no_epoch(tmp_path):
+    with pytest.raises(RuntimeError, match="is broken"):
+        fit(settings(tmp_path / "run", save_minutes=100), log=fail)
+    assert load_checkpoint(tmp_path / "run" / "checkpoints")["epoch"] == 1
+    assert len(rows(tmp_path / "run")) == 1
+
+
+def test_a_run_goes_on_where_nobody_reads_what_it_says(tmp_path, cache):
+    """Both pipes are closed at the other end, as `salnb train … | head` does it."""
+    command = [sys.executable, "-m", "salnb", "train", "--out", str(tmp_path / "run"), "--save-minutes", "9"]
+    for name, value in {"data": "cifar10", "batch_size": 4, "epochs": 2, "device": "cpu"}.items():
+        command += ["--" + name.replace("_", "-"), str(value)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    process.stderr.close()
+    assert process.wait() == 0
+    assert results.read_record(tmp_path / "run" / "summary.json")["epochs"] == 2
+
+
+@pytest.mark.parametrize("name", [b"caf\xe9", "Übung 1".encode()])
+def test_a_folder_of_any_name(tmp_path, capsys, name):
+    out = tmp_path / os.fsdecode(name)
+    command = ["train", "--out", str(out), "--data", "cifar10", "--batch-size", "4", "--epochs", "1"]
+    assert main([*command, "--device", "cpu"]) == 0
+    assert capsys.readouterr().out.count("summary in ") == 1
+    assert results.read_record(out / "summary.json")["config"]["out"] == str(out)
+    assert main([*command, "--device", "cpu", "--resume"]) == 0
+
+
 # --- several processes -------------------------------------------------------------------------------------
 
 
@@ -193,7 +279,7 @@ def test_two_processes_stop_and_go_on(tmp_path, cache):
     process = subprocess.Popen([*base, "--out", str(out)], env=environment, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline()
     process.terminate()
-    process.communicate(timeout=90)
+    process.communicate()
     assert load_checkpoint(out / "checkpoints")["epoch"] < 60
     subprocess.run([*base, "--out", str(out), "--resume"], env=environment, check=True, capture_output=True)
     hashes = {

@@ -15,7 +15,7 @@ import torch
 
 from salnb import results
 from salnb.train import Interrupted, NonFiniteError, fit, loop
-from salnb.train.checkpoint import last_checkpoint, load_checkpoint
+from salnb.train.checkpoint import last_checkpoint, load_checkpoint, save_checkpoint
 from salnb.train.signals import noticed_signals
 from tests.helpers import runs
 from tests.helpers.runs import rows, settings, silent, without_times
@@ -61,13 +61,15 @@ def kill_at_random(folder, cache, whole, *, kills):
     chance, killed = random.Random(kills), 0
     for number in itertools.count():
         config = settings(folder / str(number))
+        span = whole[1]["seconds"] / 2
         while True:
             process, pipe = runs.start(config, cache=cache)
             runs.wait_for(pipe, "started")
-            process.join(chance.uniform(0, whole[1]["seconds"] / 2))
+            process.join(chance.uniform(0, span))
             if not runs.kill(process):
                 break
             killed += 1
+            span *= 1.5  # the machine may be busier than it was during the whole run, and get nothing done
         fit(config, resume=True, log=silent)
         check_same(folder / str(number), whole)
         if killed >= kills:
@@ -138,6 +140,7 @@ def test_before_there_is_anything_to_save_a_signal_acts_at_once(tmp_path, monkey
 
 def test_a_signal_that_comes_twice_at_once_is_one_request(monkeypatch, ctrl_c):
     """torchrun passes on what a terminal or a scheduler sends to all processes anyhow."""
+    monkeypatch.setattr("salnb.train.signals._ONE_REQUEST", math.inf)  # however busy the machine is
     with noticed_signals() as seen:
         for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
             signal.raise_signal(number)
@@ -176,7 +179,7 @@ def test_the_command_saves_and_answers_with_the_signal(tmp_path, cache):
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout.readline().startswith("epoch 1/100000: class_loss ")
     process.terminate()
-    _, stderr = process.communicate(timeout=60)
+    _, stderr = process.communicate()
     assert process.returncode == 128 + signal.SIGTERM
     assert re.search(
         r"stopped by SIGTERM after step \d+, saved in .*checkpoints: go on with --resume", stderr
@@ -226,6 +229,28 @@ def test_without_a_good_checkpoint_a_run_begins_again(stopped, whole):
         path.write_bytes(b"")
     with pytest.warns(UserWarning, match="truncated or altered"):
         fit(config, resume=True, log=silent)
+    check_same(out, whole)
+
+
+def test_a_checkpoint_of_something_else_is_named(stopped):
+    config, out = stopped
+    path = save_checkpoint(out / "checkpoints", 99, {"step": 99})
+    with pytest.raises(ValueError, match=f"the run cannot go on from {path}: KeyError: 'epoch'"):
+        fit(config, resume=True, log=silent)
+    path.unlink()
+    state = load_checkpoint(out / "checkpoints")
+    state["objective"].popitem(last=False)
+    save_checkpoint(out / "checkpoints", 99, state)
+    with pytest.raises(ValueError, match=r"the run cannot go on from .*: RuntimeError: .* Missing key"):
+        fit(config, resume=True, log=silent)
+
+
+def test_metrics_that_were_altered_are_written_again(stopped, whole):
+    config, out = stopped
+    (out / "metrics.jsonl").write_bytes(b"\xff{")
+    (out / "checkpoints" / "step-000000099.0123.pt").mkdir()
+    fit(config, resume=True, log=silent)
+    (out / "checkpoints" / "step-000000099.0123.pt").rmdir()
     check_same(out, whole)
 
 

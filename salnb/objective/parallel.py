@@ -1,0 +1,55 @@
+"""Which wrappers for several devices an objective with the saliency term can be in."""
+
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+__all__ = ["check_parallel", "check_unwrapped"]
+
+_SHARDING = "shard the objective as a whole, fully_shard(Objective(model, ...)), and leave resharding on"
+
+
+def check_unwrapped(model: nn.Module) -> None:
+    """Raise a TypeError if what should be around the objective is around its model."""
+    for module in model.modules():
+        if isinstance(module, DistributedDataParallel):
+            raise TypeError(
+                "model must not be wrapped in DistributedDataParallel: wrap the objective, "
+                "DistributedDataParallel(Objective(model, ...))"
+            )
+
+
+def check_parallel(objective: nn.Module, *, training: bool) -> None:
+    """Raise a RuntimeError where gradients would be wrong, or missing, without a word.
+
+    The saliency term differentiates inside the forward pass, which some wrappers take for the backward pass.
+    """
+    if training and any(isinstance(module, nn.SyncBatchNorm) for module in objective.modules()):
+        raise RuntimeError(
+            "nn.SyncBatchNorm has no second derivative, which the saliency term needs: "
+            "use nn.BatchNorm2d, or gamma=0"
+        )
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    wrapper = DistributedDataParallel._active_ddp_module
+    if wrapper is not None and wrapper.static_graph:
+        raise RuntimeError(
+            "DistributedDataParallel(static_graph=True) would skip the averaging of gradients without a "
+            "word, as the saliency term differentiates inside the forward pass: leave static_graph out"
+        )
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+
+    for module in objective.modules():
+        if module is not objective and isinstance(module, FSDPModule | FullyShardedDataParallel):
+            raise RuntimeError(
+                f"a sharded part of the objective, here {type(module).__name__}, frees parameters that the "
+                f"gradient inside the forward pass still needs: {_SHARDING}, or use gamma=0"
+            )
+    if isinstance(objective, FSDPModule):
+        state = objective._get_fsdp_state()
+        groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
+        if not all(getattr(group, "reshard_after_backward", True) for group in groups):
+            raise RuntimeError(
+                "set_reshard_after_backward(False) leaves parameters whose .grad is None, as the gradients "
+                f"are those of the shards, which nothing looks at then: {_SHARDING}"
+            )

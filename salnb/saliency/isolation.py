@@ -1,0 +1,135 @@
+"""Running a model without a trace: alone among threads, and with its state put back afterwards."""
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.lazy import LazyModuleMixin
+
+__all__ = ["check_usable", "left_as_found"]
+
+_free = threading.Condition()
+_owners: dict[int, int] = {}  # the thread that each module is taken by, both by id
+
+
+@contextmanager
+def left_as_found(model: nn.Module) -> Iterator[None]:
+    """Context in which a model may be run, and after which it is as it was.
+
+    Put back, also after an error: buffers, whether written to or replaced, the train or eval mode, and, of
+    the modules that are not PyTorch's own, attributes that are numbers, tensors or None. What a model keeps
+    in lists and dictionaries stays as the pass left it.
+
+    Threads that run models with a module in common wait for one another; a model whose forward pass calls
+    this again, in the same thread, does not wait for itself.
+    """
+    modules = list(model.modules()) if isinstance(model, nn.Module) else []
+    with _alone(modules):
+        modes = [module.training for module in modules]
+        copies: dict[int, Tensor] = {}  # by the id of the original, which may be held in several places
+        lent = [(module, *_lend_copies(module, copies)) for module in modules if _may_move(module)]
+        try:
+            yield
+        finally:
+            for module, attributes, buffers in lent:
+                _put_back(module, attributes, buffers)
+            for module, mode in zip(modules, modes, strict=True):
+                if module.training is not mode:
+                    module.training = mode
+
+
+@contextmanager
+def _alone(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Context in which no other thread is inside with any of these modules."""
+    me = threading.get_ident()
+    names = [id(module) for module in modules]
+    with _free:
+        _free.wait_for(lambda: all(_owners.get(name, me) == me for name in names))
+        taken = [name for name in names if name not in _owners]  # the others are taken further out
+        _owners.update(dict.fromkeys(taken, me))
+    try:
+        yield
+    finally:
+        with _free:
+            for name in taken:
+                del _owners[name]
+            _free.notify_all()
+
+
+def _may_move(module: nn.Module) -> bool:
+    """Whether a forward pass may change what `left_as_found` puts back, apart from the mode."""
+    if isinstance(module, LazyModuleMixin):  # its first pass makes it what it is
+        return False
+    if isinstance(module, _BatchNorm) and not module.training:  # many small copies, which a GPU would notice
+        return type(module).forward is not _BatchNorm.forward
+    return bool(module._buffers) or not _is_of_torch(type(module))
+
+
+def _is_of_torch(kind: type) -> bool:
+    return kind.__module__.startswith("torch.")
+
+
+def _lend_copies(
+    module: nn.Module, copies: dict[int, Tensor]
+) -> tuple[dict[str, Any], dict[str, Tensor | None]]:
+    """Give a module copies of its buffers to write to; returns what it had, attributes and buffers."""
+
+    def copy_of(tensor: Tensor) -> Tensor:
+        if id(tensor) not in copies:
+            copies[id(tensor)] = tensor.clone()
+        return copies[id(tensor)]
+
+    attributes = {}
+    if not _is_of_torch(type(module)):
+        attributes = {
+            k: v for k, v in vars(module).items() if v is None or isinstance(v, float | int | Tensor)
+        }
+        for name, value in attributes.items():
+            if isinstance(value, Tensor) and not value.requires_grad:
+                vars(module)[name] = copy_of(value)
+    buffers = dict(module._buffers.items())  # scripted modules have something else than a dictionary there
+    for name, buffer in buffers.items():
+        if buffer is not None:
+            _set_buffer(module, name, copy_of(buffer))
+    return attributes, buffers
+
+
+def _put_back(module: nn.Module, attributes: dict[str, Any], buffers: dict[str, Tensor | None]) -> None:
+    for name, value in attributes.items():
+        if vars(module).get(name) is not value:
+            vars(module)[name] = value
+    for name, buffer in buffers.items():
+        _set_buffer(module, name, buffer)
+
+
+def _set_buffer(module: nn.Module, name: str, value: Tensor | None) -> None:
+    if isinstance(module, torch.jit.ScriptModule):
+        setattr(module, name, value)
+    else:
+        module._buffers[name] = value
+
+
+def check_usable(model: nn.Module) -> None:
+    """Raise if no gradient can be taken through a model as it is.
+
+    Raises:
+        TypeError: it is spread over several devices by `nn.DataParallel`.
+        ValueError: parameters or buffers were made in inference mode.
+    """
+    for module in model.modules() if isinstance(model, nn.Module) else ():
+        if isinstance(module, nn.DataParallel) and len(module.device_ids) > 1:
+            raise TypeError(
+                f"model must not hold an nn.DataParallel on {len(module.device_ids)} devices, whose threads "
+                "saliency methods do not reach: take its .module"
+            )
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None and tensor.is_inference():
+                raise ValueError(
+                    "model must be made outside of torch.inference_mode(), got a "
+                    f"{type(module).__name__} whose {name} was made inside: build or load the model outside, "
+                    "or take copy.deepcopy(model) there"
+                )

@@ -1,0 +1,155 @@
+"""The layer that Grad-CAM looks at: found by name or as the last convolution, with an output (N, C, h, w)."""
+
+import threading
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from salnb._common.catalog import unknown
+
+__all__ = ["LastConvolution", "OtherLayerError", "check_layout", "find_layer"]
+
+# modules that hand on the layout they are given, and which transformers apply to tokens
+_ANY_LAYOUT = (nn.Identity, nn.Dropout, nn.Softmax, nn.LogSoftmax)
+
+
+class OtherLayerError(ValueError):
+    """The last convolution that ran is not the one that was recorded.
+
+    Attributes:
+        layer: the one that ran.
+    """
+
+    def __init__(self, message: str, layer: nn.Module):
+        super().__init__(message)
+        self.layer = layer
+
+
+def find_layer(model: nn.Module, layer: nn.Module | str | None) -> nn.Module:
+    """The module that is meant; for None, the convolution that is likely to run last.
+
+    Raises:
+        TypeError, ValueError: there is no such module.
+    """
+    modules = dict(model.named_modules())
+    if isinstance(layer, str):
+        if layer not in modules:
+            raise unknown("layer", layer, [name for name in modules if name])
+        return modules[layer]
+    if isinstance(layer, nn.Module):
+        if not any(module is layer for module in modules.values()):
+            raise ValueError(
+                f"layer must be a module of the model, got a {type(layer).__name__} that is not part of it"
+            )
+        return layer
+    if layer is not None:
+        raise TypeError(f"layer must be a module, a dotted name or None, got {type(layer).__name__}")
+    convolutions = [module for module in modules.values() if isinstance(module, nn.Conv2d)]
+    if not convolutions:
+        raise ValueError("layer=None takes the model's last nn.Conv2d, but the model has none: name a layer")
+    return convolutions[-1]
+
+
+class LastConvolution:
+    """A context manager that takes note of the last `nn.Conv2d` that a forward pass of `model` runs.
+
+    Attributes:
+        module: that layer; None before one has run.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.module: nn.Module | None = None
+        self._output: Tensor | None = None
+        self._version = self._thread = 0
+        self._stack = ExitStack()
+
+    def __enter__(self) -> "LastConvolution":
+        self._thread = threading.get_ident()
+        for module in self.model.modules():
+            if isinstance(module, nn.Conv2d):
+                self._stack.callback(module.register_forward_hook(self._note).remove)
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._stack.close()
+
+    def _note(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        if threading.get_ident() == self._thread and torch._C._current_graph_task_id() == -1:
+            self.module, self._output, self._version = module, output, output._version
+
+    def untouched(self, *, as_default: bool) -> tuple[nn.Module, Tensor]:
+        """The layer and its output, unless what followed has overwritten it.
+
+        Raises:
+            OtherLayerError: it has, or `as_default` is false; the message says what to name.
+            ValueError: no convolution has run.
+        """
+        if self.module is None or self._output is None:
+            raise ValueError("layer=None takes the last nn.Conv2d that runs, but none does: name a layer")
+        if as_default and self._output._version == self._version:
+            return self.module, self._output
+        raise OtherLayerError(
+            "layer=None takes the last nn.Conv2d of the model, but the last that runs is "
+            f"{_name(self.model, self.module)}: name it, or another layer",
+            self.module,
+        )
+
+
+def check_layout(model: nn.Module, layer: nn.Module, output: Tensor, images: Tensor) -> None:
+    """Raise a ValueError unless a layer's output of four dimensions is (N, C, h, w) of these images.
+
+    Channels may come last, as in the stages of Swin transformers, and attention weights have four dimensions
+    as well. A layer for images (`nn.Conv2d` and whatever else is called …2d) is trusted. Otherwise the shape
+    tells: a feature map has the images' ratio of height to width. Where channels could be taken for rows,
+    the modules inside the layer tell, then those of the model.
+    """
+    shape = tuple(output.shape)
+    if shape[0] != len(images):
+        raise ValueError(
+            f"layer must have an output (N, C, h, w) with N = {len(images)}, "
+            f"but that of {_name(model, layer)} is {shape}: the model changes the batch before it"
+        )
+    if shape[2:] == (1, 1):
+        raise ValueError("layer must have an output of more than one pixel, got 1×1: choose an earlier layer")
+    if _is_for_images(layer):
+        return
+    rows_and_columns = _is_scaled(shape[2:], images.shape[2:])
+    if _is_scaled(shape[1:3], images.shape[2:]) != rows_and_columns:
+        fits = rows_and_columns and not (isinstance(layer, _ANY_LAYOUT) and _has_tokens(model))
+    else:
+        fits = not _has_tokens(layer if any(map(_is_for_images, layer.modules())) else model)
+    if not fits:
+        raise ValueError(
+            f"layer must have an output (N, C, h, w), but that of {_name(model, layer)}, {shape}, looks "
+            "like (N, h, w, C) or attention, or cannot be told from it: name a layer whose output has the "
+            "channels second, such as a convolution, or let an nn.Dropout2d(0) follow what permutes it, and "
+            "name that"
+        )
+
+
+def _is_for_images(module: nn.Module) -> bool:
+    """Whether a module is one for (N, C, h, w): PyTorch's, and what follows its names."""
+    return isinstance(module, _ConvNd | nn.GroupNorm) or "2d" in type(module).__name__
+
+
+def _has_tokens(module: nn.Module) -> bool:
+    """Whether there are parts in it that work on the last dimension, as transformers do."""
+    kinds = (nn.LayerNorm, nn.RMSNorm, nn.MultiheadAttention, nn.Softmax) if hasattr(nn, "RMSNorm") else ()
+    return any(isinstance(part, kinds) and not _is_for_images(part) for part in module.modules())
+
+
+def _is_scaled(size: tuple[int, ...], full: tuple[int, ...]) -> bool:
+    """Whether `size` may be that of an image `full`, reduced or enlarged, and rounded, in both dimensions."""
+    (low, high), (others_low, others_high) = (
+        ((n - 1) / m, (n + 1) / m) for n, m in zip(size, full, strict=True)
+    )
+    return low < others_high and others_low < high
+
+
+def _name(model: nn.Module, layer: nn.Module) -> str:
+    name = next((name for name, module in model.named_modules() if module is layer), "")
+    return f"{name!r} ({type(layer).__name__})"

@@ -1,0 +1,233 @@
+"""The spellings of a rectifier in PyTorch: which calls compute min(max(x, 0), upper)."""
+
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["SIGNS", "SPELLINGS", "ReLUCall", "note_sign"]
+
+
+class ReLUCall(NamedTuple):
+    """A call that rectifies its input.
+
+    Attributes:
+        input: x.
+        upper: the upper bound; None is infinity.
+        in_place: whether the input is overwritten.
+        plain: the same, not in place, for the spellings whose derivative on the bounds depends on the version
+            of PyTorch; for the others, None, it is zero.
+    """
+
+    input: Tensor
+    upper: float | None = None
+    in_place: bool = False
+    plain: Callable[[Tensor], Tensor] | None = None
+
+    def out_of_place(self, x: Tensor) -> Tensor:
+        """The same values in a tensor of their own."""
+        return self.plain(x) if self.plain else x.clamp(0, self.upper)
+
+
+# Each function has the arguments of the calls that it stands for, and returns None where these do not make a
+# rectifier of them.
+
+
+def _relu(input: Tensor, inplace: bool = False) -> ReLUCall | None:
+    return ReLUCall(input, in_place=inplace)
+
+
+def _relu6(input: Tensor, inplace: bool = False) -> ReLUCall | None:
+    return ReLUCall(input, 6.0, inplace)
+
+
+def _hardtanh(
+    input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False
+) -> ReLUCall | None:
+    return ReLUCall(input, max_val, inplace) if min_val == 0 and max_val > 0 else None
+
+
+def _threshold(input: Tensor, threshold: float, value: float, inplace: bool = False) -> ReLUCall | None:
+    return ReLUCall(input, in_place=inplace) if threshold == 0 and value == 0 else None
+
+
+def _leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> ReLUCall | None:
+    return ReLUCall(input, in_place=inplace) if negative_slope == 0 else None
+
+
+def _rrelu(
+    input: Tensor, lower: float = 1 / 8, upper: float = 1 / 3, training: bool = False, inplace: bool = False
+) -> ReLUCall | None:
+    return ReLUCall(input, in_place=inplace) if lower == upper == 0 else None
+
+
+def _elu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> ReLUCall | None:
+    return ReLUCall(input, in_place=inplace) if alpha == 0 else None
+
+
+def _prelu(input: Tensor, weight: Tensor) -> ReLUCall | None:
+    return ReLUCall(input) if _is_zero(weight) else None  # one that is trained is no ReLU, even at zero
+
+
+def _clamp(input: Tensor, min: Any = None, max: Any = None) -> ReLUCall | None:
+    if min is None or not _is_zero(min):
+        return None
+    return ReLUCall(input, plain=lambda x: x.clamp(min, max))
+
+
+def _maximum(input: Tensor, other: Any) -> ReLUCall | None:
+    if not isinstance(other, Tensor):  # a dimension
+        return None
+    x, zero = (input, other) if input.requires_grad else (other, input)
+    return ReLUCall(x, plain=lambda x: torch.maximum(x, zero)) if _is_zero(zero) else None
+
+
+def _fmax(input: Tensor, other: Tensor) -> ReLUCall | None:
+    x, zero = (input, other) if input.requires_grad else (other, input)
+    return ReLUCall(x, plain=lambda x: torch.fmax(x, zero)) if _is_zero(zero) else None
+
+
+def _where(condition: Tensor, input: Any, other: Any) -> ReLUCall | None:
+    if _is_zero(other) and _is_sign(condition, input, positive=True):
+        return ReLUCall(input, plain=lambda x: torch.where(condition, x, 0))
+    if _is_zero(input) and _is_sign(condition, other, positive=False):
+        return ReLUCall(other, plain=lambda x: torch.where(condition, 0, x))
+    return None
+
+
+def _where_of_tensor(input: Tensor, condition: Tensor, other: Any) -> ReLUCall | None:
+    return _where(condition, input, other)
+
+
+def _multiply(input: Any, other: Any) -> ReLUCall | None:
+    x, kept = (input, other) if _is_sign(other, input, positive=True) else (other, input)
+    return ReLUCall(x, plain=lambda x: x * kept) if _is_sign(kept, x, positive=True) else None
+
+
+def _masked_fill(input: Tensor, mask: Tensor, value: Any) -> ReLUCall | None:
+    if not _is_sign(mask, input, positive=False) or not _is_zero(value):
+        return None
+    return ReLUCall(input, plain=lambda x: x.masked_fill(mask, 0))
+
+
+def _set_item(input: Tensor, index: Any, value: Any) -> ReLUCall | None:
+    return _masked_fill(input, index, value) if isinstance(index, Tensor) else None
+
+
+def _is_zero(value: Any) -> bool:
+    """Whether this is a zero, or a tensor of zeros that stay zeros."""
+    if isinstance(value, Tensor):
+        return not value.requires_grad and not value.any()
+    return isinstance(value, int | float) and value == 0
+
+
+class _Sign(NamedTuple):
+    """Where a mask comes from: a comparison of a tensor with zero."""
+
+    tensor: Tensor
+    version: int
+    positive: bool  # whether it is true where the tensor is positive; zero may belong to either side
+
+
+def note_sign(name: str, result: Any, *args: Any) -> None:
+    """Remember of a mask that it is the sign of a tensor, so that `x * (x > 0)` is known for what it is."""
+    if not isinstance(result, Tensor) or result is args[0]:
+        return
+    if name in _COMPARISONS:
+        (x, zero), positive = args[:2], _COMPARISONS[name]
+        if not isinstance(x, Tensor) or (isinstance(zero, Tensor) and zero.requires_grad):
+            x, zero, positive = zero, x, not positive
+        if isinstance(x, Tensor) and _is_zero(zero):
+            result._sign = _Sign(x, x._version, positive)  # type: ignore[attr-defined]
+    elif isinstance(sign := getattr(args[0], "_sign", None), _Sign):
+        positive = sign.positive is not (name in _NEGATIONS)
+        result._sign = sign._replace(positive=positive)  # type: ignore[attr-defined]
+
+
+def _is_sign(mask: Any, x: Any, *, positive: bool) -> bool:
+    """Whether a mask says where `x` is positive, or where it is negative."""
+    sign = getattr(mask, "_sign", None)
+    if not isinstance(sign, _Sign) or not isinstance(x, Tensor) or sign.positive is not positive:
+        return False
+    t, unchanged = sign.tensor, sign.tensor._version == sign.version
+    same = t is x or (t.shape == x.shape and t.stride() == x.stride() and t.is_set_to(x.detach()))
+    return same and unchanged
+
+
+_BY_NAME: dict[str, Callable[..., ReLUCall | None]] = {
+    "relu": _relu,
+    "relu6": _relu6,
+    "hardtanh": _hardtanh,
+    "threshold": _threshold,
+    "leaky_relu": _leaky_relu,
+    "rrelu": _rrelu,
+    "elu": _elu,
+    "prelu": _prelu,
+    "clamp": _clamp,
+    "clip": _clamp,
+    "clamp_min": _clamp,
+    "maximum": _maximum,
+    "max": _maximum,
+    "fmax": _fmax,
+    "where": _where,
+    "mul": _multiply,
+    "multiply": _multiply,
+    "__mul__": _multiply,
+    "__rmul__": _multiply,
+    "__imul__": _multiply,
+    "masked_fill": _masked_fill,
+    "__setitem__": _set_item,
+}
+
+
+def _reader(parse: Callable[..., ReLUCall | None], *, in_place: bool) -> Callable[..., ReLUCall | None]:
+    """What makes a `ReLUCall` of a call's arguments, or None of those that are of another kind."""
+    signature = inspect.signature(parse)
+
+    def read(*args: Any, **kwargs: Any) -> ReLUCall | None:
+        if "self" in kwargs:  # what the operators of torch.ops call it
+            kwargs["input"] = kwargs.pop("self")
+        try:
+            signature.bind(*args, **kwargs)
+        except TypeError:
+            return None
+        call = parse(*args, **kwargs)
+        if call is None or not call.input.requires_grad:
+            return None
+        return call._replace(in_place=True) if in_place else call
+
+    return read
+
+
+def _functions(name: str) -> Iterator[tuple[Callable, str]]:
+    """Every function, method and operator of PyTorch with this name or that of its variant in place."""
+    for home in (torch, Tensor, F, torch._C._nn, torch.ops.aten):
+        for spelled in (name, f"{name}_"):
+            function: Any = getattr(home, spelled, None)
+            operator = isinstance(function, torch._ops.OpOverloadPacket)
+            overloads = [getattr(function, o) for o in function.overloads()] if operator else []
+            for spelling in filter(callable, (function, *overloads)):
+                yield spelling, spelled
+
+
+_IN_PLACE = ("__imul__", "__setitem__")
+
+#: for each call that may be a rectifier, what tells whether it is one
+SPELLINGS = {
+    function: _reader(parse, in_place=name in _IN_PLACE or spelled != name)
+    for name, parse in _BY_NAME.items()
+    for function, spelled in _functions(name)
+} | {Tensor.where: _reader(_where_of_tensor, in_place=False)}
+
+_COMPARISONS = {
+    **dict.fromkeys(("gt", "greater", "ge", "greater_equal", "__gt__", "__ge__"), True),
+    **dict.fromkeys(("lt", "less", "le", "less_equal", "__lt__", "__le__"), False),
+}
+_NEGATIONS = ("logical_not", "bitwise_not", "__invert__")
+_CASTS = ("to", "type", "type_as", "float", "double", "half", "bfloat16", "int", "long", "bool", "detach")
+
+#: the calls that make the mask of a rectifier, or hand it on, by the names that `note_sign` knows
+SIGNS = {function: name for name in (*_COMPARISONS, *_NEGATIONS, *_CASTS) for function, _ in _functions(name)}
