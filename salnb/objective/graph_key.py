@@ -35,6 +35,10 @@ _GLOBAL_HOOKS = [name for name in vars(torch_modules) if name.startswith("_globa
 _DEPTH = 4  # of objects within objects: what lies deeper is told by its identity
 
 
+# whose objects a model may hold, and which lead to all the rest of a program
+_OUTSIDE = {"logging", "threading", "weakref", "lightning", "pytorch_lightning", "lightning_fabric"}
+
+
 class _Same:
     """Equal to itself only; keeps the object, so that no other one gets its address."""
 
@@ -179,9 +183,11 @@ def _tensor_kind(tensor: Tensor) -> tuple:
 
 def _frozen_class(cls: type) -> Hashable:
     """Attributes of the classes that are not PyTorch's, and the forward pass of any."""
-    own = [c for c in cls.__mro__ if c.__module__.split(".")[0] not in ("torch", "builtins")]
+    own = [c for c in cls.__mro__ if c.__module__.split(".")[0] not in ("torch", "builtins", "typing", "abc")]
     items = [(name, value) for c in own for name, value in vars(c).items() if name[:2] != "__"]
-    return _Same(getattr(cls, "forward", None)), _frozen_items(items, {}, 1)
+    # functions and descriptors are told by their identity: what they lead to has no end
+    frozen = [(name, _Same(v) if hasattr(v, "__get__") else _frozen(v, depth=1)) for name, v in items]
+    return _Same(getattr(cls, "forward", None)), tuple(frozen)
 
 
 def _frozen_hooks(hooks: Any) -> Hashable:
@@ -201,7 +207,8 @@ def _frozen(value: Any, seen: dict[int, int] | None = None, depth: int = 0) -> H
     seen = {} if seen is None else seen
     if id(value) in seen:
         return "again", seen[id(value)]
-    if isinstance(value, type | types.ModuleType | types.BuiltinFunctionType) or depth > _DEPTH:
+    known = isinstance(value, type | types.ModuleType | types.BuiltinFunctionType)
+    if known or depth > _DEPTH or kind.__module__.split(".")[0] in _OUTSIDE:
         return _Same(value)
     seen[id(value)] = len(seen)
     return kind, _frozen_contents(value, seen, depth + 1)
@@ -222,13 +229,20 @@ def _frozen_contents(value: Any, seen: dict[int, int], depth: int) -> Hashable:
     if isinstance(value, types.FunctionType):
         cells = [cell.cell_contents for cell in value.__closure__ or () if cell != types.CellType()]
         return _Same(value), _frozen([value.__defaults__, value.__kwdefaults__, *cells], seen, depth)
-    if isinstance(value, random.Random):
-        return value.getstate()
-    if hasattr(value, "bit_generator"):  # of NumPy
-        return pickle.dumps(value.bit_generator.state)
-    if hasattr(value, "__dict__"):
+    if hasattr(value, "__dict__") and not isinstance(value, random.Random):
         # a module that is no submodule: its parameters are no inputs of the graph
         return _frozen_items(vars(value).items(), seen, depth)
+    return _frozen_memory(value)
+
+
+def _frozen_memory(value: Any) -> Hashable:
+    """Sources of random numbers, and NumPy's arrays and numbers."""
+    if isinstance(value, random.Random):
+        return value.getstate()
+    if hasattr(value, "bit_generator"):
+        return pickle.dumps(value.bit_generator.state)
+    if type(value).__module__ == "numpy" and hasattr(value, "tobytes"):
+        return value.dtype.str, value.shape, value.tobytes()
     return _Same(value)
 
 

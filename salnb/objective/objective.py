@@ -177,6 +177,9 @@ class Objective(nn.Module):
                 check = not self._second_derivative_checked
                 losses = step_losses(modules, inputs, weights, settings, check_derivative=check)
                 self._second_derivative_checked |= losses.has_saliency and keep_graph
+        if not self._target_checked:  # on a CPU the class loss has looked already
+            check_normalized(target, wait=True)
+            self._target_checked = True
         if self.training:
             self.steps_done += 1
         return losses
@@ -247,7 +250,5 @@ class Objective(nn.Module):
         check_training_target(target, len(images))
         if self.gamma:
             check_no_transform()
-        check_normalized(target, wait=not self._target_checked)
-        self._target_checked = True
         if self.gamma and torch.is_grad_enabled():
             check_parallel(self, training=self.training)

@@ -4,6 +4,7 @@ Each change is made to an eager and to a compiled objective that has run a step 
 """
 
 import copy
+import logging
 import random
 import types
 import warnings
@@ -49,13 +50,14 @@ class Part(nn.Module):
         self.function, self.bound = partial(torch.mul, other=0.9), torch.sin
         self.constant = torch.tensor(0.3, dtype=torch.float64)
         self.outside = [nn.LeakyReLU(0.1)]
+        self.array, self.log = np.array([0.5, 0.25]), logging.getLogger("tests.stale")
         self.register_buffer("offset", torch.tensor(0.2))
 
     def forward(self, x):
         x = self.drop(self.act(self.norm(self.conv(x)))) * self.config.scale * self.factor
         x = x + self.config.inner["powers"][1] * self.space.shift + self.constant + self.offset
         x = self.function(self.act2(x)) * self.powers[1][0] + self.table["a"]["b"] * self.bound(x)
-        return self.outside[0](x)
+        return self.outside[0](x) + float(self.array[1])
 
 
 def network():
@@ -126,6 +128,9 @@ MUTATIONS = {
     "closure": lambda o: setattr(o.model[1], "bound", (lambda k: lambda x: k * x)(o.model[1].config.scale)),
     "tensor": lambda o: o.model[1].constant.fill_(0.8),
     "other tensor": lambda o: setattr(o.model[1], "constant", torch.tensor(0.9).double()),
+    "array": lambda o: o.model[1].array.__setitem__(1, 0.7),
+    "scalar of NumPy": lambda o: setattr(o.model[1].space, "shift", np.float32(0.3)),
+    "logger": lambda o: (o.model[1].log.setLevel("DEBUG"), logging.getLogger("tests.stale.inner")),
     "outside of the tree": lambda o: setattr(o.model[1].outside[0], "negative_slope", 0.7),
     "forward of an object": lambda o: setattr(o.model[1].act, "forward", torch.sigmoid),
     "forward hook": lambda o: o.model[1].conv.register_forward_hook(hook),
