@@ -100,7 +100,7 @@ def measure_case(
 
 
 # what takes about as long as a few steps
-_SLOW = ("kinds", "peak_bytes", "flops", "peak_share")
+_SLOW = ("kinds", "peak_bytes", "flops")
 
 
 def _with(case: Case, measured: Measured, name: str, find: Callable[[], Any]) -> Measured:

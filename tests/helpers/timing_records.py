@@ -75,3 +75,13 @@ def without_waiting(monkeypatch):
     monkeypatch.setattr(runner.gc, "collect", lambda: freed.append(True))
     monkeypatch.setattr(os, "fsync", lambda fd: None)
     return freed
+
+
+def small_study(path, **changes):
+    """Of real rows, as small as can be."""
+    return timing.study(settings(size=16, iterations=4, budget=600, **changes), path, log=silent)
+
+
+def broken(*args, **kwargs):
+    """Stands for what fails."""
+    raise RuntimeError("it is broken\nin many ways")
