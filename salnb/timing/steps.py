@@ -1,5 +1,6 @@
 """Training steps to be timed: with everything prepared that the paper's protocol leaves out."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -58,7 +59,7 @@ class _Prepared(Augmentation):
         return self.augmentation.align(maps, new_maps, params)
 
 
-class TimedStep:
+class TimedStep(ABC):
     """A training step without optimiser: forward pass, losses, gradients of the parameters.
 
     Args:
@@ -96,9 +97,9 @@ class TimedStep:
         tensors = [*self.model.parameters(), *self.model.buffers(), *self.batch]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
+    @abstractmethod
     def loss(self) -> Tensor:
         """What is differentiated, computed under autocast where the case asks for it."""
-        raise NotImplementedError
 
     def __call__(self) -> None:
         """Run it once."""

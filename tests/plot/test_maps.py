@@ -1,22 +1,12 @@
 """Figures: what is drawn, with which limits, and what is refused."""
 
 import matplotlib as mpl
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
 
-mpl.use("Agg")
-
-import matplotlib.pyplot as plt
-
 from salnb import plot
-
-
-@pytest.fixture(autouse=True)
-def _close_figures():
-    with mpl.rc_context():
-        yield
-    plt.close("all")
 
 
 @pytest.fixture

@@ -3,25 +3,13 @@
 import dataclasses
 import math
 
-import matplotlib as mpl
 import numpy as np
 import pytest
-
-mpl.use("Agg")
-
-import matplotlib.pyplot as plt
 
 from salnb.plot import VERDICTS, show_accuracies, show_differences
 from salnb.statistics import Comparison, compare
 
 LIMITS = (-0.1, 0.1)
-
-
-@pytest.fixture(autouse=True)
-def _close_figures():
-    with mpl.rc_context():
-        yield
-    plt.close("all")
 
 
 def comparison(low, high, *, name="here", data="digits", pairs=((0.5, 0.51), (0.5, 0.53))):

@@ -2,26 +2,14 @@
 
 import copy
 
-import matplotlib as mpl
 import numpy as np
 import pytest
-
-mpl.use("Agg")
-
-import matplotlib.pyplot as plt
 
 from salnb import timing
 from salnb.plot import show_batches, show_memory, show_method_costs, show_parts, show_ratios
 from salnb.timing import tables
 from salnb.timing.profiler import KINDS
 from tests.helpers.timing_records import made_up_record
-
-
-@pytest.fixture(autouse=True)
-def _close_figures():
-    with mpl.rc_context():
-        yield
-    plt.close("all")
 
 
 @pytest.fixture

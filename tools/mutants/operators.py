@@ -5,6 +5,7 @@ asks for the number of these and has one of them carried out.
 """
 
 import re
+from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -52,9 +53,9 @@ class _Edits(Operator):
 
     before, after = "", ""  # an example
 
+    @abstractmethod
     def edits(self, node: Node) -> Edits:
         """All that can be done to this node."""
-        raise NotImplementedError
 
     def mutation_positions(self, node: Node) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
         """See cosmic-ray: one pair of positions for each edit."""
