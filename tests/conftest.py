@@ -1,5 +1,10 @@
 """Fixtures that every test module shares."""
 
+import os
+
+# before torch is imported: sums of several threads differ in their last bits, and runs are compared to the bit
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 

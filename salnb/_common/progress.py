@@ -30,6 +30,7 @@ def progress(things: Iterable[Any] | None = None, what: str = "", **options: Any
                 return super().display(*args, **options)
             except Exception:  # it must not get out, as a lock is held
                 self.disable = True
+                self._instances.discard(self)  # its line is free
 
         def close(self) -> None:
             with contextlib.suppress(Exception):
@@ -38,7 +39,9 @@ def progress(things: Iterable[Any] | None = None, what: str = "", **options: Any
     # tqdm takes a terminal that does not tell its size for one of no lines, and shows nothing
     columns, lines = shutil.get_terminal_size()
     given = {"desc": what, "ncols": columns, "nrows": lines, "leave": False, "disable": None}
+    before = set(tqdm._instances)
     try:
         return Bar(things, **given | options)
     except Exception:  # of a file that is closed
+        tqdm._instances &= before
         return tqdm(things, disable=True)

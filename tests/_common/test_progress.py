@@ -67,7 +67,11 @@ def test_a_bar_that_fails_is_given_up(writes, error):
         bar.update()
         bar.set_postfix_str(text)
     bar.close()
-    assert list(progress(range(3), file=Terminal(writes, error), mininterval=0)) == [0, 1, 2]
+    failed = progress(range(3), file=Terminal(writes, error), mininterval=0)
+    assert list(failed) == [0, 1, 2]
+    # and so is the line: the next bar does not stand below it
+    with progress(total=3, file=Terminal(99, error)) as bar:
+        assert bar.pos == 0
     # the lock that all bars share is free for those of other threads
     lock = tqdm.tqdm.get_lock()
     thread = threading.Thread(target=lambda: (lock.acquire(), lock.release()), daemon=True)
