@@ -235,8 +235,10 @@ def _gradient(
     """The gradient of a score with respect to `source`."""
     gradient = None
     if score.requires_grad:
+        # a gradient that needs none itself would pass by a `once_differentiable` without a word
+        seed = torch.ones_like(score).requires_grad_(create_graph)
         (gradient,) = torch.autograd.grad(
-            score, source, retain_graph=retain_graph, create_graph=create_graph, allow_unused=True
+            score, source, seed, retain_graph=retain_graph, create_graph=create_graph, allow_unused=True
         )
     if gradient is None:
         raise NoGradientError(
