@@ -66,6 +66,7 @@ class CompiledStep:
             raise ValueError(
                 "images must not require a gradient after compile(): only the parameters' are computed"
             )
+        self._check_compiler(images)
         given, structure = pytree.tree_flatten(inputs)
         step = _TracedStep(modules, settings, structure)
         state = dict(step.named_parameters()) | dict(step.named_buffers())
@@ -92,6 +93,16 @@ class CompiledStep:
         value, classes, invariance, salience, logits = values
         total = _ReturnPrecomputedGradients.apply(value, gradients, *step.trained())
         return Losses(total, classes, invariance, salience, logits, settings.has_saliency)
+
+    def _check_compiler(self, images: Tensor) -> None:
+        """Refuse the C++ of an Inductor that writes more than its buffers hold (pytorch#159154)."""
+        inductor = self.options.get("backend", "inductor") == "inductor"
+        if inductor and images.device.type == "cpu" and torch.__version__ < "2.9":
+            raise RuntimeError(
+                f"compile() on a CPU needs torch 2.9 or newer: Inductor of torch {torch.__version__} writes "
+                'beyond its buffers there; compile with another backend (backend="aot_eager"), leave '
+                "compile() out, or update torch"
+            )
 
     def _warn_of_many(self, names: dict[str, Hashable]) -> None:
         """What changes in each step makes each step compile."""
