@@ -62,9 +62,10 @@ class CompiledStep:
     ) -> Losses:
         """What `step_losses` returns, but that only the total can be called `backward()` on."""
         images = inputs.images
-        if images.requires_grad:
+        if images.requires_grad or any(value.requires_grad for value in inputs.model_kwargs.values()):
             raise ValueError(
-                "images must not require a gradient after compile(): only the parameters' are computed"
+                "images must not require a gradient after compile(), nor must model_kwargs: "
+                "only the parameters' are computed"
             )
         self._check_compiler(images)
         given, structure = pytree.tree_flatten(inputs)
@@ -83,7 +84,8 @@ class CompiledStep:
             with refuse_what_a_graph_forgets(step, key_of_the_moment):
                 graph = _compile(step, tensors, self.options)
             self._graphs[key] = graph
-        check_labels(inputs.target, graph.num_classes)
+        if modules.class_term.own is None:
+            check_labels(inputs.target, graph.num_classes)
 
         with torch.no_grad(), full_precision(images):  # all casts are in the graph
             results = graph.run(*tensors)
