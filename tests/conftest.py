@@ -1,6 +1,7 @@
 """Fixtures that every test module shares."""
 
 import os
+import signal
 
 # before torch is imported: sums of several threads differ in their last bits, and runs are compared to the bit
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -13,6 +14,10 @@ import torch
 from salnb.objective.precision import tf32
 from tests.helpers import runs
 from tests.helpers.paper_files import put_files
+
+# a shell starts what runs in the background with Ctrl-C ignored, and so would be all processes of the tests
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser):

@@ -86,9 +86,13 @@ def class_weights(target: Tensor, num_classes: int | None, dtype: torch.dtype) -
     return (target[:, None] == torch.arange(num_classes, device=target.device)).to(dtype)
 
 
-def both_targets(target: Tensor, new_target: Tensor, num_classes: int) -> Tensor:
-    """The targets of originals and augmented images: (2N,) labels, or (2N, K) weights if any are mixed."""
-    check_labels(target, num_classes)
+def both_targets(target: Tensor, new_target: Tensor, num_classes: int, *, check: bool = True) -> Tensor:
+    """The targets of originals and augmented images: (2N,) labels, or (2N, K) weights if any are mixed.
+
+    Without `check`, labels may be no classes, and weights no distributions.
+    """
+    if check:
+        check_labels(target, num_classes)
     if target.ndim < new_target.ndim:
         target = class_weights(target, num_classes, new_target.dtype)
     return torch.cat([target, new_target])

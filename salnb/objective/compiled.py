@@ -62,10 +62,12 @@ class CompiledStep:
     ) -> Losses:
         """What `step_losses` returns, but that only the total can be called `backward()` on."""
         images = inputs.images
-        if images.requires_grad:
+        if images.requires_grad or any(value.requires_grad for value in inputs.model_kwargs.values()):
             raise ValueError(
-                "images must not require a gradient after compile(): only the parameters' are computed"
+                "images must not require a gradient after compile(), nor must model_kwargs: "
+                "only the parameters' are computed"
             )
+        self._check_compiler(images)
         given, structure = pytree.tree_flatten(inputs)
         step = _TracedStep(modules, settings, structure)
         state = dict(step.named_parameters()) | dict(step.named_buffers())
@@ -82,7 +84,8 @@ class CompiledStep:
             with refuse_what_a_graph_forgets(step, key_of_the_moment):
                 graph = _compile(step, tensors, self.options)
             self._graphs[key] = graph
-        check_labels(inputs.target, graph.num_classes)
+        if modules.class_term.own is None:
+            check_labels(inputs.target, graph.num_classes)
 
         with torch.no_grad(), full_precision(images):  # all casts are in the graph
             results = graph.run(*tensors)
@@ -92,6 +95,16 @@ class CompiledStep:
         value, classes, invariance, salience, logits = values
         total = _ReturnPrecomputedGradients.apply(value, gradients, *step.trained())
         return Losses(total, classes, invariance, salience, logits, settings.has_saliency)
+
+    def _check_compiler(self, images: Tensor) -> None:
+        """Refuse the C++ of an Inductor that writes more than its buffers hold (pytorch#159154)."""
+        inductor = self.options.get("backend", "inductor") == "inductor"
+        if inductor and images.device.type == "cpu" and torch.__version__ < "2.9":
+            raise RuntimeError(
+                f"compile() on a CPU needs torch 2.9 or newer: Inductor of torch {torch.__version__} writes "
+                'beyond its buffers there; compile with another backend (backend="aot_eager"), leave '
+                "compile() out, or update torch"
+            )
 
     def _warn_of_many(self, names: dict[str, Hashable]) -> None:
         """What changes in each step makes each step compile."""

@@ -6,8 +6,9 @@
 * total (eq. 8): alpha · class loss + beta · invariance loss + gamma · saliency loss
 """
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -16,12 +17,13 @@ from torch import Tensor, nn
 from salnb import saliency
 from salnb._common.catalog import METHODS, MethodSpec
 from salnb._common.checks import at_least_float32, at_least_float32_dtype, check_several_classes
+from salnb._common.outputs import ModelCall, described
 from salnb.augment import Augmentation
-from salnb.augment.mixing import both_targets
 from salnb.double_backward.functions import check_second_derivative
 from salnb.double_backward.mode import differentiable_twice
 from salnb.double_backward.recomputation import model_of_the_forward_pass
-from salnb.losses import class_loss, invariance_loss, saliency_loss
+from salnb.losses import invariance_loss, saliency_loss
+from salnb.objective.class_terms import ClassTerm
 from salnb.objective.precision import LossScale, autocast_dtype, full_precision
 from salnb.saliency.recording import ForwardRecorder, class_scores, recorded_outputs
 
@@ -49,17 +51,23 @@ class Losses:
     saliency_loss: Tensor
     logits: Tensor
     has_saliency: bool = False
+    attached_logits: Tensor | None = field(default=None, repr=False)
+
+    @property
+    def logits_with_graph(self) -> Tensor:
+        """The logits (2N, K) with their graph, for distillation and other terms of one's own beside `total`.
+
+        Raises:
+            RuntimeError: a compiled step made them.
+        """
+        if self.attached_logits is None:
+            raise RuntimeError("logits_with_graph: a compiled step hands out none, leave compile() out")
+        return self.attached_logits
 
     def detach(self) -> "Losses":
         """The same values without a graph."""
-        return Losses(
-            self.total.detach(),
-            self.class_loss.detach(),
-            self.invariance_loss.detach(),
-            self.saliency_loss.detach(),
-            self.logits.detach(),
-            self.has_saliency,
-        )
+        tensors = {name: value.detach() for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return Losses(**vars(self) | tensors)
 
 
 class StepModules(NamedTuple):
@@ -69,6 +77,7 @@ class StepModules(NamedTuple):
     augmentation: Augmentation
     score_scale: LossScale  # for float16: of the score whose gradient makes the maps
     gradient_scale: LossScale  # for float16: of the total in a compiled step
+    class_term: ClassTerm
 
 
 class StepInputs(NamedTuple):
@@ -78,6 +87,7 @@ class StepInputs(NamedTuple):
     new_images: Tensor  # (N, C, H, W), augmented
     target: Tensor  # (N,) labels or (N, K) weights, of the originals
     params: Any  # what the augmentation drew
+    model_kwargs: dict[str, Tensor]  # what the model gets beside the 2N images
 
 
 @dataclass(frozen=True)
@@ -102,6 +112,8 @@ class TermSettings:
     pool: int
     detach_original: bool
     num_classes: int | None
+    output: Callable[[Any], Tensor] | None = None
+    model_kwargs: tuple[tuple[str, Any], ...] = ()  # those that are no tensors
 
     @property
     def spec(self) -> MethodSpec:
@@ -111,7 +123,11 @@ class TermSettings:
     def recorder(self, model: nn.Module) -> ForwardRecorder | None:
         """What takes the maps from the one forward pass; None where the method runs passes of its own."""
         options = dict(self.method_options)
-        return None if self.spec.repeats else ForwardRecorder(model, self.method, options.get("layer"))
+        return None if self.spec.repeats else ForwardRecorder(model, self.method, **options)
+
+    def call(self, tensors: dict[str, Tensor]) -> ModelCall:
+        """How the model is called, with tensors beside the images."""
+        return ModelCall(self.output, dict(self.model_kwargs) | tensors)
 
 
 def step_losses(
@@ -131,8 +147,9 @@ def step_losses(
         settings: which terms there are, and how they are computed.
         check_derivative: raise if an operation of the model has no second derivative.
     """
-    images, new_images, target, params = inputs
-    model, augmentation = modules.model, modules.augmentation
+    images, new_images, target, params, model_kwargs = inputs
+    model, augmentation, class_term = modules.model, modules.augmentation, modules.class_term
+    call, labelled = settings.call(model_kwargs), None
     n, keep_graph = len(images), torch.is_grad_enabled()
     pixels = torch.cat([images, new_images])
     if _is_channels_last(images):
@@ -148,30 +165,28 @@ def step_losses(
         features = stack.enter_context(_features(model, settings, 2 * n)) if settings.has_invariance else {}
         # a model may work in place on its input, which a leaf of the graph does not allow
         with model_of_the_forward_pass(model):
-            logits = model(pixels.clone() if settings.has_saliency else pixels)
+            logits = call(model, pixels.clone() if settings.has_saliency else pixels)
         k = _num_classes(logits, 2 * n, settings.num_classes)
-        targets = both_targets(target, augmentation.targets(target, params, k), k)
+        targets = class_term.targets(target, augmentation.targets(target, params, k), logits)
         if settings.has_saliency:
-            maps = _maps(modules, recorder, pixels, logits, targets, settings, create_graph=keep_graph)
+            explained, labelled = class_term.explained(targets, k)
+            maps = _maps(
+                modules, recorder, pixels, logits, explained, settings, call, create_graph=keep_graph
+            )
             if keep_graph and check_derivative:
                 check_second_derivative(maps)
     with full_precision(images):
-        classes = class_loss(logits, targets)
+        classes = class_term(logits, targets)
         dtype = at_least_float32_dtype(logits.dtype)
         invariance, salience = logits.new_zeros((), dtype=dtype), logits.new_zeros((), dtype=dtype)
         if settings.has_invariance:
             invariance = _invariance(features, n, settings)
         if settings.has_saliency:
-            first = maps[:n].detach() if settings.detach_original else maps[:n]
-            salience = saliency_loss(
-                *augmentation.align(first, maps[n:], params),
-                normalize=settings.normalize,
-                distance=settings.distance,
-                pool=settings.pool,
-            )
+            salience = _saliency(augmentation, maps, params, labelled, settings)
         alpha, beta, gamma = weights
         total = alpha * classes + beta * invariance + gamma * salience  # eq. 8
-    losses = Losses(total, classes, invariance, salience, logits.detach(), settings.has_saliency)
+    detached = logits.detach()
+    losses = Losses(total, classes, invariance, salience, detached, settings.has_saliency, logits)
     return losses if keep_graph else losses.detach()
 
 
@@ -182,13 +197,15 @@ def _maps(
     logits: Tensor,
     targets: Tensor,
     settings: TermSettings,
+    call: ModelCall,
     *,
     create_graph: bool,
 ) -> Tensor:
     """The saliency maps of all 2N images, each for its own target."""
     if recorder is None:
         method, options = saliency.METHODS[settings.method], dict(settings.method_options)
-        return method(modules.model, pixels.detach(), targets, create_graph=create_graph, **options)
+        options |= {"create_graph": create_graph, "output": call.output, "model_kwargs": call.kwargs}
+        return method(modules.model, pixels.detach(), targets, **options)
     half = torch.float16 in (autocast_dtype(pixels), logits.dtype)
     scale = modules.score_scale.value if half else 1.0
     with full_precision(pixels):
@@ -238,13 +255,31 @@ def _invariance(features: dict[str, Tensor], n: int, settings: TermSettings) -> 
     return invariance_loss(*halves, distance=settings.layer_distance, weights=weights)
 
 
+def _saliency(
+    augmentation: Augmentation, maps: Tensor, params: Any, labelled: Tensor | None, settings: TermSettings
+) -> Tensor:
+    """Eq. 7 of the 2N maps, of the samples that have a label."""
+    n = len(maps) // 2
+    first = maps[:n].detach() if settings.detach_original else maps[:n]
+    first, second, valid = augmentation.align(first, maps[n:], params)
+    if labelled is not None:
+        valid = valid & (labelled[:n] & labelled[n:]).view(-1, 1, 1, 1)
+    return saliency_loss(
+        first,
+        second,
+        valid,
+        normalize=settings.normalize,
+        distance=settings.distance,
+        pool=settings.pool,
+    )
+
+
 def _num_classes(logits: Any, samples: int, num_classes: int | None) -> int:
     """K, which the logits (2N, K) have."""
     shape = tuple(logits.shape) if isinstance(logits, Tensor) else ()
     if len(shape) != 2 or shape[0] != samples or num_classes not in (None, shape[1]):
         raise ValueError(
-            f"model must return logits (2N, K) = ({samples}, {num_classes or 'K'}), "
-            f"got {shape or type(logits).__name__}"
+            f"model must return logits (2N, K) = ({samples}, {num_classes or 'K'}), got {described(logits)}"
         )
     check_several_classes(logits, name="model must return")
     return shape[1]

@@ -5,10 +5,12 @@ Most tests run the traced graph as it is (`traced`): PyTorch's compiler takes it
 
 import copy
 import pickle
+import re
 
 import pytest
 import torch
 from torch import nn
+from torch.torch_version import TorchVersion
 
 from salnb import Objective, saliency
 from salnb.augment import AUGMENTATIONS, Rotation
@@ -324,19 +326,53 @@ def test_a_compiled_model_inside_is_run_as_written():
     assert_close(step(inside, x)[1], step(eager, x)[1])
 
 
+def refusal(version):
+    return pytest.raises(
+        RuntimeError, match=rf"on a CPU needs torch 2\.9 or newer: Inductor of torch {version}"
+    )
+
+
+@pytest.mark.parametrize("options", [{}, {"backend": "inductor"}, {"mode": "max-autotune"}], ids=str)
+@pytest.mark.parametrize(
+    ("version", "refused"), [("2.6.0", 1), ("2.8.0+cu128", 1), ("2.9.0", 0), ("2.10.0", 0), ("2.15.0+cpu", 0)]
+)
+def test_an_inductor_that_writes_beyond_its_buffers_is_refused(
+    version, refused, options, traced, monkeypatch
+):
+    monkeypatch.setattr(torch, "__version__", TorchVersion(version))
+    eager, compiled = pair(Small())
+    compiled.compile(**options)
+    if refused:
+        with refusal(re.escape(version)):
+            compiled(images(), TARGET)
+        assert traced.graphs == 0
+        compiled.compile(backend="aot_eager")
+    assert_same(eager, compiled, images())
+
+
+def inductor(*args, **options):
+    """A pair that runs, or the refusal of what this version cannot do."""
+    eager, compiled = pair(*args, backend="inductor", **options)
+    if torch.__version__ < "2.9":
+        with refusal("2"):
+            compiled(images(), TARGET)
+        pytest.skip("Inductor is refused")
+    return eager, compiled
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("term", TERMS)
 def test_inductor(term):
     alpha, beta, gamma = TERMS[term]
     layers = ["3"] if beta else []
-    eager, compiled = pair(alpha=alpha, beta=beta, gamma=gamma, layers=layers, backend="inductor")
+    eager, compiled = inductor(alpha=alpha, beta=beta, gamma=gamma, layers=layers)
     for _ in range(2):
         assert getattr(assert_same(eager, compiled, images()), f"{term}_loss") > 0
 
 
 @pytest.mark.slow
 def test_inductor_draws_dropout_anew():
-    _, compiled = pair(Noisy().double(), backend="inductor")
+    _, compiled = inductor(Noisy().double())
     x = images()
     first, second = (compiled(x, TARGET, torch.Generator().manual_seed(7)).logits for _ in range(2))
     assert not torch.equal(first, second)
