@@ -6,6 +6,8 @@ import torch
 RELATIVE = {torch.float64: 1e-10, torch.float32: 1e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 # of float32 without TF32, on any device, and float64 on the CPU: of a map or a loss, and of a second derivative
 FROM_FLOAT64, GRADIENT_FROM_FLOAT64 = 2e-5, 2e-4
+# of two runs in float64: some kernels of a GPU add in whatever order
+NONDETERMINISM = {"cpu": 0.0, "cuda": 1e-10}
 
 
 def relative_difference(actual, expected):
