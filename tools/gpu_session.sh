@@ -7,7 +7,7 @@
 # leaves in OUT:  machine.txt  test-gpu.log  test-gpu.xml  timing.json  timing.log
 # What `salnb train` needs besides is taken from _build/gpu, if it was put there before (see CONTRIBUTING.md).
 set -uo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/.." || exit
 
 OUT=$(realpath -m "${1:?which folder? tools/gpu_session.sh OUT [SECONDS]}")
 SECONDS_TO_TIME=${2:-240}

@@ -129,19 +129,11 @@ def test_channels_last(step, device):
     assert_agrees(gradient, step.exact[1], GRADIENT_FROM_FLOAT64)
 
 
-@pytest.mark.parametrize("precision", ["32", "bf16"])
-def test_a_step_compiled_by_inductor(step, precision, cuda):
+def test_a_step_compiled_by_inductor(step, cuda):
     objective, x, params = step.on(cuda)
     objective.compile()
-    half = precision == "bf16"
-    if half:
-        supports(cuda, (8, 0))
     for _ in range(2):
-        with torch.autocast("cuda", torch.bfloat16, enabled=half):
-            total, gradient = step.run(objective, x, params)
-    if half:
-        assert step.cosine(gradient) > 0.9
-    else:
+        total, gradient = step.run(objective, x, params)
         assert_agrees(total, step.exact[0], GRADIENT_FROM_FLOAT64)
         assert_agrees(gradient, step.exact[1], GRADIENT_FROM_FLOAT64)
 

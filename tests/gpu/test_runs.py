@@ -79,8 +79,7 @@ CASES = {
     "channels last": Case("small", channels_last=True),
     "guided Grad-CAM": Case("small", "guided_grad_cam"),
     "SmoothGrad": Case("small", "smoothgrad", samples=2),
-    "compiled baseline": Case("small", None, compiled=True),
-    "compiled": Case("small", compiled=True),
+    "compiled": Case("small", precision="bf16", compiled=True),
 }
 
 
