@@ -64,6 +64,7 @@ def vanilla_gradient(
     *,
     create_graph: bool = False,
     reduce: str | None = "max",
+    score: str = "logit",
 ) -> Tensor:
     """Gradient of the class score with respect to the pixels (eq. 1 and 2; Simonyan et al., 2014).
 
@@ -77,6 +78,9 @@ def vanilla_gradient(
             the model's parameters.
         reduce: "max" takes the highest absolute value over the channels (eq. 2); None keeps the signed
             gradient.
+        score: "logit" explains the logit (eq. 1); "log_prob" the logarithm of the class's probability, whose
+            map stays as it is when any function of the image is added to all logits, which changes no
+            probability but the map of a logit at will (Srinivas & Fleuret, 2021).
 
     Returns:
         Maps (N, 1, H, W) in units of score per unit of pixel value; (N, C, H, W) with `reduce=None`.
@@ -85,8 +89,8 @@ def vanilla_gradient(
         TypeError: `images` are not a floating-point tensor, `target` is of a wrong type, or the model is
             spread over several devices by `nn.DataParallel`.
         ValueError: `images` are not four-dimensional or not finite, `target` is out of range or does
-            not fit the batch, `reduce` is unknown, the model does not return (N, K) logits, no gradient
-            flows from them to the images, or the model was made in inference mode.
+            not fit the batch, `reduce` or `score` is unknown, the model does not return (N, K) logits, no
+            gradient flows from them to the images, or the model was made in inference mode.
         RuntimeError: an operation has no second derivative (`create_graph=True`), or this is inside a
             transform of `torch.func`.
 
@@ -97,7 +101,7 @@ def vanilla_gradient(
     >>> vanilla_gradient(model, torch.rand(2, 3, 2, 2)).shape
     torch.Size([2, 1, 2, 2])
     """
-    return _explain("vanilla_gradient", model, images, target, None, create_graph, reduce)
+    return _explain("vanilla_gradient", model, images, target, None, create_graph, reduce, score)
 
 
 def deconvnet(
@@ -107,6 +111,7 @@ def deconvnet(
     *,
     create_graph: bool = False,
     reduce: str | None = "max",
+    score: str = "logit",
 ) -> Tensor:
     """DeconvNet: each ReLU passes back what is positive in the *gradient* (eq. 4; Zeiler & Fergus, 2014).
 
@@ -114,7 +119,7 @@ def deconvnet(
     gives the plain gradient, with a warning. So does a ReLU that is not called from Python in this thread
     (in scripted code, in a thread or a C++ extension of the model), and the warning names it.
     """
-    return _explain("deconvnet", model, images, target, None, create_graph, reduce)
+    return _explain("deconvnet", model, images, target, None, create_graph, reduce, score)
 
 
 def guided_backprop(
@@ -124,6 +129,7 @@ def guided_backprop(
     *,
     create_graph: bool = False,
     reduce: str | None = "max",
+    score: str = "logit",
 ) -> Tensor:
     """Guided backprop: at each ReLU, input and gradient must be positive (eq. 4; Springenberg et al., 2015).
 
@@ -131,7 +137,7 @@ def guided_backprop(
     gives the plain gradient, with a warning. So does a ReLU that is not called from Python in this thread
     (in scripted code, in a thread or a C++ extension of the model), and the warning names it.
     """
-    return _explain("guided_backprop", model, images, target, None, create_graph, reduce)
+    return _explain("guided_backprop", model, images, target, None, create_graph, reduce, score)
 
 
 def smoothgrad(
@@ -144,6 +150,7 @@ def smoothgrad(
     generator: torch.Generator | None = None,
     create_graph: bool = False,
     reduce: str | None = "max",
+    score: str = "logit",
 ) -> Tensor:
     """SmoothGrad: the mean gradient over noisy copies of the image (Smilkov et al., 2017).
 
@@ -161,6 +168,7 @@ def smoothgrad(
         generator: source of the noise; None uses the global one.
         create_graph: see `vanilla_gradient`.
         reduce: see `vanilla_gradient`.
+        score: see `vanilla_gradient`.
 
     Returns:
         Maps as those of `vanilla_gradient`.
@@ -170,7 +178,7 @@ def smoothgrad(
             `noise_level`.
     """
     catalog.check_options("smoothgrad", {"n_samples": n_samples, "noise_level": noise_level})
-    _check_arguments(model, images, reduce)
+    _check_arguments(model, images, reduce, score)
     with torch.inference_mode(False), torch.enable_grad():
         images, target = images.detach().clone(), as_target(target, len(images))
         if target is None:
@@ -181,7 +189,9 @@ def smoothgrad(
         total = torch.zeros_like(images, dtype=spread.dtype)
         for _ in range(n_samples):
             noisy = images + (sigma * _gaussian_like(images, generator)).to(images.dtype)
-            total = total + _map("vanilla_gradient", model, noisy, target, create_graph=create_graph)
+            total = total + _map(
+                "vanilla_gradient", model, noisy, target, create_graph=create_graph, score=score
+            )
         return reduce_channels(total / n_samples, reduce).to(images.dtype)
 
 
@@ -192,6 +202,7 @@ def grad_cam(
     *,
     layer: nn.Module | str | None = None,
     create_graph: bool = False,
+    score: str = "logit",
 ) -> Tensor:
     """Grad-CAM: feature maps weighted by their pooled gradients (Selvaraju et al., 2017).
 
@@ -204,6 +215,7 @@ def grad_cam(
         layer: the layer whose output is used, as a module of `model` or by its dotted name. None is the
             `nn.Conv2d` that runs last. Of a layer that runs several times, the last output counts.
         create_graph: see `vanilla_gradient`.
+        score: see `vanilla_gradient`.
 
     Returns:
         Maps (N, 1, H, W), not negative, resized bilinearly (pixel centres, `align_corners=False`).
@@ -213,7 +225,7 @@ def grad_cam(
             its output is not (N, C, h, w), cannot be told from (N, h, w, C), or is only one pixel large, or
             the model has no convolution to fall back on.
     """
-    return _explain("grad_cam", model, images, target, layer, create_graph, "max")
+    return _explain("grad_cam", model, images, target, layer, create_graph, "max", score)
 
 
 def guided_grad_cam(
@@ -224,13 +236,14 @@ def guided_grad_cam(
     layer: nn.Module | str | None = None,
     create_graph: bool = False,
     reduce: str | None = "max",
+    score: str = "logit",
 ) -> Tensor:
     """Guided Grad-CAM: the product of Grad-CAM and guided backpropagation (Selvaraju et al., 2017).
 
     Both factors come from one forward pass. Arguments, result and errors are those of
     `vanilla_gradient` and `grad_cam`.
     """
-    return _explain("guided_grad_cam", model, images, target, layer, create_graph, reduce)
+    return _explain("guided_grad_cam", model, images, target, layer, create_graph, reduce, score)
 
 
 #: The methods by name: those of the catalogue, each a function of this module.
@@ -245,9 +258,10 @@ def _explain(
     layer: nn.Module | str | None,
     create_graph: bool,
     reduce: str | None,
+    score: str,
 ) -> Tensor:
     """The map of a method that takes one forward pass."""
-    _check_arguments(model, images, reduce)
+    _check_arguments(model, images, reduce, score)
     spec = catalog.METHODS[method]
     frozen_stem = spec.layer and not spec.pixels and not create_graph
     with torch.inference_mode(False):
@@ -255,7 +269,7 @@ def _explain(
         while True:
             try:
                 return _map(
-                    method, model, images, target, layer, create_graph, reduce, frozen_stem=frozen_stem
+                    method, model, images, target, layer, create_graph, reduce, score, frozen_stem=frozen_stem
                 )
             except OtherLayerError as error:
                 layer = error.layer
@@ -274,6 +288,7 @@ def _map(
     layer: nn.Module | str | None = None,
     create_graph: bool = False,
     reduce: str | None = None,
+    score: str = "logit",
     *,
     frozen_stem: bool = False,
 ) -> Tensor:
@@ -289,7 +304,7 @@ def _map(
             pixels.requires_grad_()
         logits = logits_of(model, pixels)
         check_target(target, *logits.shape)
-        scores = class_scores(logits, target)
+        scores = class_scores(logits, target, score)
         maps = recorder.maps(pixels, scores, create_graph=create_graph, reduce=reduce)
     if create_graph:
         check_second_derivative(maps, "create_graph=True", "leave create_graph out")
@@ -301,10 +316,12 @@ def _gaussian_like(images: Tensor, generator: torch.Generator | None) -> Tensor:
     return torch.randn(images.shape, generator=generator, device=where, dtype=images.dtype).to(images.device)
 
 
-def _check_arguments(model: nn.Module, images: Tensor, reduce: str | None) -> None:
+def _check_arguments(model: nn.Module, images: Tensor, reduce: str | None, score: str) -> None:
     check_images(images)
     check_no_transform()
     check_usable(model)
     check_finite(images, name="images")
     if reduce not in ("max", None):
         raise ValueError(f"reduce must be 'max' or None, got {reduce!r}")
+    if score not in catalog.SCORES:
+        raise catalog.unknown("score", score, catalog.SCORES)
