@@ -16,6 +16,7 @@ from salnb._common.checks import (
     check_no_transform,
     check_normalized,
     check_training_target,
+    is_traced,
     unknown,
 )
 from salnb._common.limits import check_integer
@@ -157,6 +158,7 @@ class Objective(nn.Module):
         self._second_derivative_checked = self._target_checked = False
         self._check_settings()
         self._check_model()
+        self._place_scales(next(model.parameters(), None))
 
     # the number of steps decides when the saliency term enters: a resumed training needs it
     def get_extra_state(self) -> Tensor:
@@ -218,6 +220,7 @@ class Objective(nn.Module):
         with torch.inference_mode(False), torch.set_grad_enabled(keep_graph):
             # what inference mode made can take part in no graph
             images = images.clone() if images.is_inference() else images
+            self._place_scales(images)
             target = target.clone() if target.is_inference() else target
             with full_precision(images):
                 params = self.augmentation.make_params(images, generator)
@@ -286,6 +289,12 @@ class Objective(nn.Module):
             output=self.output,
             model_kwargs=tuple(plain.items()),
         )
+
+    def _place_scales(self, like: Tensor | None) -> None:
+        """Keep the scales where the model and its images are: they would be waited for on another device."""
+        for scale in (self.score_scale, self.gradient_scale):
+            if like is not None and like.device != scale.exponent.device and not is_traced(like):
+                scale.to(like.device)
 
     def _check_settings(self) -> None:
         """What can be told from each argument alone."""

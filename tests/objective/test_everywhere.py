@@ -195,6 +195,20 @@ def test_the_scale_of_float16_follows_the_gradients():
     assert not scale.state_dict()
 
 
+def test_the_scales_are_where_model_and_images_are(monkeypatch):
+    """On a GPU they would be waited for otherwise, and DistributedDataParallel could not send them around."""
+    monkeypatch.setattr(
+        "salnb.objective.objective.is_traced", lambda tensor: False
+    )  # "meta" stands for a GPU
+    objective = Objective(conv_bn().to("meta"), Rotation(20))
+    assert {buffer.device.type for buffer in objective.buffers()} == {"meta"}
+    moved_later = Objective(conv_bn(), Rotation(20))
+    moved_later.model.to("meta")
+    with pytest.raises(RuntimeError):  # autocast knows no "meta"
+        moved_later(images(dtype=torch.float32).to("meta"), TARGET.to("meta"))
+    assert {buffer.device.type for buffer in moved_later.buffers()} == {"meta"}
+
+
 def test_an_overflow_of_the_scaled_score_is_gone_in_the_next_step():
     model = conv_bn()
     nn.init.normal_(model[8].weight, std=30.0)

@@ -15,7 +15,7 @@ from salnb._common.catalog import METHODS
 from tests.helpers.finite_differences import assert_gradient
 from tests.helpers.methods import WITH_RULE, cheap
 from tests.helpers.networks import FunctionalReLUs, conv_bn, without_inplace
-from tests.helpers.tolerances import assert_close, relative_difference
+from tests.helpers.tolerances import FROM_FLOAT64, assert_close, relative_difference
 
 GRADIENT_METHODS = ["vanilla_gradient", "deconvnet", "guided_backprop"]
 # what all methods have, and `reduce`, which those that look at pixels have
@@ -171,11 +171,12 @@ def slow_relu_rule(weights, x, target, rule):
 
 @pytest.mark.parametrize("method", GRADIENT_METHODS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_functional_relus_follow_the_definition(method, dtype):
-    model = FunctionalReLUs().to(dtype).eval()
-    x, target = images(3, 16, dtype), torch.tensor([0, 4, 2])
+def test_functional_relus_follow_the_definition(method, dtype, device):
+    model = FunctionalReLUs().to(device, dtype).eval()
+    x, target = images(3, 16, dtype).to(device), torch.tensor([0, 4, 2], device=device)
     ours = saliency.METHODS[method](model, x, target, reduce=None)
-    assert_close(ours, slow_relu_rule(model, x, target, method).detach())
+    tolerance = FROM_FLOAT64 if device.type == "cuda" and dtype == torch.float32 else None
+    assert_close(ours, slow_relu_rule(model, x, target, method).detach(), tolerance)
 
 
 @pytest.mark.parametrize("in_place", [False, True], ids=["new", "in-place"])
@@ -183,7 +184,7 @@ def test_functional_relus_follow_the_definition(method, dtype):
 @pytest.mark.parametrize(
     ("rule", "allowed"), [("guided_backprop", [0, 1, 0, 0]), ("deconvnet", [1, 1, 0, 1])]
 )
-def test_relu6_has_a_mask_of_its_own(rule, allowed, spelling, in_place):
+def test_relu6_has_a_mask_of_its_own(rule, allowed, spelling, in_place, device):
     """Below 0, inside, inside with a negative gradient, above 6."""
 
     relu6 = {
@@ -194,9 +195,11 @@ def test_relu6_has_a_mask_of_its_own(rule, allowed, spelling, in_place):
 
     class Probe(nn.Module):
         def forward(self, x):
-            return (relu6(x * 1).flatten(1) * torch.tensor([1.0, 1.0, -1.0, 1.0])).sum(1, keepdim=True)
+            return (relu6(x * 1).flatten(1) * torch.tensor([1.0, 1.0, -1.0, 1.0], device=device)).sum(
+                1, keepdim=True
+            )
 
-    x = torch.tensor([-1.0, 3.0, 3.0, 7.0]).view(1, 1, 2, 2)
+    x = torch.tensor([-1.0, 3.0, 3.0, 7.0], device=device).view(1, 1, 2, 2)
     found = saliency.METHODS[rule](Probe(), x, 0, reduce=None).flatten()
     assert found.tolist() == [float(a) for a in allowed]
 
@@ -206,7 +209,7 @@ def test_relu6_has_a_mask_of_its_own(rule, allowed, spelling, in_place):
 
 @pytest.mark.parametrize("method", saliency.METHODS)
 @pytest.mark.parametrize("network", ["modules", "inplace", "relu6", "functional"])
-def test_gradient_of_a_loss_on_the_map(method, network):
+def test_gradient_of_a_loss_on_the_map(method, network, device):
     """Finite differences in float64; two batch norms in train mode wherever the network has them."""
     networks = {
         "modules": conv_bn,
@@ -215,9 +218,9 @@ def test_gradient_of_a_loss_on_the_map(method, network):
         "functional": FunctionalReLUs,
     }
     torch.manual_seed(3)
-    model = networks[network]().double().train()
-    x, target = images(4, 8), torch.tensor([0, 1, 2, 3])
-    pattern = torch.randn(4, 1, 8, 8, dtype=torch.float64)
+    model = networks[network]().double().train().to(device)
+    x, target = images(4, 8).to(device), torch.tensor([0, 1, 2, 3], device=device)
+    pattern = torch.randn(4, 1, 8, 8, dtype=torch.float64).to(device)
 
     def loss():
         return (explain(method, model, x, target, create_graph=True) * pattern).sum()
