@@ -177,14 +177,7 @@ def step_losses(
         if settings.has_invariance:
             invariance = _invariance(features, n, settings)
         if settings.has_saliency:
-            first = maps[:n].detach() if settings.detach_original else maps[:n]
-            aligned = augmentation.align(first, maps[n:], params)
-            salience = saliency_loss(
-                *(with_other_images(*aligned) if settings.shuffle_pairs else aligned),
-                normalize=settings.normalize,
-                distance=settings.distance,
-                pool=settings.pool,
-            )
+            salience = _saliency(maps, augmentation, params, settings)
         alpha, beta, gamma = weights
         if settings.measured:
             _measure(modules, alpha * classes, salience, settings)
@@ -232,6 +225,18 @@ def _maps(
         # each gradient among the factors of a map carries the scale once
         maps = maps / scale ** (settings.spec.pixels + settings.spec.layer)
     return maps
+
+
+def _saliency(maps: Tensor, augmentation: Augmentation, params: Any, settings: TermSettings) -> Tensor:
+    """Eq. 7 of the maps (2N, 1, H, W) of originals and augmented images."""
+    first, second = maps.chunk(2)
+    aligned = augmentation.align(first.detach() if settings.detach_original else first, second, params)
+    return saliency_loss(
+        *(with_other_images(*aligned) if settings.shuffle_pairs else aligned),
+        normalize=settings.normalize,
+        distance=settings.distance,
+        pool=settings.pool,
+    )
 
 
 def _features(
