@@ -53,14 +53,18 @@ class Config:
     beta: float = setting(0.0, "weight of the invariance loss (eq. 6)", least=0)
     gamma: float = setting(1.0, "weight of the saliency loss (eq. 7)", least=0)
     layers: tuple[str, ...] = setting((), "layers of the invariance loss; by default the network's stages")
+    layer_relative: bool = setting(False, "divide eq. 6 by the distance between different images")
     method: str = setting("vanilla_gradient", "saliency method", known=catalog.METHODS)
+    score: str = setting("logit", "score whose gradient a map is", known=catalog.SCORES)
     normalize: str = setting("max", "normalisation of each map", known=catalog.NORMALIZATIONS)
     distance: str = setting("mse", "distance between maps", known=catalog.DISTANCES)
     pool: int = setting(1, "side of the blocks of pixels whose means are compared", least=1)
     samples: int = setting(25, "noisy copies of each image that smoothgrad takes the mean of", least=1)
     every: int = setting(1, "steps from one saliency loss to the next", least=1)
     warmup: int = setting(0, "steps before the first saliency loss", least=0)
+    balance: float = setting(0.0, "gradient of the saliency loss over the class loss's; 0: gamma", least=0)
     detach_original: bool = setting(False, "hold the originals' maps fixed")
+    shuffle_pairs: bool = setting(False, "compare each map with another image's, as a control")
     epochs: int = setting(30, "passes over the training images", least=1)
     batch_size: int = setting(64, "originals in a step, over all processes", least=1)
     optimizer: str = setting("sgd", "optimiser", known=catalog.OPTIMIZERS)
@@ -94,6 +98,7 @@ class Config:
         check_device_name(self.device)
         if self.device == "cpu" and self.precision in ("tf32", "fp16"):
             raise ValueError(f"precision {self.precision} is for GPUs: with device cpu, take 32 or bf16")
+        catalog.check_balance(self.balance, self.alpha, self.gamma)
         self._check_network(catalog.network(self.model))
         self._check_data(catalog.DATA[self.data])
 
@@ -133,6 +138,8 @@ class Config:
     def differences(self, theirs: dict[str, Any]) -> str:
         """What sets a run of `theirs`, from `to_dict`, apart from this one; "" where it would do the same."""
         ours = self.to_dict()
+        # what was recorded before there was a setting has its default
+        theirs = type(self)(out=self.out).to_dict() | theirs
         return ", ".join(
             f"{name} {theirs.get(name)!r} (now {ours.get(name)!r})"
             for name in sorted(theirs.keys() | ours.keys())
