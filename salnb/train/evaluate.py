@@ -10,7 +10,6 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from salnb import data, saliency, trust
-from salnb._common import catalog
 from salnb.train.run import AHEAD, Run
 
 __all__ = ["evaluate"]
@@ -32,7 +31,7 @@ def evaluate(run: Run, split: data.Split) -> dict[str, Any]:
     config, fabric, model = run.config, run.fabric, run.objective.model
     model.eval()
     # the mean of the classes' accuracies would be called macro
-    accuracy = MulticlassAccuracy(catalog.DATA[config.data].num_classes, average="micro", validate_args=False)
+    accuracy = MulticlassAccuracy(len(run.dataset.classes), average="micro", validate_args=False)
     # a loss that is not a number is not to be left out of the mean
     loss, on_object = (MeanMetric(nan_strategy="disable") for _ in range(2))
     for metric in (accuracy, loss, on_object):
