@@ -69,9 +69,12 @@ def _train(args: argparse.Namespace) -> int:
     config.check_run(resume=resume)
     # from here on torch is loaded, which takes seconds: all that can be told without it has been
     from salnb.train import fit
+    from salnb.train.evaluate import agreement_text
 
     summary = fit(config, resume=resume)
     if os.environ.get("RANK", "0") == "0":  # one of the processes that torchrun started speaks for all
+        augmentation = summary.get("test_agreement_augmentation")
+        log_line(f"maps under {augmentation}: {agreement_text(summary)}")
         log_line(f"test accuracy {summary['test_accuracy']:.4f}, summary in {config.out}/summary.json")
     return 0
 

@@ -54,39 +54,52 @@ class Normalized(nn.Module):
 class Block(nn.Module):
     """A residual block: two 3×3 convolutions, the first with a stride, and a shortcut.
 
-    `norm` makes a normalisation layer for a number of channels.
+    `norm` makes a normalisation layer for a number of channels, `activation` what follows it.
     """
 
-    def __init__(self, inputs: int, outputs: int, stride: int, norm: Callable[[int], nn.Module]):
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        stride: int,
+        norm: Callable[[int], nn.Module],
+        activation: Callable[[], nn.Module] = nn.ReLU,
+    ):
         super().__init__()
         self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
         self.norm1 = norm(outputs)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
         self.norm2 = norm(outputs)
-        self.relu = nn.ReLU()
+        self.activation = activation()
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or inputs != outputs:
             self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), norm(outputs))
 
     def forward(self, x: Tensor) -> Tensor:
         """From (N, inputs, h, w) to (N, outputs, h / stride, w / stride)."""
-        out = self.norm2(self.conv2(self.relu(self.norm1(self.conv1(x)))))
-        return self.relu(out + self.shortcut(x))
+        out = self.norm2(self.conv2(self.activation(self.norm1(self.conv1(x)))))
+        return self.activation(out + self.shortcut(x))
 
 
 class SmallResNet(nn.Module):
     """A residual network for small images on a CPU: 78,000 parameters, 3 million multiplications at 32×32.
 
     Height and width are halved at once, as the first layers are where the pixels, and the time, are. `width`
-    is the number of channels of the first stage; for `norm` see `Block`.
+    is the number of channels of the first stage; for `norm` and `activation` see `Block`.
     """
 
-    def __init__(self, num_classes: int, norm: Callable[[int], nn.Module] = nn.BatchNorm2d, width: int = 16):
+    def __init__(
+        self,
+        num_classes: int,
+        norm: Callable[[int], nn.Module] = nn.BatchNorm2d,
+        width: int = 16,
+        activation: Callable[[], nn.Module] = nn.ReLU,
+    ):
         super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, width, 3, 2, 1, bias=False), norm(width), nn.ReLU())
-        self.stage1 = Block(width, width, 1, norm)
-        self.stage2 = Block(width, 2 * width, 2, norm)
-        self.stage3 = Block(2 * width, 4 * width, 2, norm)
+        self.stem = nn.Sequential(nn.Conv2d(3, width, 3, 2, 1, bias=False), norm(width), activation())
+        self.stage1 = Block(width, width, 1, norm, activation)
+        self.stage2 = Block(width, 2 * width, 2, norm, activation)
+        self.stage3 = Block(2 * width, 4 * width, 2, norm, activation)
         self.head = nn.Linear(4 * width, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -102,7 +115,8 @@ def build(name: str, num_classes: int) -> Normalized:
 
     Args:
         name: "small", "small_groupnorm" (the same without batch norm, so that an image's result does not
-            depend on its neighbours), torchvision's "resnet18", "resnet50", "vgg16", "vgg16_bn",
+            depend on its neighbours), "small_silu" (the same with SiLU in place of ReLU, so that its maps
+            change smoothly with its weights), torchvision's "resnet18", "resnet50", "vgg16", "vgg16_bn",
             "vgg19", "vgg19_bn", "densenet121", "densenet169", "convnext_tiny", "vit_b_16" (which takes images
             of 224×224 only), or "timm:NAME" for one of timm's.
         num_classes: K.
@@ -121,6 +135,8 @@ def build(name: str, num_classes: int) -> Normalized:
         network: nn.Module = SmallResNet(num_classes)
     elif name == "small_groupnorm":
         network = SmallResNet(num_classes, norm=lambda channels: nn.GroupNorm(8, channels))
+    elif name == "small_silu":
+        network = SmallResNet(num_classes, activation=nn.SiLU)
     elif name.startswith("timm:"):
         network = _timm().create_model(name.removeprefix("timm:"), num_classes=num_classes)
     else:

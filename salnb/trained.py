@@ -16,6 +16,7 @@ from salnb._common.image_folder import named
 from salnb._common.packages import require
 from salnb._common.progress import progress
 from salnb._common.tables import markdown_table
+from salnb.agreement import agreement
 from salnb.augment import AUGMENTATIONS, Augmentation
 
 __all__ = ["Trained", "evaluate", "load", "report", "save"]
@@ -114,8 +115,8 @@ def evaluate(
         seed: of the augmentation.
 
     Returns:
-        "accuracy"; "classes", for each its number of "images" and its "accuracy"; "correlation" of the plain
-        gradient's maps of image and augmented image, where they may be compared; and, where there are masks,
+        "accuracy"; "classes", for each its number of "images" and its "accuracy"; "correlation" and
+        "correlation_others" of plain gradients, see `salnb.agreement.Agreement`; and, where there are masks,
         "saliency_on_object", the share of the map of the true class, and "object", that of the pixels.
     """
     device, count = trained.model.mean.device, len(trained.classes)
@@ -128,16 +129,13 @@ def evaluate(
             hits = (trained.model(images).argmax(1) == labels).cpu().float()
         right.index_add_(0, labels.cpu(), hits)
         images_of.index_add_(0, labels.cpu(), torch.ones(len(labels)))
-        maps = saliency.vanilla_gradient(trained.model, images, labels)
         found = {}
-        if len(images) >= augmentation.least_samples:
-            params = augmentation.make_params(images, generator)
-            new_labels = augmentation.targets(labels, params, count)
-            new = saliency.vanilla_gradient(trained.model, augmentation.images(images, params), new_labels)
-            found["correlation"] = trust.correlation(*augmentation.align(maps, new, params))
+        if len(images) > 1:
+            maps = agreement(trained.model, augmentation, images, labels, generator, num_classes=count)
+            found = {"correlation": maps.correlation, "correlation_others": maps.correlation_others}
         if masks is not None:
-            found |= {"saliency_on_object": trust.share_on_object(maps, masks)}
-            found |= {"object": masks.float().mean((1, 2, 3))}
+            shares = trust.share_on_object(saliency.vanilla_gradient(trained.model, images, labels), masks)
+            found |= {"saliency_on_object": shares, "object": masks.float().mean((1, 2, 3))}
         for name, values in found.items():
             sums.setdefault(name, []).append(values.double().cpu())
     each = {
@@ -184,7 +182,8 @@ def report(
     lines = [markdown_table(("class", "images", "accuracy"), rows)]
     lines.append(f"accuracy {found['accuracy']:.4f} of {len(split)} images")
     if "correlation" in found:
-        lines.append(f"correlation of maps under {augmentation} {found['correlation']:.4f}")
+        others = f"with another image's {found['correlation_others']:.4f}"
+        lines.append(f"correlation of maps under {augmentation} {found['correlation']:.4f}, {others}")
     if "object" in found:
         share, pixels = found["saliency_on_object"], found["object"]
         lines.append(f"share of saliency on the object {share:.4f}, of pixels {pixels:.4f}")

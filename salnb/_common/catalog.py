@@ -54,6 +54,7 @@ _TIMM = Network(1, 1, ())
 NETWORKS = {
     "small": _SMALL,
     "small_groupnorm": _SMALL,
+    "small_silu": _SMALL,
     "resnet18": Network(32, 33, _STAGES),
     "resnet50": Network(32, 33, _STAGES),
     **dict.fromkeys(("vgg16", "vgg16_bn", "vgg19", "vgg19_bn"), Network(32, 32, ("network.features",))),
@@ -96,6 +97,8 @@ METHODS = {
 }
 NORMALIZATIONS = ("l2", "max", "none", "sum", "zscore")
 DISTANCES = ("cosine", "l1", "mse")
+# whose gradient a map is: a logit's (eq. 1), or that of the class's log-probability
+SCORES = ("logit", "log_prob")
 OPTIMIZERS = ("sgd", "adamw")
 SCHEDULES = ("constant", "cosine", "onecycle")
 PRECISIONS = {"32": "32-true", "tf32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
@@ -123,6 +126,17 @@ def check_options(method: str, options: Mapping[str, Any]) -> None:
     for name, check, least in (("n_samples", check_integer, 1), ("noise_level", check_number, 0)):
         if name in options:
             check(name, options[name], least, 10**9)
+
+
+def check_balance(balance: float, alpha: float, gamma: float) -> None:
+    """Raise a ValueError unless `balance` has two gradients to compare, and alone chooses gamma."""
+    if balance and not alpha:
+        raise ValueError(f"balance is a share of the class loss, got balance={balance} with alpha={alpha}")
+    if balance and gamma != 1:
+        raise ValueError(
+            f"balance chooses gamma, which must be left at 1, got balance={balance} with gamma={gamma}"
+            f"{': for no saliency term, take balance=0' if not gamma else ''}"
+        )
 
 
 def network(name: str) -> Network:

@@ -115,8 +115,8 @@ class CutOut(Augmentation[CutOutParams]):
 
     def _draw(self, draw: Draw) -> CutOutParams:
         centre = torch.stack([draw.integers(length) for length in draw.size], -1)
-        sides = torch.tensor([round(self.size * length) for length in draw.size], device=draw.device)
-        return CutOutParams(clipped_box(centre, sides.expand_as(centre), draw.size))
+        sides = [torch.full_like(centre[:, 0], round(self.size * length)) for length in draw.size]
+        return CutOutParams(clipped_box(centre, torch.stack(sides, -1), draw.size))
 
     def _transform(self, images: Tensor, params: CutOutParams) -> Tensor:
         return images.masked_fill(inside(params.box, images.shape[-2:]), 0)

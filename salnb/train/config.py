@@ -5,7 +5,6 @@ import dataclasses
 import math
 import os
 import re
-import tempfile
 from collections.abc import Collection
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -15,6 +14,7 @@ from typing import Any, get_type_hints
 from salnb import results
 from salnb._common import catalog
 from salnb._common.devices import check_device_name
+from salnb._common.files import check_writable
 from salnb._common.image_folder import find_images
 
 __all__ = ["PRACTICAL", "Config", "torchrun"]
@@ -65,14 +65,18 @@ class Config:
     beta: float = setting(0.0, "weight of the invariance loss (eq. 6)", least=0)
     gamma: float = setting(1.0, "weight of the saliency loss (eq. 7)", least=0)
     layers: tuple[str, ...] = setting((), "layers of the invariance loss; by default the network's stages")
+    layer_relative: bool = setting(False, "divide eq. 6 by the distance between different images")
     method: str = setting("vanilla_gradient", "saliency method", known=catalog.METHODS)
+    score: str = setting("logit", "score whose gradient a map is", known=catalog.SCORES)
     normalize: str = setting("max", "normalisation of each map", known=catalog.NORMALIZATIONS)
     distance: str = setting("mse", "distance between maps", known=catalog.DISTANCES)
     pool: int = setting(1, "side of the blocks of pixels whose means are compared", least=1)
     samples: int = setting(25, "noisy copies of each image that smoothgrad takes the mean of", least=1)
     every: int = setting(1, "steps from one saliency loss to the next", least=1)
     warmup: int = setting(0, "steps before the first saliency loss", least=0)
+    balance: float = setting(0.0, "gradient of the saliency loss over the class loss's; 0: gamma", least=0)
     detach_original: bool = setting(False, "hold the originals' maps fixed")
+    shuffle_pairs: bool = setting(False, "compare each map with another image's, as a control")
     epochs: int = setting(30, "passes over the training images", least=1)
     batch_size: int = setting(64, "originals in a step, over all processes", least=1)
     optimizer: str = setting("sgd", "optimiser", known=catalog.OPTIMIZERS)
@@ -106,6 +110,7 @@ class Config:
         check_device_name(self.device)
         if self.device == "cpu" and self.precision in ("tf32", "fp16"):
             raise ValueError(f"precision {self.precision} is for GPUs: with device cpu, take 32 or bf16")
+        catalog.check_balance(self.balance, self.alpha, self.gamma)
         self._check_network(catalog.network(self.model))
         self._check_data(catalog.DATA[self.data])
 
@@ -149,6 +154,8 @@ class Config:
     def differences(self, theirs: dict[str, Any]) -> str:
         """What sets a run of `theirs`, from `to_dict`, apart from this one; "" where it would do the same."""
         ours = self.to_dict()
+        # what was recorded before there was a setting has its default
+        theirs = type(self)(out=self.out).to_dict() | theirs
         return ", ".join(
             f"{name} {theirs.get(name)!r} (now {ours.get(name)!r})"
             for name in sorted(theirs.keys() | ours.keys())
@@ -280,13 +287,7 @@ def _read(folder: Path, name: str, **needed: type) -> dict[str, Any] | None:
 
 
 def _check_writable(folder: Path) -> None:
-    longest = folder / "checkpoints" / "step-000000000.0123456789abcdef.damaged"
-    existing = next(path for path in longest.parents if os.path.exists(path))
-    try:
-        with tempfile.TemporaryFile(dir=existing):
-            pass
-        for path in (longest, *(existing / part for part in folder.parts)):  # names may be too long
-            with contextlib.suppress(FileNotFoundError):
-                path.lstat()
+    try:  # the longest name
+        check_writable(folder / "checkpoints" / "step-000000000.0123456789abcdef.damaged")
     except OSError as error:
         raise OSError(error.errno, f"out {folder} cannot be written to: {error.strerror}") from error

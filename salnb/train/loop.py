@@ -24,7 +24,7 @@ from salnb._common.progress import log_line, progress
 from salnb.train import setup
 from salnb.train.config import Config
 from salnb.train.epoch_sums import TERMS, EpochSums, StepTerms
-from salnb.train.evaluate import evaluate
+from salnb.train.evaluate import evaluate, evaluate_maps
 from salnb.train.run import AHEAD, Interrupted, NonFiniteError, Run
 from salnb.train.signals import noticed_signals
 
@@ -44,7 +44,8 @@ def fit(
         bar: show how far an epoch is, on a terminal.
 
     Returns:
-        What `summary.json` holds: the test's accuracy, loss terms, share of saliency on the object,
+        What `summary.json` holds: the test's accuracy, how far its maps agree (see `salnb.agreement`) and
+        their share on the object, loss terms, with `balance` the gamma that each epoch had on average,
         seconds, peak memory, a SHA-256 of the parameters, the settings, and where and when it was run.
 
     Raises:
@@ -76,7 +77,8 @@ def fit(
         while run.epoch < config.epochs:
             train_epoch(run)
             finish_epoch(run, evaluate(run, run.dataset.validation))
-        summary = run.summary(evaluate(run, run.dataset.test))
+        test = run.dataset.test
+        summary = run.summary(evaluate(run, test) | evaluate_maps(run, test))
         if fabric.is_global_zero:
             with run.explained():
                 trained.save(folder, objective.model, config.model, dataset.classes, config.size)  # type: ignore[arg-type]
@@ -161,6 +163,7 @@ def finish_epoch(run: Run, validation: dict[str, Any]) -> None:
             "step": run.step,
             **{term: means[term] for term in TERMS},
             "train_accuracy": means["accuracy"],
+            **({"gamma": means["gamma"]} if config.balance else {}),
             **{f"validation_{name}": value for name, value in validation.items()},
             "learning_rate": run.schedule.get_last_lr()[0],
             "seconds": sums.seconds,

@@ -118,7 +118,18 @@ class SharedDraw(Augmentation[Any]):
 
 
 # settings that `Objective` has by the same name
-_OF_OBJECTIVE = ("alpha", "beta", "gamma", "method", "normalize", "distance", "pool", "every", "warmup")
+_OF_OBJECTIVE: tuple[str, ...] = (
+    "alpha",
+    "beta",
+    "gamma",
+    "method",
+    "score",
+    "normalize",
+    "distance",
+    "pool",
+    "every",
+)
+_OF_OBJECTIVE += ("warmup", "balance", "detach_original", "shuffle_pairs", "layer_relative")
 
 
 def make_objective(config: Config, share: data.Share, log: Callable[[str], object] = log_line) -> Objective:
@@ -146,7 +157,6 @@ def make_objective(config: Config, share: data.Share, log: Callable[[str], objec
         augmentation,
         layers=config.compared_layers,
         method_options={repeats: config.samples} if repeats else None,
-        detach_original=config.detach_original,
         **{name: getattr(config, name) for name in _OF_OBJECTIVE},
     )
     if config.layers or config.model.startswith("timm:"):  # else it is known what goes together
