@@ -6,6 +6,7 @@ The modules that own the things behind the names are loaded only when a run is s
 import difflib
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from salnb._common.limits import check_integer, check_number
@@ -24,7 +25,7 @@ class Network(NamedTuple):
 class Source(NamedTuple):
     """What is known of a data set before it is loaded."""
 
-    num_classes: int
+    num_classes: int  # 0 where that depends on the files
     sizes: tuple[int, ...] | None = None  # that it is made in; None: any, the images are rescaled
     training_images: int | None = None  # None where that depends on the files
 
@@ -72,6 +73,7 @@ DATA = {
     "svhn": Source(10),
     "imagenet": Source(1000),
     "imagenet-streamed": Source(1000),
+    "folder": Source(0),
 }
 
 _ALONE = ["identity", "horizontal_flip", "vertical_flip", "rescale", "rotation", "affine", "contrast"]
@@ -175,3 +177,17 @@ def check_made_in(name: str, size: int) -> None:
     sizes = DATA[name].sizes
     if sizes is not None and size not in sizes:
         raise ValueError(f"size of {name} must be one of {', '.join(map(str, sizes))}, got {size}")
+
+
+def check_trained(source: str) -> None:
+    """Raise a ValueError unless this may be a trained network: a finished run, or a name of `salnb.load`."""
+    kind, _, name = source.partition(":")
+    if kind == "timm" and name:
+        network(source)
+    elif not (kind == "torchvision" and name) and source != "efficientnet_lite0" and not _has_model(source):
+        known = "a finished run, torchvision:NAME, timm:NAME or efficientnet_lite0"
+        raise ValueError(f"model must be {known}, got {source}")
+
+
+def _has_model(folder: str) -> bool:
+    return Path(folder, "model.json").exists()

@@ -15,6 +15,7 @@ from salnb import results
 from salnb._common import catalog
 from salnb._common.devices import check_device_name
 from salnb._common.files import check_writable
+from salnb._common.image_folder import find_images
 
 __all__ = ["PRACTICAL", "Config", "torchrun"]
 
@@ -23,7 +24,14 @@ PRACTICAL = frozenset({"out", "device", "workers", "save_minutes"})
 # what each process of several must know
 _OF_TORCHRUN = {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
 # what is taken for a type and made one: 1 and 1.0 and numpy's numbers are the same configuration
-_FORMS: dict[Any, Any] = {bool: bool, int: Integral, int | None: Integral, float: Real, str: str}
+_FORMS: dict[Any, Any] = {
+    bool: bool,
+    int: Integral,
+    int | None: Integral,
+    float: Real,
+    str: str,
+    str | None: str,
+}
 
 
 def setting(default: Any, text: str, *, known: Collection[str] = (), least: int | None = None) -> Any:
@@ -45,9 +53,13 @@ class Config:
 
     out: str = setting(dataclasses.MISSING, "folder of the run")
     data: str = setting("digit-scenes", "data set", known=catalog.DATA)
+    data_dir: str | None = setting(None, "folder of images, for data folder")
+    skip_unreadable: bool = setting(False, "go on without the images of the folder that cannot be read")
     size: int = setting(32, "height and width of the images, in pixels", least=1)
     train_images: int | None = setting(None, "use only so many training images", least=1)
     model: str = setting("small", "network: " + ", ".join([*catalog.NETWORKS, "timm:NAME"]))
+    weights: str | None = setting(None, "to begin with: DEFAULT, a file or a finished run; by default drawn")
+    freeze: tuple[str, ...] = setting((), "modules of the network whose parameters stay as they are")
     augmentation: str = setting("affine", "augmentation", known=catalog.AUGMENTATIONS)
     alpha: float = setting(1.0, "weight of the class loss (eq. 5)", least=0)
     beta: float = setting(0.0, "weight of the invariance loss (eq. 6)", least=0)
@@ -118,6 +130,10 @@ class Config:
 
     def _check_data(self, source: catalog.Source) -> None:
         catalog.check_made_in(self.data, self.size)
+        if (self.data == "folder") != (self.data_dir is not None):
+            raise ValueError(
+                f"data_dir and data folder go together, got {self.data_dir!r} with {self.data!r}"
+            )
         least = catalog.AUGMENTATIONS[self.augmentation]
         if self.batch_size < least:
             raise ValueError(
@@ -133,7 +149,7 @@ class Config:
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON can hold them."""
-        return dataclasses.asdict(self) | {"layers": list(self.layers)}
+        return dataclasses.asdict(self) | {"layers": list(self.layers), "freeze": list(self.freeze)}
 
     def differences(self, theirs: dict[str, Any]) -> str:
         """What sets a run of `theirs`, from `to_dict`, apart from this one; "" where it would do the same."""
@@ -158,7 +174,8 @@ class Config:
             resume: whether a run that is in `out` already may be continued.
 
         Raises:
-            ValueError: the processes that torchrun started cannot share a batch, or its variables are wrong.
+            ValueError: the processes that torchrun started cannot share a batch, or its variables are wrong,
+                or `weights` or `data_dir` is not what it should be.
             FileExistsError: a run is in `out` and is not to be continued, or it is one of other settings, or
                 is damaged.
             OSError: `out` is a file, or cannot be made or written to.
@@ -177,6 +194,10 @@ class Config:
                 f"WORLD_SIZE is {processes}, but {', '.join(sorted(lacking))} are not set: "
                 "start the processes with torchrun, or unset WORLD_SIZE"
             )
+        if self.weights not in (None, "DEFAULT") and not os.path.exists(str(self.weights)):
+            raise ValueError(f"weights must be DEFAULT, a file or a finished run, got {self.weights!r}")
+        if self.data_dir is not None:
+            find_images(self.data_dir)
         self.check_folder(resume=resume)
 
     def check_folder(self, *, resume: bool) -> None:
@@ -213,9 +234,9 @@ def torchrun(name: str) -> int:
 
 def _plain(name: str, value: Any, kind: Any) -> Any:
     """A value as its setting's own type; raises where it has no such form."""
-    if name == "layers":
+    if name in ("layers", "freeze"):
         if not isinstance(value, list | tuple) or not all(isinstance(layer, str) for layer in value):
-            raise TypeError(f"layers must be names of layers, got {_words(value)}")
+            raise TypeError(f"{name} must be names of layers, got {_words(value)}")
         return tuple(value)
     value = os.fspath(value) if isinstance(value, os.PathLike) else value
     if value is None and isinstance(value, kind):

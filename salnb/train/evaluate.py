@@ -37,7 +37,7 @@ def evaluate(run: Run, split: data.Split) -> dict[str, Any]:
     config, fabric, model = run.config, run.fabric, run.objective.model
     model.eval()
     # the mean of the classes' accuracies would be called macro
-    accuracy = MulticlassAccuracy(catalog.DATA[config.data].num_classes, average="micro", validate_args=False)
+    accuracy = MulticlassAccuracy(len(run.dataset.classes), average="micro", validate_args=False)
     # a loss that is not a number is not to be left out of the mean
     loss, on_object = (MeanMetric(nan_strategy="disable") for _ in range(2))
     for metric in (accuracy, loss, on_object):
@@ -95,7 +95,7 @@ def evaluate_maps(run: Run, split: data.Split) -> dict[str, Any]:
                 images,
                 labels,
                 generator,
-                num_classes=catalog.DATA[config.data].num_classes,
+                num_classes=len(run.dataset.classes),
                 method=config.method,
                 method_options={repeats: config.samples, "generator": generator} if repeats else None,
                 score=config.score,

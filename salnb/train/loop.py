@@ -1,7 +1,8 @@
 """One training run, from its settings to its summary; read it from `fit` on.
 
-What a run leaves in its folder: `config.json`; `metrics.jsonl`, a line for each epoch; `checkpoints/`; and,
-at the end, `summary.json`.
+What a run leaves in its folder: `config.json`; `metrics.jsonl`, a line for each epoch; `checkpoints/`;
+`split.json` where it split a folder of images; and, at the end, `model.safetensors` with `model.json`, which
+`salnb.load` reads, and `summary.json`.
 
 Nothing is lost when it is stopped, however it is stopped. The state of a run is its position (epoch, batch),
 the model, the optimiser, its schedule, the loss scaler, and what was summed up since the epoch began. Random
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 
-from salnb import data, results
+from salnb import data, results, trained
 from salnb._common.files import locked
 from salnb._common.progress import log_line, progress
 from salnb.train import setup
@@ -65,7 +66,8 @@ def fit(
             stack.enter_context(locked(folder))
             config.check_folder(resume=resume)  # another process may have been at work until now
         torch.manual_seed(setup.derived_seed(config.seed, "weights"))
-        objective = setup.make_objective(config, data.Share(fabric.global_rank, fabric.world_size))
+        share = data.Share(fabric.global_rank, fabric.world_size)
+        objective = setup.make_objective(config, share, log if fabric.is_global_zero else str)
         dataset = setup.make_dataset(config, fabric)
         # before this there is nothing to be saved: a signal acts at once
         signals = stack.enter_context(noticed_signals())
@@ -77,6 +79,9 @@ def fit(
             finish_epoch(run, evaluate(run, run.dataset.validation))
         test = run.dataset.test
         summary = run.summary(evaluate(run, test) | evaluate_maps(run, test))
+        if fabric.is_global_zero:
+            with run.explained():
+                trained.save(folder, objective.model, config.model, dataset.classes, config.size)  # type: ignore[arg-type]
         run.write("summary.json", summary)
         fabric.barrier()
     return summary
