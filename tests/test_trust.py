@@ -316,3 +316,25 @@ def test_many_half_precision_values_are_summed_in_float32(dtype):
     masks = torch.zeros(maps.shape, dtype=torch.bool)
     masks[..., :16] = True
     assert trust.share_on_object(maps, masks).item() == 0.25
+
+
+# --- half of a map -----------------------------------------------------------------------------------------
+
+
+def test_half_area_counts_pixels():
+    maps = torch.rand(20, 1, 5, 6, generator=torch.Generator().manual_seed(0)) ** 4
+    expected = []
+    for map_ in maps.double():
+        values, count = sorted(map_.flatten().tolist(), reverse=True), 1
+        while sum(values[:count]) < sum(values) / 2:
+            count += 1
+        expected.append(count / 30)
+    assert trust.half_area(maps).tolist() == pytest.approx(expected)
+
+
+def test_half_area_of_special_maps():
+    point, flat = torch.zeros(1, 1, 4, 4), torch.full((1, 1, 4, 4), 0.1)
+    point[0, 0, 2, 1] = 7.0
+    assert trust.half_area(torch.cat([point, flat, 0 * flat])).tolist() == [1 / 16, 0.5, 0.5]
+    with pytest.raises(ValueError, match="maps must not be negative"):
+        trust.half_area(-flat)

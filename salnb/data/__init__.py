@@ -6,9 +6,10 @@ from typing import Any
 
 from salnb._common.catalog import DATA, unknown
 from salnb._common.files import DamagedFileError
-from salnb.data import base, cache, paper, photographs, scenes
+from salnb.data import base, cache, folder, paper, photographs, scenes
 from salnb.data.base import *
 from salnb.data.cache import *
+from salnb.data.folder import *
 from salnb.data.paper import *
 from salnb.data.photographs import *
 from salnb.data.scenes import *
@@ -16,6 +17,7 @@ from salnb.data.scenes import *
 __all__ = ["DamagedFileError", "fetch", "load"]
 __all__ += base.__all__
 __all__ += cache.__all__
+__all__ += folder.__all__
 __all__ += paper.__all__
 __all__ += photographs.__all__
 __all__ += scenes.__all__
@@ -36,6 +38,8 @@ def load(name: str, size: int, *, workers: int = 4) -> Dataset:
     """
     if name not in DATA:
         raise unknown("data", name, DATA)
+    if name == "folder":
+        raise ValueError("data 'folder' is loaded by image_folder(root, size)")
     if name in PHOTOGRAPHS:
         return digit_scenes(size, name=name)
     plain = name.removesuffix("-streamed")

@@ -247,9 +247,9 @@ class StreamedImages:
         return f"image {path} with label {row['label']}{place}"
 
 
-def _collate(examples: list[tuple[Tensor, int]]) -> Examples:
-    images, labels = zip(*examples, strict=True)
-    return Examples(torch.stack(images), torch.tensor(labels, device="cpu"))
+def _collate(examples: list[Any]) -> Examples:
+    images, labels, *masks = zip(*examples, strict=True)
+    return Examples(torch.stack(images), torch.tensor(labels, device="cpu"), *map(torch.stack, masks))
 
 
 def _each(examples: Any, function: Callable[[Tensor], Tensor]) -> list[Any]:
@@ -273,19 +273,27 @@ def _orders(
 
 
 def read_image(file: Path | IO[bytes], *, least: int | None = None) -> Tensor:
-    """The image in a file: (3, H, W), uint8.
+    """The image in a file: (3, H, W), uint8, upright as its EXIF says, and on white where it is transparent.
 
     Args:
         file: its path, or the opened file.
         least: a JPEG may be decoded at a half, a quarter or an eighth of its size, for less work, as long as
             no side gets shorter than this; None: at its size.
     """
-    from PIL import Image
+    from PIL import Image, ImageOps
     from torchvision.transforms.v2.functional import pil_to_tensor
 
-    with Image.open(file) as image, torch.device("cpu"):
+    with Image.open(file) as opened, torch.device("cpu"):
         if least is not None:
-            image.draft("RGB", (least, least))
+            opened.draft("RGB", (least, least))
+        image = ImageOps.exif_transpose(opened)
+        if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip
+            return (
+                (pil_to_tensor(image).float() / 257).round_().clamp_(0, 255).to(torch.uint8).repeat(3, 1, 1)
+            )
+        if image.has_transparency_data:
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, image.convert("RGBA"))
         return pil_to_tensor(image.convert("RGB"))
 
 

@@ -92,9 +92,9 @@ class CompiledStep:
             values, gradients, buffers = pytree.tree_unflatten(results, graph.outputs)
             for name, value in buffers.items():
                 state[name].copy_(value)
-        value, classes, invariance, salience, logits = values
+        value, classes, invariance, salience, logits, gamma = values
         total = _ReturnPrecomputedGradients.apply(value, gradients, *step.trained())
-        return Losses(total, classes, invariance, salience, logits, settings.has_saliency)
+        return Losses(total, classes, invariance, salience, logits, settings.has_saliency, gamma)
 
     def _check_compiler(self, images: Tensor) -> None:
         """Refuse the C++ of an Inductor that writes more than its buffers hold (pytorch#159154)."""
@@ -152,7 +152,7 @@ class _TracedStep(nn.ModuleDict):
             finite = [g.isfinite().all() for g in gradients if g is not None]
             gradient_scale.update(torch.stack(finite).all())
         terms = (losses.total, losses.class_loss, losses.invariance_loss, losses.saliency_loss, losses.logits)
-        return [term.detach() for term in terms], gradients
+        return [*(term.detach() for term in terms), losses.gamma], gradients
 
     def with_state(self, *tensors: Tensor) -> list[Tensor | None]:
         """Values, gradients and new buffers in a flat list, from weights, inputs, parameters and buffers."""
@@ -168,7 +168,7 @@ class _TracedStep(nn.ModuleDict):
         values, gradients = torch.func.functional_call(self, state, (weights, given))
         updated = {name: state[name] for name in buffers}
         # what the caller of make_fx gets to see is a flat list only
-        self.num_classes = values[-1].shape[1]
+        self.num_classes = values[4].shape[1]
         flat, self.outputs = pytree.tree_flatten((values, gradients, updated))
         return flat
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from salnb._common.catalog import METHODS, check_options
+from salnb._common.catalog import METHODS, SCORES, check_balance, check_options
 from salnb._common.checks import (
     check_images,
     check_no_transform,
@@ -23,9 +23,10 @@ from salnb._common.limits import check_integer
 from salnb._common.outputs import given_twice
 from salnb.augment import Augmentation
 from salnb.losses import DISTANCES, FEATURE_DISTANCES, NORMALIZATIONS
+from salnb.objective.balance import EVERY, Balance
 from salnb.objective.class_terms import ClassTerm
 from salnb.objective.compiled import CompiledStep
-from salnb.objective.parallel import check_parallel, check_unwrapped
+from salnb.objective.parallel import check_parallel, check_unwrapped, sharing_processes
 from salnb.objective.precision import LossScale, full_precision
 from salnb.objective.terms import Losses, StepInputs, StepModules, TermSettings, step_losses
 from salnb.saliency.isolation import check_usable
@@ -46,15 +47,22 @@ class Objective(nn.Module):
         layers: names of the modules whose outputs (2N, ...) eq. 6 compares, as a sequence, or as a mapping to
             weights. Of a module that runs more than once in a forward pass, the last output counts.
         layer_distance: "l2" (mean of squares) or "l1", for eq. 6.
+        layer_relative: divide eq. 6 in each layer by the distance between different images of the batch.
         method: a key of `salnb.saliency.METHODS`.
         method_options: keyword arguments of the method: `layer` and `reshape` for the methods with Grad-CAM,
             `n_samples` and `noise_level` for SmoothGrad.
+        score: whose gradient the maps are: "logit" (eq. 1) or "log_prob", the logarithm of the class's
+            probability, whose maps stay as they are when a function of the image is added to all logits.
         normalize: how each map is normalised on its own: a member of `salnb.losses.NORMALIZATIONS` or None.
         distance: how maps are compared: a member of `salnb.losses.DISTANCES`.
         pool: side of the blocks of pixels whose means are compared; 1 compares pixels.
         every: the saliency term enters every k-th training step, k times as strong.
         warmup: training steps before the saliency term first enters.
+        balance: ρ above 0 chooses gamma in training: the length of the saliency term's gradient is kept at ρ
+            times that of the (weighted) class loss, both moving averages, measured at the first and each
+            tenth step with the term; see `salnb.objective.balance`. 0 leaves gamma as it is.
         detach_original: hold the originals' maps fixed, so that only the augmented images' maps move.
+        shuffle_pairs: compare each original's map with *another* image's of the batch, as a control.
         num_classes: K; None reads it from the logits.
         class_loss: takes the place of the cross-entropy of eq. 5: a function or module from logits (2N, K),
             in float32 at least, and targets of both halves to a scalar, such as
@@ -114,14 +122,18 @@ class Objective(nn.Module):
         gamma: float = 1.0,
         layers: Sequence[str] | Mapping[str, float] = (),
         layer_distance: str = "l2",
+        layer_relative: bool = False,
         method: str = "vanilla_gradient",
         method_options: Mapping[str, Any] | None = None,
+        score: str = "logit",
         normalize: str | None = "max",
         distance: str = "mse",
         pool: int = 1,
         every: int = 1,
         warmup: int = 0,
+        balance: float = 0.0,
         detach_original: bool = False,
+        shuffle_pairs: bool = False,
         num_classes: int | None = None,
         class_loss: Callable[[Tensor, Tensor], Tensor] | None = None,
         output: Callable[[Any], Tensor] | None = None,
@@ -131,16 +143,17 @@ class Objective(nn.Module):
         self.augmentation = augmentation
         self.alpha, self.beta, self.gamma = alpha, beta, gamma
         self.layers = dict(layers) if isinstance(layers, Mapping) else dict.fromkeys(layers, 1.0)
-        self.layer_distance = layer_distance
-        self.method, self.method_options = method, dict(method_options or {})
+        self.layer_distance, self.layer_relative = layer_distance, layer_relative
+        self.method, self.method_options, self.score = method, dict(method_options or {}), score
         self.normalize, self.distance, self.pool = normalize, distance, pool
         self.every, self.warmup = every, warmup
-        self.detach_original = detach_original
+        self.detach_original, self.shuffle_pairs = detach_original, shuffle_pairs
         self.num_classes, self.output = num_classes, output
         self.class_term = ClassTerm(class_loss)
         self.steps_done = 0
         # for float16: of the score whose gradient makes the maps, and of the total in a compiled step
         self.score_scale, self.gradient_scale = LossScale(12, top=12), LossScale(14, top=24)
+        self.balance = Balance(balance)
         self._compiled: CompiledStep | None = None
         self._second_derivative_checked = self._target_checked = False
         self._check_settings()
@@ -149,14 +162,25 @@ class Objective(nn.Module):
 
     # the number of steps decides when the saliency term enters: a resumed training needs it
     def get_extra_state(self) -> Tensor:
-        """The number of training steps done, for `state_dict`: a tensor, as what saves weights expects."""
-        return torch.tensor(self.steps_done)
+        """The number of training steps done, for `state_dict`: a tensor, as what saves weights expects.
+
+        With `balance` the two lengths that it has measured follow.
+        """
+        steps = torch.tensor(self.steps_done)
+        if not self.balance.share:
+            return steps
+        return torch.cat([steps.view(1), self.balance.lengths.cpu()]).double()
 
     def set_extra_state(self, state: Tensor | Mapping[str, int]) -> None:
         """Continue from the number of steps in `state_dict`; older ones have it in a dictionary."""
         steps = state["steps_done"] if isinstance(state, Mapping) else state
-        if not (isinstance(steps, Tensor) and steps.is_meta):
-            self.steps_done = round(float(steps))  # an average of weights may have made it a fraction
+        if isinstance(steps, Tensor):
+            if steps.is_meta:
+                return
+            if steps.ndim:
+                steps, lengths = steps[0], steps[1:]
+                self.balance.lengths.copy_(lengths)
+        self.steps_done = round(float(steps))  # an average of weights may have made it a fraction
 
     def compile(self, **options: Any) -> None:
         """Run each later step that takes gradients as one compiled graph; see `salnb.objective.compiled`.
@@ -202,11 +226,11 @@ class Objective(nn.Module):
                 params = self.augmentation.make_params(images, generator)
                 new_images = self.augmentation.images(images, params)
             scales = (self.score_scale, self.gradient_scale)
-            modules = StepModules(self.model, self.augmentation, *scales, self.class_term)
+            modules = StepModules(self.model, self.augmentation, *scales, self.balance, self.class_term)
             kwargs = given_twice(model_kwargs or {}, len(images))
             tensors = {name: value for name, value in kwargs.items() if isinstance(value, Tensor)}
             inputs = StepInputs(images, new_images, target, params, tensors)
-            weights = (self.alpha, self.beta, self.current_gamma(step))
+            weights = (self.alpha, self.beta, self._scheduled_gamma(step))
             settings = self._term_settings(step, kwargs)
             if self._compiled and keep_graph:
                 losses = self._compiled(modules, inputs, weights, settings)
@@ -222,7 +246,14 @@ class Objective(nn.Module):
         return losses
 
     def current_gamma(self, step: int | None = None) -> float:
-        """The weight of the saliency term in a step, or the coming one: gamma, `every` times it, or zero."""
+        """The weight of the saliency term in a step, or the coming one: gamma, `every` times it, or zero.
+
+        With `balance` it is what the steps so far have chosen; a step that is measured chooses anew.
+        """
+        chosen = self.balance.weight.item() if self.balance.share else 1.0
+        return self._scheduled_gamma(step) * chosen
+
+    def _scheduled_gamma(self, step: int | None = None) -> float:
         if not self.training:
             return self.gamma
         since = (self.steps_done if step is None else step) - self.warmup
@@ -233,17 +264,27 @@ class Objective(nn.Module):
     ) -> TermSettings:
         """The terms of a step, or of the coming one."""
         plain = {name: value for name, value in (kwargs or {}).items() if not isinstance(value, Tensor)}
+        has_saliency, balanced = bool(self._scheduled_gamma(step)), bool(self.balance.share)
+        measured = balanced and has_saliency and self.training and torch.is_grad_enabled()
+        since = (self.steps_done if step is None else step) - self.warmup
+        measured = measured and since // self.every % EVERY == 0
         return TermSettings(
             has_invariance=bool(self.beta),
-            has_saliency=bool(self.current_gamma(step)),
+            has_saliency=has_saliency,
+            balanced=balanced and has_saliency,
+            measured=measured,
+            processes=sharing_processes() if measured else None,
             layers=tuple(self.layers.items()),
             layer_distance=self.layer_distance,
+            layer_relative=self.layer_relative,
             method=self.method,
             method_options=tuple(self.method_options.items()),
+            score=self.score,
             normalize=self.normalize,
             distance=self.distance,
             pool=self.pool,
             detach_original=self.detach_original,
+            shuffle_pairs=self.shuffle_pairs,
             num_classes=self.num_classes,
             output=self.output,
             model_kwargs=tuple(plain.items()),
@@ -259,14 +300,17 @@ class Objective(nn.Module):
         """What can be told from each argument alone."""
         if not isinstance(self.model, nn.Module):
             raise TypeError(f"model must be an nn.Module, got {type(self.model).__name__}")
-        for name in ("alpha", "beta", "gamma"):
-            if not 0 <= (weight := getattr(self, name)) < float("inf"):
+        weights = {name: getattr(self, name) for name in ("alpha", "beta", "gamma")}
+        for name, weight in (weights | {"balance": self.balance.share}).items():
+            if not 0 <= weight < float("inf"):
                 raise ValueError(f"{name} must be a finite number of at least 0, got {weight}")
+        check_balance(self.balance.share, self.alpha, self.gamma)
         for name, value, known in (
             ("method", self.method, METHODS),
             ("normalize", "none" if self.normalize is None else self.normalize, sorted(NORMALIZATIONS)),
             ("distance", self.distance, sorted(DISTANCES)),
             ("layer_distance", self.layer_distance, sorted(FEATURE_DISTANCES)),
+            ("score", self.score, SCORES),
         ):
             if value not in known:
                 raise unknown(name, value, known)
@@ -299,4 +343,4 @@ class Objective(nn.Module):
         if self.gamma:
             check_no_transform()
         if self.gamma and torch.is_grad_enabled():
-            check_parallel(self, training=self.training)
+            check_parallel(self, training=self.training, balanced=bool(self.balance.share))

@@ -22,7 +22,8 @@ from salnb.augment import Augmentation
 from salnb.double_backward.functions import check_second_derivative
 from salnb.double_backward.mode import differentiable_twice
 from salnb.double_backward.recomputation import model_of_the_forward_pass
-from salnb.losses import invariance_loss, saliency_loss
+from salnb.losses import invariance_loss, saliency_loss, with_other_images
+from salnb.objective.balance import Balance
 from salnb.objective.class_terms import ClassTerm
 from salnb.objective.precision import LossScale, autocast_dtype, full_precision
 from salnb.saliency.recording import ForwardRecorder, class_scores, recorded_outputs
@@ -41,6 +42,8 @@ class Losses:
         saliency_loss: eq. 7, unweighted; zero in steps without it.
         logits: (2N, K), of the originals and then of the augmented images, detached.
         has_saliency: whether this step had the saliency term.
+        gamma: the weight that the saliency term had in this step, which `balance` may have chosen; zero in
+            steps without it.
 
     After `Objective.compile()` only `total` carries a graph.
     """
@@ -51,6 +54,7 @@ class Losses:
     saliency_loss: Tensor
     logits: Tensor
     has_saliency: bool = False
+    gamma: float | Tensor = 0.0
     attached_logits: Tensor | None = field(default=None, repr=False)
 
     @property
@@ -76,7 +80,8 @@ class StepModules(NamedTuple):
     model: nn.Module
     augmentation: Augmentation
     score_scale: LossScale  # for float16: of the score whose gradient makes the maps
-    gradient_scale: LossScale  # for float16: of the total in a compiled step
+    gradient_scale: LossScale  # for float16: of the total in a compiled step, and of what balance measures
+    balance: Balance
     class_term: ClassTerm
 
 
@@ -97,20 +102,29 @@ class TermSettings:
     Attributes:
         has_invariance: whether beta is above zero.
         has_saliency: whether gamma is above zero in this step.
+        balanced: whether the weight is the product of gamma and what `Balance` has chosen.
+        measured: whether `Balance` looks at this step.
+        processes: name and number of those that share this step; None: this one alone.
 
     The others are arguments of `salnb.Objective`, its mappings as pairs.
     """
 
     has_invariance: bool
     has_saliency: bool
+    balanced: bool
+    measured: bool
+    processes: tuple[str, int] | None
     layers: tuple[tuple[str, float], ...]
     layer_distance: str
+    layer_relative: bool
     method: str
     method_options: tuple[tuple[str, Any], ...]
+    score: str
     normalize: str | None
     distance: str
     pool: int
     detach_original: bool
+    shuffle_pairs: bool
     num_classes: int | None
     output: Callable[[Any], Tensor] | None = None
     model_kwargs: tuple[tuple[str, Any], ...] = ()  # those that are no tensors
@@ -177,17 +191,32 @@ def step_losses(
                 check_second_derivative(maps)
     with full_precision(images):
         classes = class_term(logits, targets)
-        dtype = at_least_float32_dtype(logits.dtype)
-        invariance, salience = logits.new_zeros((), dtype=dtype), logits.new_zeros((), dtype=dtype)
+        invariance = salience = logits.new_zeros((), dtype=at_least_float32_dtype(logits.dtype))
         if settings.has_invariance:
             invariance = _invariance(features, n, settings)
         if settings.has_saliency:
             salience = _saliency(augmentation, maps, params, labelled, settings)
         alpha, beta, gamma = weights
+        if settings.balanced:
+            gamma = gamma * _balanced(modules, alpha * classes, salience, settings)
         total = alpha * classes + beta * invariance + gamma * salience  # eq. 8
     detached = logits.detach()
-    losses = Losses(total, classes, invariance, salience, detached, settings.has_saliency, logits)
+    losses = Losses(total, classes, invariance, salience, detached, settings.has_saliency, gamma, logits)
     return losses if keep_graph else losses.detach()
+
+
+def _balanced(modules: StepModules, classes: Tensor, salience: Tensor, settings: TermSettings) -> Tensor:
+    """The balance's weight after this step, where float16 would round to zero measured enlarged."""
+    if not settings.measured:
+        return modules.balance.weight
+    trained = [p for p in modules.model.parameters() if p.requires_grad]
+    scale = modules.gradient_scale
+    half = torch.float16 in (autocast_dtype(classes), *(p.dtype for p in trained))
+    factor = scale.value if half else 1.0
+    finite = modules.balance.measure(classes * factor, salience * factor, trained, settings.processes)
+    if half:
+        scale.update(finite)
+    return modules.balance.weight
 
 
 def _maps(
@@ -204,12 +233,14 @@ def _maps(
     """The saliency maps of all 2N images, each for its own target."""
     if recorder is None:
         method, options = saliency.METHODS[settings.method], dict(settings.method_options)
-        options |= {"create_graph": create_graph, "output": call.output, "model_kwargs": call.kwargs}
+        options |= {"create_graph": create_graph, "score": settings.score}
+        options |= {"output": call.output, "model_kwargs": call.kwargs}
         return method(modules.model, pixels.detach(), targets, **options)
     half = torch.float16 in (autocast_dtype(pixels), logits.dtype)
     scale = modules.score_scale.value if half else 1.0
     with full_precision(pixels):
-        maps = recorder.maps(pixels, scale * class_scores(logits, targets), create_graph=create_graph)
+        scores = scale * class_scores(logits, targets, settings.score)
+        maps = recorder.maps(pixels, scores, create_graph=create_graph)
     maps = at_least_float32(maps)
     if half:
         modules.score_scale.update(maps.isfinite().all())
@@ -252,7 +283,9 @@ def _invariance(features: dict[str, Tensor], n: int, settings: TermSettings) -> 
         if name not in features:
             raise ValueError(f"layers: the forward pass of the model never calls its module {name!r}")
     halves = ({name: out[half] for name, out in features.items()} for half in (slice(n), slice(n, None)))
-    return invariance_loss(*halves, distance=settings.layer_distance, weights=weights)
+    return invariance_loss(
+        *halves, distance=settings.layer_distance, weights=weights, relative=settings.layer_relative
+    )
 
 
 def _saliency(
@@ -264,6 +297,8 @@ def _saliency(
     first, second, valid = augmentation.align(first, maps[n:], params)
     if labelled is not None:
         valid = valid & (labelled[:n] & labelled[n:]).view(-1, 1, 1, 1)
+    if settings.shuffle_pairs:
+        first, second, valid = with_other_images(first, second, valid)
     return saliency_loss(
         first,
         second,

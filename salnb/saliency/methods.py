@@ -66,6 +66,7 @@ def vanilla_gradient(
     *,
     create_graph: bool = False,
     reduce: str | None = "max",
+    score: str = "logit",
     output: Callable[[Any], Tensor] | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
 ) -> Tensor:
@@ -82,6 +83,9 @@ def vanilla_gradient(
             the model's parameters.
         reduce: "max" takes the highest absolute value over the channels (eq. 2); None keeps the signed
             gradient.
+        score: "logit" explains the logit (eq. 1); "log_prob" the logarithm of the class's probability, whose
+            map stays as it is when any function of the image is added to all logits, which changes no
+            probability but the map of a logit at will (Srinivas & Fleuret, 2021).
         output: gives the logits from whatever else the model returns, such as `lambda out: out[0]`.
         model_kwargs: what the model is called with beside the images.
 
@@ -92,8 +96,8 @@ def vanilla_gradient(
         TypeError: `images` are not a floating-point tensor, `target` is of a wrong type, or the model is
             spread over several devices by `nn.DataParallel`.
         ValueError: `images` are not four-dimensional or not finite, `target` is out of range or does
-            not fit the batch, `reduce` is unknown, the model does not return (N, K) logits, no gradient
-            flows from them to the images, or the model was made in inference mode.
+            not fit the batch, `reduce` or `score` is unknown, the model does not return (N, K) logits, no
+            gradient flows from them to the images, or the model was made in inference mode.
         RuntimeError: an operation has no second derivative (`create_graph=True`), or this is inside a
             transform of `torch.func`.
 
@@ -112,6 +116,7 @@ def vanilla_gradient(
         ModelCall(output, model_kwargs),
         create_graph=create_graph,
         reduce=reduce,
+        score=score,
     )
 
 
@@ -122,6 +127,7 @@ def deconvnet(
     *,
     create_graph: bool = False,
     reduce: str | None = "max",
+    score: str = "logit",
     output: Callable[[Any], Tensor] | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
 ) -> Tensor:
@@ -139,6 +145,7 @@ def deconvnet(
         ModelCall(output, model_kwargs),
         create_graph=create_graph,
         reduce=reduce,
+        score=score,
     )
 
 
@@ -149,6 +156,7 @@ def guided_backprop(
     *,
     create_graph: bool = False,
     reduce: str | None = "max",
+    score: str = "logit",
     output: Callable[[Any], Tensor] | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
 ) -> Tensor:
@@ -166,6 +174,7 @@ def guided_backprop(
         ModelCall(output, model_kwargs),
         create_graph=create_graph,
         reduce=reduce,
+        score=score,
     )
 
 
@@ -179,6 +188,7 @@ def smoothgrad(
     generator: torch.Generator | None = None,
     create_graph: bool = False,
     reduce: str | None = "max",
+    score: str = "logit",
     output: Callable[[Any], Tensor] | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
 ) -> Tensor:
@@ -198,6 +208,7 @@ def smoothgrad(
         generator: source of the noise; None uses the global one.
         create_graph: see `vanilla_gradient`.
         reduce: see `vanilla_gradient`.
+        score: see `vanilla_gradient`.
         output: see `vanilla_gradient`.
         model_kwargs: see `vanilla_gradient`.
 
@@ -209,7 +220,7 @@ def smoothgrad(
             `noise_level`.
     """
     catalog.check_options("smoothgrad", {"n_samples": n_samples, "noise_level": noise_level})
-    _check_arguments(model, images, reduce)
+    _check_arguments(model, images, reduce, score)
     with torch.inference_mode(False), torch.enable_grad():
         images, target = images.detach().clone(), as_target(target, len(images))
         call = ModelCall(output, model_kwargs)
@@ -221,7 +232,9 @@ def smoothgrad(
         total = torch.zeros_like(images, dtype=spread.dtype)
         for _ in range(n_samples):
             noisy = images + (sigma * _gaussian_like(images, generator)).to(images.dtype)
-            total = total + _map("vanilla_gradient", model, noisy, target, call, create_graph=create_graph)
+            total = total + _map(
+                "vanilla_gradient", model, noisy, target, call, create_graph=create_graph, score=score
+            )
         return reduce_channels(total / n_samples, reduce).to(images.dtype)
 
 
@@ -233,6 +246,7 @@ def grad_cam(
     layer: nn.Module | str | None = None,
     reshape: Reshape = None,
     create_graph: bool = False,
+    score: str = "logit",
     output: Callable[[Any], Tensor] | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
 ) -> Tensor:
@@ -251,6 +265,7 @@ def grad_cam(
             the grid having the images' ratio of height to width, and up to eight other tokens coming first;
             "channels_last": from (N, h, w, C); or a function, applied to the output's gradient as well.
         create_graph: see `vanilla_gradient`.
+        score: see `vanilla_gradient`.
         output: see `vanilla_gradient`.
         model_kwargs: see `vanilla_gradient`.
 
@@ -263,9 +278,8 @@ def grad_cam(
             only one pixel large, or the model has no convolution to fall back on.
     """
     call = ModelCall(output, model_kwargs)
-    return _explain(
-        "grad_cam", model, images, target, call, create_graph=create_graph, layer=layer, reshape=reshape
-    )
+    options: dict[str, Any] = {"create_graph": create_graph, "layer": layer, "reshape": reshape}
+    return _explain("grad_cam", model, images, target, call, score=score, **options)
 
 
 def guided_grad_cam(
@@ -277,6 +291,7 @@ def guided_grad_cam(
     reshape: Reshape = None,
     create_graph: bool = False,
     reduce: str | None = "max",
+    score: str = "logit",
     output: Callable[[Any], Tensor] | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
 ) -> Tensor:
@@ -287,7 +302,7 @@ def guided_grad_cam(
     """
     call = ModelCall(output, model_kwargs)
     options: dict[str, Any] = {"create_graph": create_graph, "layer": layer, "reshape": reshape}
-    return _explain("guided_grad_cam", model, images, target, call, reduce=reduce, **options)
+    return _explain("guided_grad_cam", model, images, target, call, reduce=reduce, score=score, **options)
 
 
 #: The methods by name: those of the catalogue, each a function of this module.
@@ -305,12 +320,13 @@ def _explain(
     layer: nn.Module | str | None = None,
     reshape: Reshape = None,
     reduce: str | None = "max",
+    score: str = "logit",
 ) -> Tensor:
     """The map of a method that takes one forward pass."""
-    _check_arguments(model, images, reduce)
+    _check_arguments(model, images, reduce, score)
     spec = catalog.METHODS[method]
     frozen_stem = spec.layer and not spec.pixels and not create_graph
-    kept: dict[str, Any] = {"create_graph": create_graph, "reduce": reduce}
+    kept: dict[str, Any] = {"create_graph": create_graph, "reduce": reduce, "score": score}
     with torch.inference_mode(False):
         target = as_target(target, len(images))
         while True:
@@ -338,6 +354,7 @@ def _map(
     *,
     create_graph: bool = False,
     reduce: str | None = None,
+    score: str = "logit",
     frozen_stem: bool = False,
 ) -> Tensor:
     """One forward pass of `model`, and the map of `method` from it."""
@@ -352,7 +369,7 @@ def _map(
             pixels.requires_grad_()
         logits = logits_of(model, pixels, call)
         check_target(target, *logits.shape)
-        scores = class_scores(logits, target)
+        scores = class_scores(logits, target, score)
         maps = recorder.maps(pixels, scores, create_graph=create_graph, reduce=reduce)
     if create_graph:
         check_second_derivative(maps, "create_graph=True", "leave create_graph out")
@@ -364,10 +381,12 @@ def _gaussian_like(images: Tensor, generator: torch.Generator | None) -> Tensor:
     return torch.randn(images.shape, generator=generator, device=where, dtype=images.dtype).to(images.device)
 
 
-def _check_arguments(model: nn.Module, images: Tensor, reduce: str | None) -> None:
+def _check_arguments(model: nn.Module, images: Tensor, reduce: str | None, score: str) -> None:
     check_images(images)
     check_no_transform()
     check_usable(model)
     check_finite(images, name="images")
     if reduce not in ("max", None):
         raise ValueError(f"reduce must be 'max' or None, got {reduce!r}")
+    if score not in catalog.SCORES:
+        raise catalog.unknown("score", score, catalog.SCORES)

@@ -59,12 +59,13 @@ def logits_of(model: nn.Module, images: Tensor, call: ModelCall = AS_IT_IS) -> T
     return logits
 
 
-def class_scores(logits: Tensor, target: Tensor | int | None) -> Tensor:
+def class_scores(logits: Tensor, target: Tensor | int | None, score: str = "logit") -> Tensor:
     """The score of each sample's target: one logit, or a weighted sum of them for mixed labels.
 
     Args:
         logits: (N, K).
         target: as in `vanilla_gradient`.
+        score: "logit", or "log_prob" for the logarithm of the softmax, as in `vanilla_gradient`.
 
     Returns:
         (N,), in float32 at least.
@@ -72,6 +73,8 @@ def class_scores(logits: Tensor, target: Tensor | int | None) -> Tensor:
     Values of `target` are not looked at, so that no device is waited for.
     """
     logits = at_least_float32(logits)
+    if score == "log_prob":
+        logits = logits.log_softmax(1)
     if target is None:
         target = logits.detach().argmax(1)
     if isinstance(target, int):

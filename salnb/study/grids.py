@@ -120,6 +120,8 @@ def trainings(study: str, scale: Scale, gammas: Gammas, match: Match) -> list[Tr
         for factors, settings in cells:
             where = {"data": factors["data"], "model": factors.get("network", scale.networks[0])}
             settings = {**scale.training, **where, **settings, "seed": seed}
+            if not settings.get("gamma", 1.0):  # a reference has nothing to balance
+                settings.pop("balance", None)
             found.append(Training(study, {**factors, "seed": seed}, settings))
             _config(scale, settings)
     return found
@@ -168,7 +170,7 @@ def _open(scale: Scale, gammas: Gammas, match: Match) -> Cells:
             settings = {**whole, **variants[variant]}
             if _config(scale, settings) == default:
                 continue  # that is the default here
-            if _UNITS & variants[variant].keys():
+            if _UNITS & variants[variant].keys() and not default.balance:
                 settings["gamma"] = match(whole, settings)
             yield {"data": data, "images": ALL_IMAGES, "variant": variant}, settings
 

@@ -60,7 +60,13 @@ def match_weight(settings: Mapping[str, Any], changed: Mapping[str, Any]) -> flo
 
     Returns:
         The weight for the latter, to two digits.
+
+    Raises:
+        ValueError: the weight is one that `balance` chooses, in units of the class loss already.
     """
+    for each in (settings, changed):
+        if each.get("balance"):
+            raise ValueError(f"balance chooses the weight, so that none is matched, got {each['balance']}")
     alone = {"alpha": 0.0, "beta": 0.0, "layers": (), "gamma": 1.0, "warmup": 0, "every": 1}
     length, changed_length = (
         _gradient_length(Config(**{**each, **alone, "out": "unused"})) for each in (settings, changed)

@@ -339,3 +339,20 @@ def test_copies_are_independent():
         twin = copy.deepcopy(objective)
     objective(images(), TARGET)
     assert (objective.steps_done, twin.steps_done) == (1, 0)
+
+
+def test_shuffled_pairs_compare_each_map_with_another_image():
+    model, images, labels = conv_bn().double().eval(), torch.rand(4, 3, 8, 8).double(), torch.arange(4)
+    objective = Objective(model, HorizontalFlip(p=1), shuffle_pairs=True)
+    maps, new_maps = (saliency.vanilla_gradient(model, x, labels) for x in (images, images.flip(-1)))
+    expected = losses.saliency_loss(maps, new_maps.flip(-1).roll(1, 0))
+    assert_close(objective(images, labels).saliency_loss, expected, 1e-9)
+
+
+def test_relative_layers():
+    model, images, labels = conv_bn().double().eval(), torch.rand(4, 3, 8, 8).double(), torch.arange(4)
+    options = {"beta": 1.0, "gamma": 0.0, "layers": ["2"], "layer_distance": "l1"}
+    objective = Objective(model, HorizontalFlip(p=1), layer_relative=True, **options)
+    old, new = model[:3](images), model[:3](images.flip(-1))
+    expected = (new - old).abs().mean() / (new.roll(1, 0) - old).abs().mean()
+    assert_close(objective(images, labels).invariance_loss, expected, 1e-5)

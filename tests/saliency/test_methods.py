@@ -19,7 +19,7 @@ from tests.helpers.tolerances import FROM_FLOAT64, assert_close, relative_differ
 
 GRADIENT_METHODS = ["vanilla_gradient", "deconvnet", "guided_backprop"]
 # what all methods have, and `reduce`, which those that look at pixels have
-SHARED = ["model", "images", "target", "create_graph", "output", "model_kwargs"]
+SHARED = ["model", "images", "target", "create_graph", "score", "output", "model_kwargs"]
 
 # dense, residual, plain, mobile; the layer is where Grad-CAM is compared
 ARCHITECTURES = {
