@@ -158,7 +158,7 @@ class Objective(nn.Module):
         self._second_derivative_checked = self._target_checked = False
         self._check_settings()
         self._check_model()
-        self._place_scales(next(model.parameters(), None))
+        self._place_buffers(next(model.parameters(), None))
 
     # the number of steps decides when the saliency term enters: a resumed training needs it
     def get_extra_state(self) -> Tensor:
@@ -220,7 +220,7 @@ class Objective(nn.Module):
         with torch.inference_mode(False), torch.set_grad_enabled(keep_graph):
             # what inference mode made can take part in no graph
             images = images.clone() if images.is_inference() else images
-            self._place_scales(images)
+            self._place_buffers(images)
             target = target.clone() if target.is_inference() else target
             with full_precision(images):
                 params = self.augmentation.make_params(images, generator)
@@ -290,11 +290,11 @@ class Objective(nn.Module):
             model_kwargs=tuple(plain.items()),
         )
 
-    def _place_scales(self, like: Tensor | None) -> None:
-        """Keep the scales where the model and its images are: they would be waited for on another device."""
-        for scale in (self.score_scale, self.gradient_scale):
-            if like is not None and like.device != scale.exponent.device and not is_traced(like):
-                scale.to(like.device)
+    def _place_buffers(self, like: Tensor | None) -> None:
+        """Keep what is measured where model and images are: it would be waited for on another device."""
+        for module in (self.score_scale, self.gradient_scale, self.balance):
+            if like is not None and like.device != next(module.buffers()).device and not is_traced(like):
+                module.to(like.device)
 
     def _check_settings(self) -> None:
         """What can be told from each argument alone."""

@@ -75,6 +75,16 @@ def cases(move):
                         ).total.backward()
                     ),
                 )
+    others = {"balance": 0.5, "shuffle_pairs": True, "score": "log_prob", "layer_relative": True}
+    for name, value in others.items():
+        objective = move(
+            Objective(conv_bn(), AUGMENTATIONS["affine"](), beta=0.5, layers=["0"], **{name: value})
+        )
+        x, target = move(torch.rand(4, 3, 8, 8)), move(TARGET)
+        yield (
+            f"step: {name}",
+            lambda objective=objective, x=x, target=target: objective(x, target).total.backward(),
+        )
     for normalize in losses.NORMALIZATIONS:
         for distance in losses.DISTANCES:
             maps, valid = (
