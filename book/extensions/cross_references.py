@@ -1,6 +1,6 @@
 """Links for the reader of the site, from the plain Markdown that the chapters are written in.
 
-In a chapter a figure is `[Fig. 11.1](#fig-name)`, a source `[Nie et al., 2018](../book/references.md#key)` and
+In a chapter a figure is `[Fig. 1.1](#fig-name)`, a source `[Nie et al., 2018](../book/references.md#key)` and
 an equation of the paper "eq. 7". The site numbers figures itself, so that a number cannot go stale, leads
 from a source to its entry and back, and from an equation to the place where it stands.
 """

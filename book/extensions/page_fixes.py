@@ -2,6 +2,7 @@
 
 import html
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -15,6 +16,7 @@ _OUTPUT = re.compile(
 )
 _TAG = re.compile(r"<[^>]+>")
 _SCRIPT = re.compile(r'<script (?P<head>[^>]*)src="(?P<file>[^"?]+)[^>]*></script>')
+_NEWEST = r"version = \"main\""  # in the set-up cell, as JSON
 _OPTIONS = "documentation_options.js"  # what the other scripts are told; a few lines
 _OF_SEARCH = ("searchtools.js", "language_data.js", "searchindex.js")
 
@@ -66,6 +68,17 @@ def lighten(app: Sphinx, failed: Exception | None) -> None:
         file.unlink()
 
 
+def pin(app: Sphinx, failed: Exception | None) -> None:
+    """Let a downloaded notebook install the version of the package that its page was built from."""
+    git = ["git", "-C", app.srcdir, "rev-parse", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    if failed or app.builder.format != "html" or not commit:
+        return
+    for path in (Path(app.outdir) / "_sources" / "notebooks").glob("*.ipynb"):
+        notebook = path.read_text(encoding="utf-8")
+        path.write_text(notebook.replace(_NEWEST, _NEWEST.replace("main", commit)), encoding="utf-8")
+
+
 def _script(found: re.Match[str], options: str, searching: bool) -> str:
     name = found["file"].rsplit("/", 1)[-1]
     if name == "fontawesome.js" or (name in _OF_SEARCH and not searching):
@@ -89,4 +102,5 @@ def setup(app: Sphinx) -> dict[str, bool]:
     """Register with Sphinx, after the extensions whose output is mended."""
     app.connect("html-page-context", mend, priority=900)
     app.connect("build-finished", lighten)
+    app.connect("build-finished", pin)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -22,7 +22,8 @@ def figure(*, picture):
 
 def test_lines_become_a_drawing_that_is_the_same_each_time():
     first, second = (_drawn(figure(picture=False), kind="svg") for _ in range(2))
-    assert first.startswith("<?xml") and first == second
+    assert first.startswith("<?xml")
+    assert first == second
     assert _drawn(figure(picture=False), kind="jpeg") is None
 
 
