@@ -47,6 +47,7 @@ class Config:
     data: str = setting("digit-scenes", "data set", known=catalog.DATA)
     size: int = setting(32, "height and width of the images, in pixels", least=1)
     train_images: int | None = setting(None, "use only so many training images", least=1)
+    test_scenes: int = setting(1000, "scenes of the test of digit scenes, in thousands", least=1000)
     model: str = setting("small", "network: " + ", ".join([*catalog.NETWORKS, "timm:NAME"]))
     augmentation: str = setting("affine", "augmentation", known=catalog.AUGMENTATIONS)
     alpha: float = setting(1.0, "weight of the class loss (eq. 5)", least=0)
@@ -118,6 +119,11 @@ class Config:
 
     def _check_data(self, source: catalog.Source) -> None:
         catalog.check_made_in(self.data, self.size)
+        if self.test_scenes % 1000 or (self.test_scenes != 1000 and source.sizes is None):
+            raise ValueError(
+                f"test_scenes must be in thousands, and are for digit scenes only, got {self.test_scenes} "
+                f"with {self.data}"
+            )
         least = catalog.AUGMENTATIONS[self.augmentation]
         if self.batch_size < least:
             raise ValueError(

@@ -55,7 +55,7 @@ def make_dataset(config: Config, fabric: Fabric) -> data.Dataset:
         return split.to(fabric.device) if isinstance(split, data.Arrays) else split
 
     with fabric.rank_zero_first():  # the first prepares the files that all read
-        dataset = data.load(config.data, config.size, workers=config.workers)
+        dataset = data.load(config.data, config.size, workers=config.workers, test_scenes=config.test_scenes)
     train = dataset.train if config.train_images is None else dataset.train.first(config.train_images)
     if len(train) < config.batch_size:
         raise ValueError(
