@@ -82,16 +82,18 @@ class CompiledStep:
             with refuse_what_a_graph_forgets(step, key_of_the_moment):
                 graph = _compile(step, tensors, self.options)
             self._graphs[key] = graph
-        check_labels(inputs.target, graph.num_classes)
+        unlabelled_too = inputs.target.clamp(min=0) if settings.confidence else inputs.target
+        check_labels(unlabelled_too, graph.num_classes)
 
         with torch.no_grad(), full_precision(images):  # all casts are in the graph
             results = graph.run(*tensors)
             values, gradients, buffers = pytree.tree_unflatten(results, graph.outputs)
             for name, value in buffers.items():
                 state[name].copy_(value)
-        value, classes, invariance, salience, logits, gamma = values
+        value, classes, invariance, salience, logits, gamma, consistent = values
         total = _ReturnPrecomputedGradients.apply(value, gradients, *step.trained())
-        return Losses(total, classes, invariance, salience, logits, settings.has_saliency, gamma)
+        has_saliency = settings.has_saliency
+        return Losses(total, classes, invariance, salience, logits, has_saliency, gamma, consistent)
 
     def _warn_of_many(self, names: dict[str, Hashable]) -> None:
         """What changes in each step makes each step compile."""
@@ -139,7 +141,7 @@ class _TracedStep(nn.ModuleDict):
             finite = [g.isfinite().all() for g in gradients if g is not None]
             gradient_scale.update(torch.stack(finite).all())
         terms = (losses.total, losses.class_loss, losses.invariance_loss, losses.saliency_loss, losses.logits)
-        return [*(term.detach() for term in terms), losses.gamma], gradients
+        return [*(term.detach() for term in terms), losses.gamma, losses.consistency_loss.detach()], gradients
 
     def with_state(self, *tensors: Tensor) -> list[Tensor | None]:
         """Values, gradients and new buffers in a flat list, from weights, inputs, parameters and buffers."""

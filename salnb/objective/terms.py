@@ -24,6 +24,7 @@ from salnb.double_backward.recomputation import model_of_the_forward_pass
 from salnb.losses import class_loss, invariance_loss, saliency_loss, with_other_images
 from salnb.objective.balance import Balance
 from salnb.objective.precision import LossScale, autocast_dtype, full_precision
+from salnb.objective.unlabelled import OwnClasses, class_and_consistency, own_classes
 from salnb.saliency.recording import ForwardRecorder, class_scores, recorded_outputs
 
 __all__ = ["Losses", "StepInputs", "StepModules", "TermSettings", "step_losses"]
@@ -42,6 +43,7 @@ class Losses:
         has_saliency: whether this step had the saliency term.
         gamma: the weight that the saliency term had in this step, which `balance` may have chosen; zero in
             steps without it.
+        consistency_loss: of the predictions on unlabelled images, unweighted; zero without `confidence`.
 
     After `Objective.compile()` only `total` carries a graph.
     """
@@ -53,6 +55,7 @@ class Losses:
     logits: Tensor
     has_saliency: bool = False
     gamma: float | Tensor = 0.0
+    consistency_loss: float | Tensor = 0.0
 
     def detach(self) -> "Losses":
         """The same values without a graph."""
@@ -64,6 +67,7 @@ class Losses:
             self.logits.detach(),
             self.has_saliency,
             self.gamma,
+            torch.as_tensor(self.consistency_loss).detach(),
         )
 
 
@@ -116,6 +120,8 @@ class TermSettings:
     pool: int
     detach_original: bool
     shuffle_pairs: bool
+    confidence: float
+    consistency: float
     num_classes: int | None
 
     @property
@@ -165,27 +171,29 @@ def step_losses(
         with model_of_the_forward_pass(model):
             logits = model(pixels.clone() if settings.has_saliency else pixels)
         k = _num_classes(logits, 2 * n, settings.num_classes)
+        own = own_classes(logits[:n], target, settings.confidence) if settings.confidence else None
+        target = own.target if own else target
         targets = both_targets(target, augmentation.targets(target, params, k), k)
         if settings.has_saliency:
             maps = _maps(modules, recorder, pixels, logits, targets, settings, create_graph=keep_graph)
             if keep_graph and check_derivative:
                 check_second_derivative(maps)
     with full_precision(images):
-        classes = class_loss(logits, targets)
-        dtype = at_least_float32_dtype(logits.dtype)
-        invariance, salience = logits.new_zeros((), dtype=dtype), logits.new_zeros((), dtype=dtype)
-        if settings.has_invariance:
-            invariance = _invariance(features, n, settings)
-        if settings.has_saliency:
-            salience = _saliency(maps, augmentation, params, settings)
+        zero = logits.new_zeros((), dtype=at_least_float32_dtype(logits.dtype))
+        classes, consistent = (
+            class_and_consistency(logits, own) if own else (class_loss(logits, targets), zero)
+        )
+        invariance = _invariance(features, n, settings) if settings.has_invariance else zero
+        salience = _saliency(maps, augmentation, params, own, settings) if settings.has_saliency else zero
         alpha, beta, gamma = weights
+        predicted = alpha * classes + settings.consistency * consistent
         if settings.measured:
-            _measure(modules, alpha * classes, salience, settings)
+            _measure(modules, predicted, salience, settings)
         if settings.balanced:
             gamma = gamma * modules.balance.weight
-        total = alpha * classes + beta * invariance + gamma * salience  # eq. 8
-    losses = Losses(total, classes, invariance, salience, logits.detach(), settings.has_saliency, gamma)
-    return losses if keep_graph else losses.detach()
+        total = predicted + beta * invariance + gamma * salience  # eq. 8
+    terms = (total, classes, invariance, salience, logits.detach(), settings.has_saliency, gamma, consistent)
+    return Losses(*terms) if keep_graph else Losses(*terms).detach()
 
 
 def _measure(modules: StepModules, classes: Tensor, salience: Tensor, settings: TermSettings) -> None:
@@ -227,10 +235,15 @@ def _maps(
     return maps
 
 
-def _saliency(maps: Tensor, augmentation: Augmentation, params: Any, settings: TermSettings) -> Tensor:
+def _saliency(
+    maps: Tensor, augmentation: Augmentation, params: Any, own: OwnClasses | None, settings: TermSettings
+) -> Tensor:
     """Eq. 7 of the maps (2N, 1, H, W) of originals and augmented images."""
     first, second = maps.chunk(2)
     aligned = augmentation.align(first.detach() if settings.detach_original else first, second, params)
+    if own:  # an image whose class is not known has no valid pixel, and so no part in the mean
+        a, b, valid = aligned
+        aligned = a, b, valid & (own.labelled | own.confident)[:, None, None, None]
     return saliency_loss(
         *(with_other_images(*aligned) if settings.shuffle_pairs else aligned),
         normalize=settings.normalize,

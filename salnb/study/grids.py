@@ -58,9 +58,6 @@ OPEN_METHODS = ("deconvnet", "guided_backprop", "smoothgrad", "grad_cam", "guide
 # the name of the full training set, in the study of open questions
 ALL_IMAGES = "all images"
 
-# what the arms of a plan have unless they say otherwise
-_ARM: dict[str, Any] = {"augmentation": "affine"}
-
 # settings that change what the loss measures, and with it how strong a weight is
 _UNITS = frozenset({"normalize", "distance", "pool", "method", "samples"})
 
@@ -216,7 +213,7 @@ def _planned(study: str, scale: Scale, gammas: Gammas, match: Match) -> Cells:
     """The arms of a plan; `gammas` has the share of the gradient of each that is tuned."""
     for data, (name, arm) in itertools.product(scale.data, load_plan(study).arms.items()):
         tuned = {"balance": gammas[name.removesuffix(twin_of(""))]} if arm.tuned else {}
-        yield {"data": data, "arm": name}, {**_ARM, **arm.settings, **tuned}
+        yield {"data": data, "arm": name}, {**arm.settings, **tuned}
 
 
 def _tuning(study: str, scale: Scale, gammas: Gammas, match: Match) -> Cells:
@@ -226,7 +223,7 @@ def _tuning(study: str, scale: Scale, gammas: Gammas, match: Match) -> Cells:
         for balance in balances:
             factors = {"data": scale.data[0], "arm": name, "balance": f"{balance:g}"}
             share = {"balance": balance} if balance else {}
-            yield factors, {**_ARM, **plan.arms[name].settings, **share}
+            yield factors, {**plan.arms[name].settings, **share}
 
 
 # for each study: the factor whose values are compared, with which of them, and by what
@@ -237,7 +234,8 @@ REFERENCES = {
     "table3": ("strategy", "none", "test_accuracy"),
     "open": ("variant", "reference", "test_accuracy"),
     **dict.fromkeys(TUNING, ("balance", "0", "validation_accuracy")),
-    **dict.fromkeys(PLANNED, ("arm", "reference", "test_accuracy")),
+    "treated": ("arm", "silu", "test_accuracy"),
+    "few-labels": ("arm", "labels", "test_accuracy"),
 }
 
 STUDIES: dict[str, Callable[[Scale, Gammas, Match], Cells]] = {

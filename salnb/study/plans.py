@@ -67,7 +67,8 @@ class Plan:
         question: in words.
         decision: the rule, in words; `salnb.study.verdicts` is the same in code.
         scale: as in a scale file: data, networks, settings, seeds, and `gamma_seeds` to choose shares by.
-        arms: by name; the twins are among them.
+        settings: of `salnb.train.Config`, that all arms have at any scale.
+        arms: by name, each with these settings; the twins are among them.
         metric: of the runs' results, what is compared.
         balances: to choose from for the arms that are tuned: the largest with which no run collapses.
         gate: what an arm must have reached.
@@ -78,6 +79,7 @@ class Plan:
     question: str
     decision: str
     scale: Mapping[str, Any]
+    settings: Mapping[str, Any]
     arms: Mapping[str, Arm]
     metric: str = "test_accuracy"
     balances: tuple[float, ...] = ()
@@ -114,7 +116,10 @@ def load_plan(study: str) -> Plan:
     if study not in PLANNED:
         raise catalog.unknown("plan", study, PLANNED)
     values = require("yaml", "train").safe_load(_path(study).read_text(encoding="utf-8"))
-    arms = {name: Arm(**arm) for name, arm in values.pop("arms").items()}
+    arms = {
+        name: Arm(**{**arm, "settings": {**values["settings"], **arm["settings"]}})
+        for name, arm in values.pop("arms").items()
+    }
     for name, arm in arms.items():
         if arm.reference is not None and arm.reference not in arms:
             raise catalog.unknown(f"reference of {name!r} in the plan of {study}:", arm.reference, arms)

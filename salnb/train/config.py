@@ -66,6 +66,12 @@ class Config:
     balance: float = setting(0.0, "gradient of the saliency loss over the class loss's; 0: gamma", least=0)
     detach_original: bool = setting(False, "hold the originals' maps fixed")
     shuffle_pairs: bool = setting(False, "compare each map with another image's, as a control")
+    labels_per_class: int | None = setting(None, "keep only so many labels of each class", least=1)
+    confidence: float = setting(0.0, "probability from which the network's class serves as a label", least=0)
+    consistency: float = setting(0.0, "weight of consistent predictions on images without labels", least=0)
+    test_angle: float = setting(
+        0.0, "test on images turned by up to so many degrees, and half of it", least=0
+    )
     epochs: int = setting(30, "passes over the training images", least=1)
     batch_size: int = setting(64, "originals in a step, over all processes", least=1)
     optimizer: str = setting("sgd", "optimiser", known=catalog.OPTIMIZERS)
@@ -99,6 +105,12 @@ class Config:
         check_device_name(self.device)
         if self.device == "cpu" and self.precision in ("tf32", "fp16"):
             raise ValueError(f"precision {self.precision} is for GPUs: with device cpu, take 32 or bf16")
+        catalog.check_confidence(self.confidence, self.consistency)
+        if (self.labels_per_class is None) != (self.confidence == 0):
+            raise ValueError(
+                "labels_per_class and confidence go together, got "
+                f"labels_per_class={self.labels_per_class} and confidence={self.confidence}"
+            )
         catalog.check_balance(self.balance, self.alpha, self.gamma)
         self._check_network(catalog.network(self.model))
         self._check_data(catalog.DATA[self.data])

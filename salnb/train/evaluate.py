@@ -12,10 +12,10 @@ from torchmetrics.classification import MulticlassAccuracy
 from salnb import data, saliency, trust
 from salnb._common import catalog
 from salnb.agreement import Agreement, agreement
-from salnb.augment import AUGMENTATIONS
+from salnb.augment import AUGMENTATIONS, Rotation
 from salnb.train.run import AHEAD, Run
 
-__all__ = ["agreement_text", "evaluate", "evaluate_maps"]
+__all__ = ["agreement_text", "evaluate", "evaluate_maps", "evaluate_turned"]
 
 # how many images the agreement of maps is measured on, in batches of this size
 _CHECKED, _BATCH = 1000, 100
@@ -111,6 +111,24 @@ def evaluate_maps(run: Run, split: data.Split) -> dict[str, Any]:
     means = (sums / count if count else sums * math.nan).tolist()
     values = {field: _finite(mean, failure) for field, mean in zip(Agreement._fields, means, strict=True)}
     return values | {"agreement_augmentation": name}
+
+
+def evaluate_turned(run: Run, split: data.Split) -> dict[str, float]:
+    """Accuracy on a split whose images are turned by up to `test_angle` degrees, and by up to half of it.
+
+    The angles are drawn from all of that range, the same for all runs.
+    """
+    config, model, found = run.config, run.objective.model.eval(), {}
+    for angle in (config.test_angle / 2, config.test_angle) if config.test_angle else ():
+        right = torch.zeros((), device=run.fabric.device)
+        whole = data.batches(split, config.size, run.fabric.device, batch_size=_BATCH)
+        for number, (images, labels, _) in enumerate(whole):
+            rotation = Rotation(angle)
+            params = rotation.make_params(images, torch.Generator(images.device).manual_seed(number))
+            with torch.no_grad(), run.fabric.autocast():
+                right += (model(rotation.images(images, params)).argmax(1) == labels).sum()
+        found[f"accuracy_turned_{angle:g}"] = right.item() / len(split)
+    return found
 
 
 def agreement_text(summary: Mapping[str, Any]) -> str:

@@ -23,7 +23,7 @@ from salnb._common.progress import log_line, progress
 from salnb.train import setup
 from salnb.train.config import Config
 from salnb.train.epoch_sums import TERMS, EpochSums, StepTerms
-from salnb.train.evaluate import evaluate, evaluate_maps
+from salnb.train.evaluate import evaluate, evaluate_maps, evaluate_turned
 from salnb.train.run import AHEAD, Interrupted, NonFiniteError, Run
 from salnb.train.signals import noticed_signals
 
@@ -76,7 +76,7 @@ def fit(
             train_epoch(run)
             finish_epoch(run, evaluate(run, run.dataset.validation))
         test = run.dataset.test
-        summary = run.summary(evaluate(run, test) | evaluate_maps(run, test))
+        summary = run.summary(evaluate(run, test) | evaluate_maps(run, test) | evaluate_turned(run, test))
         run.write("summary.json", summary)
         fabric.barrier()
     return summary

@@ -20,6 +20,7 @@ PLAN = Plan(
     question="?",
     decision="!",
     scale={},
+    settings={},
     arms={
         "plain": Arm(settings={"gamma": 0}),
         "maps": Arm(settings={}, reference="plain", tuned=True, twin=True, primary=True),
