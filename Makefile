@@ -23,7 +23,7 @@ PACKAGE := $(shell find salnb -name '*.py')
 PAGES := _config.yml _toc.yml $(shell find book -type f -not -path '*/__pycache__/*')
 
 .PHONY: help env book test test-unit test-notebooks test-pages test-slow test-oldest test-oldest-quick test-colab test-gpu
-.PHONY: lint serve notebook notebooks bench mutants clean
+.PHONY: lint serve pdf notebook notebooks bench mutants clean
 
 CHECK_PYTHON = command -v $(PYTHON) >/dev/null || { echo "there is no $(PYTHON): make PYTHON=…"; exit 1; }; \
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, $(PYTHON) is %d.%d: make PYTHON=python3.12" % sys.version_info[:2])'
@@ -62,6 +62,9 @@ listing:
 _build/site.stamp: $(EXECUTED) $(PAGES) $(PACKAGE) tools/site.py
 	$(BIN)/python -m tools.site
 	touch $@
+
+pdf: _build/site.stamp  ## print the site as one PDF, _build/html/salnb.pdf (needs Chromium)
+	$(BIN)/python -m tools.pdf
 
 serve: book  ## show the site on port 8000 of this machine
 	$(BIN)/python -m http.server --directory _build/html --bind 127.0.0.1 8000

@@ -18,7 +18,8 @@ from salnb._common.packages import require
 from salnb._common.progress import log_line
 from salnb.results import read_record
 from salnb.study import grids
-from salnb.study.scale import load_scale
+from salnb.study.plans import load_plan
+from salnb.study.scale import PLANNED, load_scale
 from salnb.timing import cases as timing_plan
 from salnb.train.config import Config
 
@@ -221,7 +222,7 @@ def _data(args: argparse.Namespace) -> int:
 def _study_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("name", metavar="NAME", help="study: " + ", ".join(grids.STUDIES))
-    scales = "smoke, laptop, laptop-strong, gpu, colab, paper, or a YAML file"
+    scales = "smoke, laptop, laptop-strong, gpu, colab, paper, a YAML file, or plan, which some studies have"
     add("--scale", default="smoke", help=scales)
     add("--out", required=True, metavar="DIR", help="folder of the records and the runs")
     add("--on", default="here", help="here: one training after the other; ray: on a cluster")
@@ -236,7 +237,7 @@ def _study(args: argparse.Namespace) -> int:
     if not args.share > 0:
         raise ValueError(f"share must be positive, got {args.share}")
     try:
-        scale = load_scale(args.scale)
+        scale = load_plan(args.name).own_scale() if args.scale == "plan" else load_scale(args.scale)
         if args.device:
             scale = scale.with_training(device=args.device)
         # all settings, before torch is loaded
@@ -244,6 +245,7 @@ def _study(args: argparse.Namespace) -> int:
     except TypeError as error:  # of a value in the file, where YAML takes words for numbers or the like
         raise ValueError(str(error)) from error
     from salnb import statistics, study
+    from salnb.study import verdicts
 
     execute = None
     if args.on == "ray":
@@ -252,7 +254,12 @@ def _study(args: argparse.Namespace) -> int:
         execute = OnRay(address=args.address, share=args.share)
     records = study.run(args.name, scale, args.out, execute=execute)
     factor, reference, metric = grids.REFERENCES[args.name]
-    log_line(statistics.markdown(statistics.compare(records, factor, reference, metric=metric)))
+    if agreement := verdicts.agreement_table(records, factor):
+        log_line(agreement)
+    if args.name in PLANNED:
+        log_line(verdicts.markdown(verdicts.judge(load_plan(args.name), records)))
+    else:
+        log_line(statistics.markdown(statistics.compare(records, factor, reference, metric=metric)))
     failed = [record for record in records if record["status"] == "failed"]
     for record in failed:
         log_line(f"failed: {record['name']}: {record['error']}", file=sys.stderr)

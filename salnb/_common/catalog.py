@@ -139,6 +139,17 @@ def check_balance(balance: float, alpha: float, gamma: float) -> None:
         )
 
 
+def check_confidence(confidence: float, consistency: float) -> None:
+    """Raise a ValueError unless `confidence` is a probability, which `consistency` needs."""
+    if not 0 <= confidence <= 1:
+        raise ValueError(f"confidence must be a probability, from 0 to 1, got {confidence}")
+    if consistency and not confidence:
+        raise ValueError(
+            f"consistency is for images without labels, which confidence > 0 allows, got {consistency} "
+            "with confidence=0"
+        )
+
+
 def network(name: str) -> Network:
     """What is known of a network: one of `NETWORKS`, or "timm:" and a name of the package timm.
 

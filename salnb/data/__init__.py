@@ -23,7 +23,7 @@ __all__ += photographs.__all__
 __all__ += scenes.__all__
 
 
-def load(name: str, size: int, *, workers: int = 4) -> Dataset:
+def load(name: str, size: int, *, workers: int = 4, test_scenes: int = 1000) -> Dataset:
     """A data set by its name.
 
     Args:
@@ -32,6 +32,7 @@ def load(name: str, size: int, *, workers: int = 4) -> Dataset:
         size: height and width of the digit scenes and of ImageNet's photographs; the others stay as they
             are stored, and `batches` resizes them.
         workers: processes that decode ImageNet's photographs.
+        test_scenes: of the digit scenes.
 
     Raises:
         TypeError, ValueError, OSError, NotFetchedError, DamagedFileError: see `digit_scenes`, `load_paper`.
@@ -41,7 +42,7 @@ def load(name: str, size: int, *, workers: int = 4) -> Dataset:
     if name == "folder":
         raise ValueError("data 'folder' is loaded by image_folder(root, size)")
     if name in PHOTOGRAPHS:
-        return digit_scenes(size, name=name)
+        return digit_scenes(size, name=name, test_scenes=test_scenes)
     plain = name.removesuffix("-streamed")
     return load_paper(plain, size, workers=workers, streamed=plain != name)
 

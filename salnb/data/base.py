@@ -17,7 +17,7 @@ from salnb._common.limits import check_integer
 
 # what the face of the package shows
 __all__ = ["WHOLE", "Arrays", "Dataset", "DiskImages", "Examples", "Origin", "Share", "Split"]
-__all__ += ["StreamedImages", "batches"]
+__all__ += ["StreamedImages", "batches", "hide_labels"]
 
 # what is smaller is kept on the accelerator
 _FITS_THE_DEVICE = 2**30
@@ -245,6 +245,35 @@ class StreamedImages:
         path = (row["image"] or {}).get("path") or "without a name"
         place = "".join(f", in {file} or a later file" for file, _ in self.origin.files[:1])
         return f"image {path} with label {row['label']}{place}"
+
+
+def hide_labels(split: Arrays, per_class: int, generator: torch.Generator) -> Arrays:
+    """The same images with a few labels only; images that keep theirs appear often enough to be a quarter.
+
+    Args:
+        split: the images.
+        per_class: how many of each class keep their label; -1 takes the place of the others.
+        generator: draws which.
+
+    Raises:
+        ValueError: a class has fewer images.
+    """
+    order = torch.randperm(len(split), generator=generator, device="cpu").to(split.labels.device)
+    kept = []
+    for label in split.labels.unique():
+        of_class = order[split.labels[order] == label]
+        if len(of_class) < per_class:
+            raise ValueError(
+                f"labels_per_class must be at most {len(of_class)}, the images of class {int(label)}, "
+                f"got {per_class}"
+            )
+        kept.append(of_class[:per_class])
+    labelled = torch.cat(kept)
+    hidden = torch.ones_like(split.labels, dtype=torch.bool).index_fill_(0, labelled, False)
+    copies = max(1, round(int(hidden.sum()) / 3 / len(labelled)))
+    index = torch.cat([hidden.nonzero()[:, 0], labelled.repeat(copies)])
+    found = Arrays(*_each(split, itemgetter(index)))
+    return replace(found, labels=found.labels.where(~hidden[index], -1))
 
 
 def _collate(examples: list[Any]) -> Examples:

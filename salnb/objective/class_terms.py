@@ -35,7 +35,7 @@ class ClassTerm(nn.Module):
         return targets
 
     def explained(self, targets: Tensor, num_classes: int) -> tuple[Tensor, Tensor | None]:
-        """What the maps explain, and which of the 2N samples have a label; None: all.
+        """What the maps explain, and which of the N pairs have a label; None: all.
 
         A loss of the user's own may ignore labels, by a number that is no class, or find no label in a row:
         there is nothing to explain, and the score is zero.
@@ -45,7 +45,8 @@ class ClassTerm(nn.Module):
         if targets.ndim == 1:
             known = (targets >= 0) & (targets < num_classes)
             targets = F.one_hot(targets.where(known, 0).long(), num_classes) * known[:, None]
-        return targets.to(at_least_float32(targets).dtype), targets.ne(0).any(1)
+        first, second = targets.ne(0).any(1).chunk(2)
+        return targets.to(at_least_float32(targets).dtype), first & second
 
     def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
         """The loss, a scalar."""

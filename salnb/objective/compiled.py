@@ -85,16 +85,18 @@ class CompiledStep:
                 graph = _compile(step, tensors, self.options)
             self._graphs[key] = graph
         if modules.class_term.own is None:
-            check_labels(inputs.target, graph.num_classes)
+            labels = inputs.target.clamp(min=0) if settings.confidence else inputs.target
+            check_labels(labels, graph.num_classes)
 
         with torch.no_grad(), full_precision(images):  # all casts are in the graph
             results = graph.run(*tensors)
             values, gradients, buffers = pytree.tree_unflatten(results, graph.outputs)
             for name, value in buffers.items():
                 state[name].copy_(value)
-        value, classes, invariance, salience, logits, gamma = values
+        value, classes, invariance, salience, logits, gamma, consistent = values
         total = _ReturnPrecomputedGradients.apply(value, gradients, *step.trained())
-        return Losses(total, classes, invariance, salience, logits, settings.has_saliency, gamma)
+        has_saliency = settings.has_saliency
+        return Losses(total, classes, invariance, salience, logits, has_saliency, gamma, consistent)
 
     def _check_compiler(self, images: Tensor) -> None:
         """Refuse the C++ of an Inductor that writes more than its buffers hold (pytorch#159154)."""
@@ -152,7 +154,11 @@ class _TracedStep(nn.ModuleDict):
             finite = [g.isfinite().all() for g in gradients if g is not None]
             gradient_scale.update(torch.stack(finite).all())
         terms = (losses.total, losses.class_loss, losses.invariance_loss, losses.saliency_loss, losses.logits)
-        return [*(term.detach() for term in terms), losses.gamma], gradients
+        return [
+            *(term.detach() for term in terms),
+            losses.gamma,
+            torch.as_tensor(losses.consistency_loss),
+        ], gradients
 
     def with_state(self, *tensors: Tensor) -> list[Tensor | None]:
         """Values, gradients and new buffers in a flat list, from weights, inputs, parameters and buffers."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from salnb._common.catalog import METHODS, SCORES, check_balance, check_options
+from salnb._common.catalog import METHODS, SCORES, check_balance, check_confidence, check_options
 from salnb._common.checks import (
     check_images,
     check_no_transform,
@@ -63,6 +63,11 @@ class Objective(nn.Module):
             tenth step with the term; see `salnb.objective.balance`. 0 leaves gamma as it is.
         detach_original: hold the originals' maps fixed, so that only the augmented images' maps move.
         shuffle_pairs: compare each original's map with *another* image's of the batch, as a control.
+        confidence: above 0, `target` may hold -1 for images without a label. They have no part in the class
+            loss; where the network's probability of its own class of the original is at least this, that
+            class is the one whose maps are compared. 0: every image has a label.
+        consistency: weight, for those images, of the cross-entropy between that class and the prediction on
+            the augmented image; `balance` counts it to the class loss.
         num_classes: K; None reads it from the logits.
         class_loss: takes the place of the cross-entropy of eq. 5: a function or module from logits (2N, K),
             in float32 at least, and targets of both halves to a scalar, such as
@@ -134,6 +139,8 @@ class Objective(nn.Module):
         balance: float = 0.0,
         detach_original: bool = False,
         shuffle_pairs: bool = False,
+        confidence: float = 0.0,
+        consistency: float = 0.0,
         num_classes: int | None = None,
         class_loss: Callable[[Tensor, Tensor], Tensor] | None = None,
         output: Callable[[Any], Tensor] | None = None,
@@ -148,6 +155,7 @@ class Objective(nn.Module):
         self.normalize, self.distance, self.pool = normalize, distance, pool
         self.every, self.warmup = every, warmup
         self.detach_original, self.shuffle_pairs = detach_original, shuffle_pairs
+        self.confidence, self.consistency = confidence, consistency
         self.num_classes, self.output = num_classes, output
         self.class_term = ClassTerm(class_loss)
         self.steps_done = 0
@@ -285,6 +293,8 @@ class Objective(nn.Module):
             pool=self.pool,
             detach_original=self.detach_original,
             shuffle_pairs=self.shuffle_pairs,
+            confidence=self.confidence,
+            consistency=self.consistency,
             num_classes=self.num_classes,
             output=self.output,
             model_kwargs=tuple(plain.items()),
@@ -301,9 +311,16 @@ class Objective(nn.Module):
         if not isinstance(self.model, nn.Module):
             raise TypeError(f"model must be an nn.Module, got {type(self.model).__name__}")
         weights = {name: getattr(self, name) for name in ("alpha", "beta", "gamma")}
-        for name, weight in (weights | {"balance": self.balance.share}).items():
+        others = {"balance": self.balance.share, "consistency": self.consistency}
+        for name, weight in (weights | others).items():
             if not 0 <= weight < float("inf"):
                 raise ValueError(f"{name} must be a finite number of at least 0, got {weight}")
+        check_confidence(self.confidence, self.consistency)
+        if self.confidence and self.class_term.own is not None:
+            raise ValueError(
+                "confidence and class_loss do not go together: leave images without a label out of a loss "
+                "of your own by its ignore_index, or class_loss out"
+            )
         check_balance(self.balance.share, self.alpha, self.gamma)
         for name, value, known in (
             ("method", self.method, METHODS),

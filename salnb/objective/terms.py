@@ -26,6 +26,7 @@ from salnb.losses import invariance_loss, saliency_loss, with_other_images
 from salnb.objective.balance import Balance
 from salnb.objective.class_terms import ClassTerm
 from salnb.objective.precision import LossScale, autocast_dtype, full_precision
+from salnb.objective.unlabelled import class_and_consistency, own_classes
 from salnb.saliency.recording import ForwardRecorder, class_scores, recorded_outputs
 
 __all__ = ["Losses", "StepInputs", "StepModules", "TermSettings", "step_losses"]
@@ -44,6 +45,7 @@ class Losses:
         has_saliency: whether this step had the saliency term.
         gamma: the weight that the saliency term had in this step, which `balance` may have chosen; zero in
             steps without it.
+        consistency_loss: of the predictions on unlabelled images, unweighted; zero without `confidence`.
 
     After `Objective.compile()` only `total` carries a graph.
     """
@@ -55,6 +57,7 @@ class Losses:
     logits: Tensor
     has_saliency: bool = False
     gamma: float | Tensor = 0.0
+    consistency_loss: float | Tensor = 0.0
     attached_logits: Tensor | None = field(default=None, repr=False)
 
     @property
@@ -125,6 +128,8 @@ class TermSettings:
     pool: int
     detach_original: bool
     shuffle_pairs: bool
+    confidence: float
+    consistency: float
     num_classes: int | None
     output: Callable[[Any], Tensor] | None = None
     model_kwargs: tuple[tuple[str, Any], ...] = ()  # those that are no tensors
@@ -163,7 +168,7 @@ def step_losses(
     """
     images, new_images, target, params, model_kwargs = inputs
     model, augmentation, class_term = modules.model, modules.augmentation, modules.class_term
-    call, labelled = settings.call(model_kwargs), None
+    call = settings.call(model_kwargs)
     n, keep_graph = len(images), torch.is_grad_enabled()
     pixels = torch.cat([images, new_images])
     if _is_channels_last(images):
@@ -181,27 +186,31 @@ def step_losses(
         with model_of_the_forward_pass(model):
             logits = call(model, pixels.clone() if settings.has_saliency else pixels)
         k = _num_classes(logits, 2 * n, settings.num_classes)
+        own = own_classes(logits[:n], target, settings.confidence) if settings.confidence else None
+        target = own.target if own else target
         targets = class_term.targets(target, augmentation.targets(target, params, k), logits)
         if settings.has_saliency:
-            explained, labelled = class_term.explained(targets, k)
+            explained, known = class_term.explained(targets, k)
+            known = own.known if own else known
             maps = _maps(
                 modules, recorder, pixels, logits, explained, settings, call, create_graph=keep_graph
             )
             if keep_graph and check_derivative:
                 check_second_derivative(maps)
     with full_precision(images):
-        classes = class_term(logits, targets)
-        invariance = salience = logits.new_zeros((), dtype=at_least_float32_dtype(logits.dtype))
-        if settings.has_invariance:
-            invariance = _invariance(features, n, settings)
-        if settings.has_saliency:
-            salience = _saliency(augmentation, maps, params, labelled, settings)
+        zero = logits.new_zeros((), dtype=at_least_float32_dtype(logits.dtype))
+        classes, consistent = (
+            class_and_consistency(logits, own) if own else (class_term(logits, targets), zero)
+        )
+        invariance = _invariance(features, n, settings) if settings.has_invariance else zero
+        salience = _saliency(augmentation, maps, params, known, settings) if settings.has_saliency else zero
         alpha, beta, gamma = weights
+        predicted = alpha * classes + settings.consistency * consistent
         if settings.balanced:
-            gamma = gamma * _balanced(modules, alpha * classes, salience, settings)
-        total = alpha * classes + beta * invariance + gamma * salience  # eq. 8
-    detached = logits.detach()
-    losses = Losses(total, classes, invariance, salience, detached, settings.has_saliency, gamma, logits)
+            gamma = gamma * _balanced(modules, predicted, salience, settings)
+        total = predicted + beta * invariance + gamma * salience  # eq. 8
+    shown = (total, classes, invariance, salience, logits.detach(), settings.has_saliency, gamma, consistent)
+    losses = Losses(*shown, attached_logits=logits)
     return losses if keep_graph else losses.detach()
 
 
@@ -289,14 +298,14 @@ def _invariance(features: dict[str, Tensor], n: int, settings: TermSettings) -> 
 
 
 def _saliency(
-    augmentation: Augmentation, maps: Tensor, params: Any, labelled: Tensor | None, settings: TermSettings
+    augmentation: Augmentation, maps: Tensor, params: Any, known: Tensor | None, settings: TermSettings
 ) -> Tensor:
-    """Eq. 7 of the 2N maps, of the samples that have a label."""
+    """Eq. 7 of the 2N maps, of the pairs (N,) whose class is known; None: all."""
     n = len(maps) // 2
     first = maps[:n].detach() if settings.detach_original else maps[:n]
     first, second, valid = augmentation.align(first, maps[n:], params)
-    if labelled is not None:
-        valid = valid & (labelled[:n] & labelled[n:]).view(-1, 1, 1, 1)
+    if known is not None:  # a pair without a class has no valid pixel, and so no part in the mean
+        valid = valid & known.view(-1, 1, 1, 1)
     if settings.shuffle_pairs:
         first, second, valid = with_other_images(first, second, valid)
     return saliency_loss(

@@ -10,10 +10,11 @@ import torch
 from salnb import data
 from salnb._common.devices import best_device
 from salnb.statistics import mean, reached
+from salnb.study.plans import Plan
 from salnb.train.config import Config
 from salnb.train.setup import derived_seed, make_objective, numerics
 
-__all__ = ["choose_gammas", "match_weight"]
+__all__ = ["choose_balances", "choose_gammas", "match_weight"]
 
 # batches on which two losses are compared
 _MATCHED_BATCHES = 4
@@ -44,6 +45,36 @@ def choose_gammas(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return {
         name: max(sorted(accuracies), key=lambda gamma: mean(accuracies[gamma]))
         for name, accuracies in found.items()
+    }
+
+
+def choose_balances(plan: Plan, records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """For each arm of a plan that is tuned, the largest share of the gradient with which no run collapses.
+
+    A run has collapsed if it failed, or if its training accuracy is below the share of its reference's that
+    the plan's gate asks for. Where runs collapse with all shares, the smallest is taken.
+
+    Args:
+        plan: the plan.
+        records: of the study of that choice.
+    """
+    found: dict[tuple[str, float, int], float] = {}
+    for record in records:
+        factors = record["factors"]
+        accuracy = reached(record, "train_accuracy") if record["status"] == "done" else 0.0
+        found[factors["arm"], float(factors["balance"]), factors["seed"]] = accuracy
+    seeds = {seed for *_, seed in found}
+
+    def sound(arm: str, balance: float) -> bool:
+        reference = str(plan.arms[arm].reference)
+        return all(
+            found[arm, balance, seed] >= plan.gate.accuracy * found[reference, 0.0, seed] for seed in seeds
+        )
+
+    return {
+        arm: max((b for b in balances if sound(arm, b)), default=min(balances))
+        for arm, balances in plan.candidates().items()
+        if plan.arms[arm].tuned
     }
 
 

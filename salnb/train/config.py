@@ -57,6 +57,7 @@ class Config:
     skip_unreadable: bool = setting(False, "go on without the images of the folder that cannot be read")
     size: int = setting(32, "height and width of the images, in pixels", least=1)
     train_images: int | None = setting(None, "use only so many training images", least=1)
+    test_scenes: int = setting(1000, "scenes of the test of digit scenes, in thousands", least=1000)
     model: str = setting("small", "network: " + ", ".join([*catalog.NETWORKS, "timm:NAME"]))
     weights: str | None = setting(None, "to begin with: DEFAULT, a file or a finished run; by default drawn")
     freeze: tuple[str, ...] = setting((), "modules of the network whose parameters stay as they are")
@@ -77,6 +78,12 @@ class Config:
     balance: float = setting(0.0, "gradient of the saliency loss over the class loss's; 0: gamma", least=0)
     detach_original: bool = setting(False, "hold the originals' maps fixed")
     shuffle_pairs: bool = setting(False, "compare each map with another image's, as a control")
+    labels_per_class: int | None = setting(None, "keep only so many labels of each class", least=1)
+    confidence: float = setting(0.0, "probability from which the network's class serves as a label", least=0)
+    consistency: float = setting(0.0, "weight of consistent predictions on images without labels", least=0)
+    test_angle: float = setting(
+        0.0, "test on images turned by up to so many degrees, and half of it", least=0
+    )
     epochs: int = setting(30, "passes over the training images", least=1)
     batch_size: int = setting(64, "originals in a step, over all processes", least=1)
     optimizer: str = setting("sgd", "optimiser", known=catalog.OPTIMIZERS)
@@ -110,6 +117,12 @@ class Config:
         check_device_name(self.device)
         if self.device == "cpu" and self.precision in ("tf32", "fp16"):
             raise ValueError(f"precision {self.precision} is for GPUs: with device cpu, take 32 or bf16")
+        catalog.check_confidence(self.confidence, self.consistency)
+        if (self.labels_per_class is None) != (self.confidence == 0):
+            raise ValueError(
+                "labels_per_class and confidence go together, got "
+                f"labels_per_class={self.labels_per_class} and confidence={self.confidence}"
+            )
         catalog.check_balance(self.balance, self.alpha, self.gamma)
         self._check_network(catalog.network(self.model))
         self._check_data(catalog.DATA[self.data])
@@ -133,6 +146,11 @@ class Config:
         if (self.data == "folder") != (self.data_dir is not None):
             raise ValueError(
                 f"data_dir and data folder go together, got {self.data_dir!r} with {self.data!r}"
+            )
+        if self.test_scenes % 1000 or (self.test_scenes != 1000 and source.sizes is None):
+            raise ValueError(
+                f"test_scenes must be in thousands, and are for digit scenes only, got {self.test_scenes} "
+                f"with {self.data}"
             )
         least = catalog.AUGMENTATIONS[self.augmentation]
         if self.batch_size < least:

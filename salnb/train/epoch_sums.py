@@ -25,7 +25,8 @@ class StepTerms(NamedTuple):
     @classmethod
     def of(cls, step: int, losses: Losses, labels: Tensor) -> "StepTerms":
         """Those of a step from its losses and the (N,) labels of its originals."""
-        right = (losses.logits[: len(labels)].argmax(1) == labels).float().mean()
+        known = (labels >= 0).float().sum().clamp(min=1)
+        right = (losses.logits[: len(labels)].argmax(1) == labels).float().sum() / known
         terms = [getattr(losses, term).detach().float() for term in TERMS]
         gamma = torch.as_tensor(losses.gamma, dtype=right.dtype, device=right.device)
         return cls(step, losses.has_saliency, torch.stack([*terms, right, gamma]))

@@ -12,10 +12,10 @@ from torchmetrics.classification import MulticlassAccuracy
 from salnb import data, saliency, trust
 from salnb._common import catalog
 from salnb.agreement import Agreement, agreement
-from salnb.augment import AUGMENTATIONS
+from salnb.augment import AUGMENTATIONS, Rotation
 from salnb.train.run import AHEAD, Run
 
-__all__ = ["agreement_text", "evaluate", "evaluate_maps"]
+__all__ = ["agreement_text", "evaluate", "evaluate_maps", "evaluate_turned"]
 
 # how many images the agreement of maps is measured on, in batches of this size
 _CHECKED, _BATCH = 1000, 100
@@ -24,8 +24,9 @@ _CHECKED, _BATCH = 1000, 100
 def evaluate(run: Run, split: data.Split) -> dict[str, Any]:
     """Accuracy and loss on a split, and the share of saliency on the object where there are masks.
 
-    The share is that of the plain gradient's map (eq. 1 and 2) of the true class, whichever method is trained
-    with, so that runs can be compared. The network is put into eval mode.
+    The share is that of the first 1,000 images (and the rest of their last batch), and of the plain
+    gradient's map (eq. 1 and 2) of the true class, whichever method is trained with, so that runs can be
+    compared. The network is put into eval mode.
 
     Returns:
         "accuracy", and functions that give or raise what a record may lack (see `with_accessories`): "loss"
@@ -52,7 +53,7 @@ def evaluate(run: Run, split: data.Split) -> dict[str, Any]:
         with fabric.autocast():
             with torch.no_grad():
                 logits = model(images).float()
-            if masks is not None and failure is None:
+            if masks is not None and failure is None and number * config.batch_size < _CHECKED:
                 try:
                     maps = saliency.vanilla_gradient(model, images, labels)
                     on_object.update(trust.share_on_object(maps, masks))
@@ -110,6 +111,24 @@ def evaluate_maps(run: Run, split: data.Split) -> dict[str, Any]:
     means = (sums / count if count else sums * math.nan).tolist()
     values = {field: _finite(mean, failure) for field, mean in zip(Agreement._fields, means, strict=True)}
     return values | {"agreement_augmentation": name}
+
+
+def evaluate_turned(run: Run, split: data.Split) -> dict[str, float]:
+    """Accuracy on a split whose images are turned by up to `test_angle` degrees, and by up to half of it.
+
+    The angles are drawn from all of that range, the same for all runs.
+    """
+    config, model, found = run.config, run.objective.model.eval(), {}
+    for angle in (config.test_angle / 2, config.test_angle) if config.test_angle else ():
+        right = torch.zeros((), device=run.fabric.device)
+        whole = data.batches(split, config.size, run.fabric.device, batch_size=_BATCH)
+        for number, (images, labels, _) in enumerate(whole):
+            rotation = Rotation(angle)
+            params = rotation.make_params(images, torch.Generator(images.device).manual_seed(number))
+            with torch.no_grad(), run.fabric.autocast():
+                right += (model(rotation.images(images, params)).argmax(1) == labels).sum()
+        found[f"accuracy_turned_{angle:g}"] = right.item() / len(split)
+    return found
 
 
 def agreement_text(summary: Mapping[str, Any]) -> str:

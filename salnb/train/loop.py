@@ -24,7 +24,7 @@ from salnb._common.progress import log_line, progress
 from salnb.train import setup
 from salnb.train.config import Config
 from salnb.train.epoch_sums import TERMS, EpochSums, StepTerms
-from salnb.train.evaluate import evaluate, evaluate_maps
+from salnb.train.evaluate import evaluate, evaluate_maps, evaluate_turned
 from salnb.train.run import AHEAD, Interrupted, NonFiniteError, Run
 from salnb.train.signals import noticed_signals
 
@@ -78,7 +78,8 @@ def fit(
             train_epoch(run)
             finish_epoch(run, evaluate(run, run.dataset.validation))
         test = run.dataset.test
-        summary = run.summary(evaluate(run, test) | evaluate_maps(run, test))
+        found = evaluate(run, test) | evaluate_maps(run, test) | evaluate_turned(run, test)
+        summary = run.summary(found)
         if fabric.is_global_zero:
             with run.explained():
                 trained.save(folder, objective.model, config.model, dataset.classes, config.size)  # type: ignore[arg-type]

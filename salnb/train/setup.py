@@ -61,6 +61,11 @@ def make_dataset(config: Config, fabric: Fabric) -> data.Dataset:
     with fabric.rank_zero_first():  # the first prepares the files that all read
         dataset = _load(config, fabric.is_global_zero)
     train = dataset.train if config.train_images is None else dataset.train.first(config.train_images)
+    if config.labels_per_class is not None:
+        if not isinstance(train, data.Arrays):
+            raise ValueError(f"labels_per_class is for images in memory, which {config.data} are not")
+        generator = torch.Generator().manual_seed(derived_seed(config.seed, "labels"))
+        train = data.hide_labels(train, config.labels_per_class, generator)
     if len(train) < config.batch_size:
         raise ValueError(
             f"batch_size must be at most {len(train)}, the number of training images, got {config.batch_size}"
@@ -70,7 +75,7 @@ def make_dataset(config: Config, fabric: Fabric) -> data.Dataset:
 
 def _load(config: Config, first: bool) -> data.Dataset:
     if config.data_dir is None:
-        return data.load(config.data, config.size, workers=config.workers)
+        return data.load(config.data, config.size, workers=config.workers, test_scenes=config.test_scenes)
     split, known = Path(config.out) / "split.json", Path(config.out) / "config.json"
     if first and not known.exists():  # of a run that never began
         split.unlink(missing_ok=True)
@@ -118,10 +123,10 @@ class SharedDraw(Augmentation[Any]):
 
 
 # settings that `Objective` has by the same name
-_OF_OBJECTIVE = (
+_OF_OBJECTIVE = [
     *("alpha", "beta", "gamma", "method", "score", "normalize", "distance", "pool", "every", "warmup"),
-    *("balance", "detach_original", "shuffle_pairs", "layer_relative"),
-)
+    *("balance", "detach_original", "shuffle_pairs", "layer_relative", "confidence", "consistency"),
+]
 
 
 def make_objective(config: Config, share: data.Share, log: Callable[[str], object] = log_line) -> Objective:

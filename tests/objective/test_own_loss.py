@@ -269,6 +269,11 @@ def test_a_compiled_step_takes_the_kwargs_of_each_call(monkeypatch):
     assert len(graphs) == 2  # a tensor is an input of the graph, another power is another graph
 
 
+def test_a_loss_of_ones_own_has_no_part_for_confident_images():
+    with pytest.raises(ValueError, match="confidence and class_loss do not go together"):
+        Objective(model(), Rotation(20), confidence=0.9, class_loss=nn.CrossEntropyLoss())
+
+
 # --- more than one call a step ------------------------------------------------------------------------------
 
 

@@ -149,3 +149,16 @@ def test_what_cannot_be_measured_costs_nothing_else(tmp_path, monkeypatch):
     assert summary["test_correlation"] is None
     assert summary["missing"]["test_correlation"] == "RuntimeError: no maps"
     assert summary["test_accuracy"] >= 0
+
+
+def test_a_run_with_few_labels(tmp_path):
+    changes = {"labels_per_class": 1, "confidence": 0.01, "consistency": 0.5, "test_angle": 60.0, "epochs": 1}
+    summary = fit(settings(tmp_path / "run", **changes), log=silent)
+    assert 0 <= summary["train_accuracy"] <= 1
+    assert 0 <= summary["test_accuracy_turned_30"] <= 1
+    assert 0 <= summary["test_accuracy_turned_60"] <= 1
+    assert summary["total"] > summary["class_loss"] + summary["saliency_loss"]
+    with pytest.raises(ValueError, match=r"labels_per_class and confidence go together"):
+        Config(out="run", labels_per_class=1)
+    with pytest.raises(ValueError, match=r"labels_per_class must be at most \d+, the images of class"):
+        fit(settings(tmp_path / "more", labels_per_class=20, confidence=0.9), log=silent)
