@@ -22,8 +22,8 @@ READS := $(NOTEBOOKS:notebooks/%.ipynb=_build/reads/%.d)
 PACKAGE := $(shell find salnb -name '*.py')
 PAGES := _config.yml _toc.yml $(shell find book -type f -not -path '*/__pycache__/*')
 
-.PHONY: help env book test test-unit test-notebooks test-pages test-slow test-oldest test-oldest-quick test-colab
-.PHONY: lint serve notebook notebooks bench mutants clean
+.PHONY: help env book test test-unit test-notebooks test-pages test-slow test-oldest test-oldest-quick test-colab test-gpu
+.PHONY: lint serve pdf notebook notebooks bench mutants clean
 
 CHECK_PYTHON = command -v $(PYTHON) >/dev/null || { echo "there is no $(PYTHON): make PYTHON=…"; exit 1; }; \
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, $(PYTHON) is %d.%d: make PYTHON=python3.12" % sys.version_info[:2])'
@@ -62,6 +62,9 @@ listing:
 _build/site.stamp: $(EXECUTED) $(PAGES) $(PACKAGE) tools/site.py
 	$(BIN)/python -m tools.site
 	touch $@
+
+pdf: _build/site.stamp  ## print the site as one PDF, _build/html/salnb.pdf (needs Chromium)
+	$(BIN)/python -m tools.pdf
 
 serve: book  ## show the site on port 8000 of this machine
 	$(BIN)/python -m http.server --directory _build/html --bind 127.0.0.1 8000
@@ -141,6 +144,22 @@ test-colab:  ## run every chapter from a wheel, in an environment that holds wha
 	$(COLAB)/bin/pip wheel --quiet --no-deps --wheel-dir _build/colab .; \
 	$(PYTHON) tools/install.py $(COLAB) "$$(echo _build/colab/*.whl)[chapters]"; \
 	$(COLAB)/bin/python -P tools/elsewhere.py $(NOTEBOOKS) --outputs _build/colab
+
+# with the Python at hand, as a machine with a GPU may have no network: nothing is installed
+DEVICE := cuda
+GPU_TESTS := gpu augment/test_devices.py augment/test_equivariance.py double_backward/test_functions.py \
+	double_backward/test_networks.py objective/test_compiled.py objective/test_objective.py \
+	saliency/test_definitions.py saliency/test_methods.py test_losses.py test_trust.py
+GPU_NEEDS := torch torchvision pytest
+CHECK_GPU_NEEDS = $(PYTHON) -c 'import importlib.util, sys; \
+	lacks = [name for name in "$(GPU_NEEDS)".split() if importlib.util.find_spec(name) is None]; \
+	sys.exit("$(PYTHON) has no " + " and no ".join(lacks) + ": make PYTHON=…" if lacks else 0)'
+
+test-gpu:  ## test on a GPU, or DEVICE=cpu, with nothing but torch, torchvision and pytest
+	@$(CHECK_PYTHON)
+	@$(CHECK_GPU_NEEDS)
+	@PYTHONPATH=$(CURDIR):$(CURDIR)/_build/gpu:$${PYTHONPATH:-} PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 $(PYTHON) -m pytest -p no:cacheprovider --device $(DEVICE) -m on_device \
+		-rs --durations 20 $(GPU_TESTS:%=tests/%)
 
 lint: $(READY)  ## ruff, mypy and the rules for notebooks
 	$(BIN)/ruff check .

@@ -156,7 +156,7 @@ def _between_images(
 
 
 def normalize_maps(maps: Tensor, valid: Tensor | None = None, how: str | None = "max") -> Tensor:
-    """Put every map on a scale of its own, so that only *where* it is high matters (Section 3.2).
+    """Put every map on a scale of its own, so that only *where* it is high matters (Section 4).
 
     "max" divides by the largest absolute value, "sum" by the sum of the absolute values, "l2" by the root of
     the sum of squares; "zscore" takes away the mean and divides by the (population) standard deviation;

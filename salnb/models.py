@@ -47,8 +47,10 @@ class Normalized(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Logits (N, K) of images (N, 3, H, W) in [0, 1]."""
         standardised = (images - self.mean) / self.std
-        parameter = next(self.network.parameters(), standardised)
-        return self.network(standardised.to(parameter.dtype))
+        for parameter in self.network.parameters():  # the compiler of torch 2.6 knows no next(…, default)
+            standardised = standardised.to(parameter.dtype)
+            break
+        return self.network(standardised)
 
 
 class Block(nn.Module):

@@ -26,7 +26,9 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     if config.getoption("--device") == "cuda" and not torch.cuda.is_available():
-        raise pytest.UsageError("there is no GPU for CUDA on this machine: take --device cpu")
+        raise pytest.UsageError(
+            "there is no GPU for CUDA on this machine: take --device cpu (make test-gpu DEVICE=cpu)"
+        )
 
 
 def pytest_collection_modifyitems(items):

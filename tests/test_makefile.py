@@ -236,6 +236,38 @@ def test_the_oldest_versions_take_the_python_that_they_need(bare, monkeypatch, v
         assert ended.stdout == "the oldest versions need Python 3.11, and there is none: make PYTHON=…\n"
 
 
+@pytest.mark.parametrize(
+    ("has", "said"),
+    [
+        (("torch", "torchvision", "pytest"), None),
+        (("torch", "torchvision"), "no pytest"),
+        ((), "no torch and no torchvision and no pytest"),
+    ],
+    ids=["all", "some", "none"],
+)
+def test_tests_on_a_gpu_take_the_python_at_hand(bare, has, said):
+    """They install nothing; one line tells what that Python lacks."""
+    python = bare / "python-of-the-machine"
+    for name in has:
+        (bare / "modules" / name).mkdir(parents=True)
+        (bare / "modules" / name / "__init__.py").touch()
+    (bare / "modules/pytest/__main__.py").write_text(
+        "import sys; print(sys.argv[1:])"
+    ) if said is None else None
+    python.write_text(f'#!/bin/sh\nPYTHONPATH={bare}/modules exec {sys.executable} -S "$@"\n')
+    python.chmod(0o755)
+    ended = make(bare, "test-gpu", f"PYTHON={python}", check=False)
+    assert not (bare / ".venv").exists()
+    if said is None:
+        assert ended.returncode == 0
+        assert "'--device', 'cuda'" in ended.stdout
+        assert "'tests/gpu'" in ended.stdout
+    else:
+        assert ended.returncode != 0
+        lines = [line for line in ended.stderr.splitlines() if not line.startswith("make")]
+        assert lines == [f"{python} has {said}: make PYTHON=…"]
+
+
 def test_a_missing_python_is_named_in_one_line(bare):
     ended = make(bare, "env", "PYTHON=no-such-python", check=False)
     assert ended.returncode != 0

@@ -28,6 +28,8 @@ def assemble() -> None:
         shutil.copy(ROOT / name, SOURCE / name)
     shutil.rmtree(SOURCE / "book", ignore_errors=True)
     shutil.copytree(ROOT / "book", SOURCE / "book", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "CHANGELOG.md", SOURCE / "book" / "changelog.md")
+    shutil.copy(ROOT / "LICENSE", SOURCE / "book" / "LICENSE")
     for executed in (SOURCE / "notebooks").iterdir():
         if not (ROOT / "notebooks" / executed.name).exists():
             executed.unlink()

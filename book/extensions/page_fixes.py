@@ -1,17 +1,41 @@
-"""Mends two defects that the packages which build the pages put on each of them."""
+"""Mends what the packages which build the pages put on each of them: defects, and weight."""
 
+import html
+import re
+import subprocess
+from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from sphinx.application import Sphinx
 
+_ICON = re.compile(r'class="[^"]*\b(?P<style>fa-solid|fas|fa-brands|fab) (?P<name>fa-[a-z-]+)')
+_IMAGE = re.compile(r'<img (?P<rest>[^>]*src="(?P<file>[^"]*_images/[^"]+)"[^>]*>)')
+_OUTPUT = re.compile(
+    r'(<div class="output [^"]*highlight[^"]*")(>\s*<div class="highlight">\s*<pre>(.*?)</pre>)', re.DOTALL
+)
+_TAG = re.compile(r"<[^>]+>")
+_SCRIPT = re.compile(r'<script (?P<head>[^>]*)src="(?P<file>[^"?]+)[^>]*></script>')
+_NEWEST = r"version = \"main\""  # in the set-up cell, as JSON
+_OPTIONS = "documentation_options.js"  # what the other scripts are told; a few lines
+_OF_SEARCH = ("searchtools.js", "language_data.js", "searchindex.js")
+
 
 def mend(app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: object) -> None:
-    """Drop the scripts of an unused live-code extension, and give bibliography entries roles that fit."""
+    """Drop an unused extension's scripts, give bibliography entries roles that fit, let pictures open."""
     # declared twice, its `const` is a JavaScript error on every page; and nothing here uses it
     context["script_files"] = [file for file in context.get("script_files", []) if not _is_thebe(file)]
     if "body" in context:
         # an ARIA list may hold list items only, which is what screen readers then announce
-        context["body"] = context["body"].replace('role="doc-biblioentry"', 'role="listitem"')
+        body = context["body"].replace('role="doc-biblioentry"', 'role="listitem"')
+        body = _IMAGE.sub(r'<a class="enlarge" href="\g<file>"><img loading="lazy" \g<rest></a>', body)
+        context["body"] = _OUTPUT.sub(_with_width, body)
+
+
+def _with_width(found: re.Match[str]) -> str:
+    """What is printed says how many characters wide it is, so that the style can make it fit."""
+    lines = html.unescape(_TAG.sub("", found[3])).splitlines()
+    return f'{found[1]} style="--characters: {max(map(len, lines), default=1)}"{found[2]}'
 
 
 def _is_thebe(file: Any) -> bool:
@@ -19,7 +43,64 @@ def _is_thebe(file: Any) -> bool:
     return "THEBE_JS_URL" in body or "sphinx-thebe.js" in str(getattr(file, "filename", ""))
 
 
+def lighten(app: Sphinx, failed: Exception | None) -> None:
+    """Leave on each page only what it needs, and let no script keep its text waiting.
+
+    The theme brings a library of all icons, 1.5 MB of script, of which the pages show a dozen; and the index
+    of the search, which only the page of its results reads.
+    """
+    if failed or app.builder.format != "html":
+        return
+    folder = Path(app.outdir)
+    drawings = (folder / "_static/scripts/fontawesome.js").read_text(encoding="utf-8")
+    options = (folder / "_static" / _OPTIONS).read_text(encoding="utf-8")
+    used = set()
+    for path in folder.rglob("*.html"):
+        page = path.read_text(encoding="utf-8")
+        used |= {found["name"] for found in _ICON.finditer(page)}
+        searching = path.name == "search.html"
+        path.write_text(
+            _SCRIPT.sub(lambda found, s=searching: _script(found, options, s), page), encoding="utf-8"
+        )
+    with (folder / "_static/salnb.css").open("a", encoding="utf-8") as style:
+        style.write("\n".join(_rule(name, drawings) for name in sorted(used)) + "\n")
+    for file in (folder / "_static/scripts").glob("fontawesome.js*"):
+        file.unlink()
+
+
+def pin(app: Sphinx, failed: Exception | None) -> None:
+    """Let a downloaded notebook install the version of the package that its page was built from."""
+    git = ["git", "-C", app.srcdir, "rev-parse", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    if failed or app.builder.format != "html" or not commit:
+        return
+    for path in (Path(app.outdir) / "_sources" / "notebooks").glob("*.ipynb"):
+        notebook = path.read_text(encoding="utf-8")
+        path.write_text(notebook.replace(_NEWEST, _NEWEST.replace("main", commit)), encoding="utf-8")
+
+
+def _script(found: re.Match[str], options: str, searching: bool) -> str:
+    name = found["file"].rsplit("/", 1)[-1]
+    if name == "fontawesome.js" or (name in _OF_SEARCH and not searching):
+        return ""
+    if name == _OPTIONS:
+        return f"<script>{options}</script>"
+    if searching or "defer" in found[0]:
+        return found[0]
+    return found[0].replace("<script ", "<script defer ")
+
+
+def _rule(name: str, drawings: str) -> str:
+    drawing = rf'"?{name.removeprefix("fa-")}"?:\[(\d+),(\d+),\[[^\]]*\],"\w+","([^"]+)"'
+    # regular icons come first, solid ones last
+    width, height, path = re.findall(rf"[{{,]{drawing}", drawings)[-1]
+    svg = f"<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 {width} {height}'><path d='{path}'/></svg>"
+    return f'.{name} {{ --icon: url("data:image/svg+xml,{quote(svg)}"); }}'
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
     """Register with Sphinx, after the extensions whose output is mended."""
     app.connect("html-page-context", mend, priority=900)
+    app.connect("build-finished", lighten)
+    app.connect("build-finished", pin)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -1,4 +1,4 @@
-"""Augmentations that know their way back (Section 3.1 of the paper).
+"""Augmentations that know their way back (Sections 3.1 and 4 of the paper).
 
 Each draws per sample, changes images and labels, and brings the saliency maps of both images into one frame.
 """

@@ -278,7 +278,7 @@ class Augmentation(nn.Module, Generic[P]):
         """Bring the maps of the originals and of the augmented images into one frame.
 
         In the originals' frame (the new map pulled back) where an inverse exists, else in the new frame (the
-        originals' map pushed forward). See the paper's Section 3.1 and eq. 7.
+        originals' map pushed forward). See the paper's Section 4 and eq. 7.
 
         Returns:
             The two maps, and `valid` `(N, 1, H, W)`: where they may be compared.

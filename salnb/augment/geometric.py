@@ -1,4 +1,4 @@
-"""Augmentations that move pixels and the saliency map with them: flips, affine ones, crops (Section 3.1)."""
+"""Augmentations that move pixels and the saliency map with them: flips, affine ones, crops (Sec. 3.1, 4)."""
 
 import math
 from collections.abc import Sequence

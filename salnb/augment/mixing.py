@@ -1,4 +1,4 @@
-"""Augmentations that cut and mix: without an inverse, so the originals' maps go forward (Section 3.1)."""
+"""Augmentations that cut and mix: without an inverse, so the originals' maps go forward (Section 4)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -191,25 +191,24 @@ def step_losses(
                 check_second_derivative(maps)
     with full_precision(images):
         classes = class_term(logits, targets)
-        dtype = at_least_float32_dtype(logits.dtype)
-        invariance, salience = logits.new_zeros((), dtype=dtype), logits.new_zeros((), dtype=dtype)
+        invariance = salience = logits.new_zeros((), dtype=at_least_float32_dtype(logits.dtype))
         if settings.has_invariance:
             invariance = _invariance(features, n, settings)
         if settings.has_saliency:
             salience = _saliency(augmentation, maps, params, labelled, settings)
         alpha, beta, gamma = weights
-        if settings.measured:
-            _measure(modules, alpha * classes, salience, settings)
         if settings.balanced:
-            gamma = gamma * modules.balance.weight
+            gamma = gamma * _balanced(modules, alpha * classes, salience, settings)
         total = alpha * classes + beta * invariance + gamma * salience  # eq. 8
     detached = logits.detach()
     losses = Losses(total, classes, invariance, salience, detached, settings.has_saliency, gamma, logits)
     return losses if keep_graph else losses.detach()
 
 
-def _measure(modules: StepModules, classes: Tensor, salience: Tensor, settings: TermSettings) -> None:
-    """Have the balance look at a step; what float16 would round to zero is measured enlarged."""
+def _balanced(modules: StepModules, classes: Tensor, salience: Tensor, settings: TermSettings) -> Tensor:
+    """The balance's weight after this step, where float16 would round to zero measured enlarged."""
+    if not settings.measured:
+        return modules.balance.weight
     trained = [p for p in modules.model.parameters() if p.requires_grad]
     scale = modules.gradient_scale
     half = torch.float16 in (autocast_dtype(classes), *(p.dtype for p in trained))
@@ -217,6 +216,7 @@ def _measure(modules: StepModules, classes: Tensor, salience: Tensor, settings: 
     finite = modules.balance.measure(classes * factor, salience * factor, trained, settings.processes)
     if half:
         scale.update(finite)
+    return modules.balance.weight
 
 
 def _maps(

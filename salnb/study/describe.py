@@ -66,8 +66,8 @@ def coverage(
 
 
 def verdicts(comparisons: Sequence[Comparison]) -> list[str]:
-    """Which settings are better than the reference, worse, or not to be told apart: a sentence for each."""
-    words = {"better": "better than", "worse": "worse than", "cannot tell": "not to be told apart from"}
+    """Which settings are better than the reference, worse, or indistinguishable from it, in sentences."""
+    words = {"better": "better than", "worse": "worse than", "cannot tell": "indistinguishable from"}
     return [
         f"**{len(names)} of {len(comparisons)} settings are {which} the reference**: {listed(names)}."
         for verdict, which in words.items()

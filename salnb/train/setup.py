@@ -116,18 +116,10 @@ class SharedDraw(Augmentation[Any]):
 
 
 # settings that `Objective` has by the same name
-_OF_OBJECTIVE: tuple[str, ...] = (
-    "alpha",
-    "beta",
-    "gamma",
-    "method",
-    "score",
-    "normalize",
-    "distance",
-    "pool",
-    "every",
+_OF_OBJECTIVE = (
+    *("alpha", "beta", "gamma", "method", "score", "normalize", "distance", "pool", "every", "warmup"),
+    *("balance", "detach_original", "shuffle_pairs", "layer_relative"),
 )
-_OF_OBJECTIVE += ("warmup", "balance", "detach_original", "shuffle_pairs", "layer_relative")
 
 
 def make_objective(config: Config, share: data.Share, log: Callable[[str], object] = log_line) -> Objective:

@@ -28,7 +28,8 @@ _NOT_PROSE = re.compile(
     r"```.*?```|`[^`]*`"  # code
     r"|\$\$.*?\$\$|\$[^$]*\$"  # mathematics
     r"|\]\([^)]*\)|https?://\S+|<[^>]*>"  # links
-    r"|\*\*\d+\. ",  # the numbers of exercises
+    r"|\*\*\d+\. "  # the numbers of exercises
+    r"|\b(?:Fig|Sec)\. \d+\.\d+",  # the numbers of figures and of the paper's sections
     re.DOTALL,
 )
 _UNITS = r"%|×|times\b|percent|points?\b|ms\b|s\b|sec\w*|min(?:utes?)?\b|h\b|hours?|days?|weeks?|[kKMGT]i?B\b|[GTP]FLOPs?\b"
@@ -77,6 +78,7 @@ WRITTEN = {
         [],
     ),
     "an exercise": ("**1. A ramp.** Grow", []),
+    "a figure and a section": ("as in [Fig. 5.3](#fig-x) and in Sec. 3.1", []),
     "the confidence level": ("its 95 % interval", []),
 }
 

@@ -21,6 +21,17 @@ FLAGS = [
 ]
 WCAG = {"runOnly": {"type": "tag", "values": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa"]}}
 
+ALL_IMAGES = """() => Promise.all([...document.images].map(image => {
+  image.loading = 'eager';
+  return image.complete || new Promise(done => { image.onload = image.onerror = done; });
+}))"""
+CUT_OFF = """() => [...document.querySelectorAll('article table, article pre, article div.math')]
+  .filter(part => part.offsetParent)
+  .map(part => part.closest('.pst-scrollable-table-container') || part)
+  .filter(part => part.scrollWidth > part.clientWidth + 1
+    || part.getBoundingClientRect().right > innerWidth + 1)
+  .map(part => [part.tagName, part.scrollWidth, part.clientWidth, part.innerText.slice(0, 60)])"""
+
 pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: install it to test the pages"),
     pytest.mark.skipif(not (HTML / "index.html").exists(), reason="the site is not built: run `make book`"),
@@ -28,7 +39,9 @@ pytestmark = [
 
 # the indices that Sphinx generates are not pages that anybody wrote
 PAGES = sorted(
-    str(path.relative_to(HTML)) for folder in ("book", "notebooks") for path in (HTML / folder).glob("*.html")
+    str(path.relative_to(HTML))
+    for folder in ("book", "notebooks")
+    for path in (HTML / folder).rglob("*.html")
 )
 CHAPTERS = [page for page in PAGES if page.startswith("notebooks/")]
 
@@ -68,9 +81,7 @@ def page(browser):
 def settled(page, url):
     """Open `url` and wait until its formulas are set."""
     page.goto(url, wait_until="load")
-    page.wait_for_function(
-        "!window.MathJax?.startup?.promise || window.MathJax.startup.promise.then(() => true)"
-    )
+    page.wait_for_function("!document.querySelector('.math') || document.documentElement.dataset.formulas")
 
 
 @pytest.mark.parametrize("path", PAGES)
@@ -82,6 +93,7 @@ def test_page_is_whole(page, site, path):
     page.on("request", lambda request: requests.append(request.url))
     page.on("response", lambda answer: errors.append(answer.url) if answer.status >= 400 else None)
     settled(page, site + path)
+    page.evaluate(ALL_IMAGES)
     assert errors == []
     assert [url for url in requests if not url.startswith((site, "data:"))] == []
     broken = page.evaluate(
@@ -89,8 +101,8 @@ def test_page_is_whole(page, site, path):
     )
     assert broken == []
     formulas = page.evaluate("document.querySelectorAll('.math').length")
-    assert page.evaluate("document.querySelectorAll('mjx-container').length") >= formulas
-    assert page.evaluate("document.querySelectorAll('mjx-merror').length") == 0
+    assert page.evaluate("document.querySelectorAll('.math .katex').length") >= formulas
+    assert page.evaluate("document.querySelectorAll('.katex-error').length") == 0
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -120,6 +132,83 @@ def test_page_fits_a_phone(browser, site, path):
     page.close()
     assert width <= 390, "the page scrolls sideways"
     assert size >= 14
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("path", PAGES)
+def test_nothing_is_cut_off(browser, site, path, width):
+    """No column of a table, no line of code, nothing printed and no formula, folds included."""
+    page = browser.new_page(viewport={"width": width, "height": 900})
+    settled(page, site + path)
+    page.evaluate("document.querySelectorAll('details').forEach(fold => { fold.open = true; })")
+    cut = page.evaluate(CUT_OFF)
+    page.close()
+    assert cut == []
+
+
+@pytest.mark.parametrize("path", PAGES)
+def test_page_is_light(page, site, path):
+    """At most 2.5 MB with all that it loads, uncompressed; and no script that the text waits for."""
+    sizes = []
+    page.on("response", lambda answer: sizes.append(int(answer.headers.get("content-length", 0))))
+    settled(page, site + path)
+    page.evaluate(ALL_IMAGES)
+    assert sum(sizes) <= 2.5e6
+    waiting = page.eval_on_selector_all(
+        "head script[src]", "all => all.filter(s => !s.defer && !s.async).map(s => s.src)"
+    )
+    assert waiting == []
+
+
+@pytest.mark.parametrize("path", ["book/index.html", "notebooks/05-can-we-trust-a-map.html"])
+def test_page_is_readable_soon(page, site, path):
+    """Its text is painted within 1.5 s on a connection of 4 Mbit/s with 40 ms to the server."""
+    network = page.context.new_cdp_session(page)
+    rates = {"latency": 40, "downloadThroughput": 500_000, "uploadThroughput": 500_000}
+    network.send("Network.emulateNetworkConditions", {"offline": False, **rates})
+    page.goto(site + path, wait_until="load")
+    first = page.evaluate("performance.getEntriesByName('first-contentful-paint')[0].startTime")
+    assert first < 1500
+
+
+@pytest.mark.parametrize("path", PAGES)
+def test_links_within_the_site_lead_somewhere(page, site, path):
+    """To a page that is there, and to a place on it where one is named."""
+    settled(page, site + path)
+    for link in set(page.eval_on_selector_all("article a[href]", "links => links.map(a => a.href)")):
+        address, _, place = link.partition("#")
+        if not address.startswith(site):
+            continue
+        target = HTML / address.removeprefix(site)
+        assert target.exists(), link
+        if place and target.suffix == ".html":
+            assert f'id="{place}"' in target.read_text(encoding="utf-8"), link
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_digit_turns_by_keyboard(browser, site, scheme):
+    """Picture, maps and loss answer together, in both color schemes, and the data are under 1 MB."""
+    page = browser.new_page(color_scheme=scheme)
+    settled(page, site + "notebooks/11-saliency-strategy.html")
+    state = """() => [...document.querySelectorAll('.turn canvas')].map(c => c.toDataURL())"""
+    loss = page.locator(".turn output.loss")
+    before, first = page.evaluate(state), loss.inner_text()
+    page.locator(".turn input.angle").focus()
+    page.keyboard.press("ArrowRight")
+    turned = page.evaluate(state)
+    assert all(old != new for old, new in zip(before, turned, strict=True))
+    assert loss.inner_text() != first
+    page.locator(".turn input.gamma").focus()
+    page.keyboard.press("End")
+    weighted = page.evaluate(state)
+    assert weighted[0] == turned[0], "the picture does not depend on the weight"
+    assert all(old != new for old, new in zip(turned[1:], weighted[1:], strict=True))
+    page.locator(".turn input.angle").focus()
+    page.keyboard.press("Home")
+    assert page.locator(".turn input.angle + output").inner_text() == "-60 degrees"
+    size = page.evaluate("document.querySelector('.turn').parentElement.innerHTML.length")
+    page.close()
+    assert size < 1e6
 
 
 @pytest.mark.parametrize("path", CHAPTERS)

@@ -46,7 +46,7 @@ def test_verdicts_name_each_setting_once():
     assert said == [
         "**1 of 4 settings are better than the reference**: pool.",
         "**1 of 4 settings are worse than the reference**: cosine.",
-        "**2 of 4 settings are not to be told apart from the reference**: l1 and l2.",
+        "**2 of 4 settings are indistinguishable from the reference**: l1 and l2.",
     ]
     assert len(describe.verdicts([BETTER])) == 1
 

@@ -1,0 +1,106 @@
+"""Print the built site, all pages in the order of the book, as one PDF with its headings as bookmarks.
+
+python -m tools.pdf
+
+Expects the site in `_build/html` and Chromium; writes `_build/html/salnb.pdf`, linked from the front page.
+"""
+
+import functools
+import http.server
+import shutil
+import sys
+import threading
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+HTML = ROOT / "_build" / "html"
+FIRST = "book/index.html"
+PLACE = '<span id="pdf"></span>'  # on the front page
+_BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+
+# a page as it looks: pictures loaded, folds open, what was drawn kept, addresses whole
+_ARTICLE = """async () => {
+  for (const fold of document.querySelectorAll("details")) fold.open = true;
+  const article = document.querySelector("article");
+  for (const image of article.querySelectorAll("img")) {
+    image.loading = "eager";
+    image.src = image.src;
+    image.removeAttribute("decoding");
+  }
+  for (const canvas of article.querySelectorAll("canvas")) {
+    const image = document.createElement("img");
+    image.src = canvas.toDataURL();
+    image.style.width = "100%";
+    canvas.replaceWith(image);
+  }
+  for (const input of article.querySelectorAll("input, script, button, a.headerlink")) input.remove();
+  const next = document.querySelector("a.right-next");
+  return [article.outerHTML, next && next.href];
+}"""
+_STYLE = """<style>
+  article { break-before: page; max-width: none; }
+  details > summary { display: none; }
+  figure, .cell_input, table { break-inside: avoid; }
+  img { max-width: 100%; height: auto; }
+</style>"""
+
+
+class _Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, format: str, *arguments: object) -> None:
+        pass
+
+
+def articles(page, address: str) -> list[str]:  # type: ignore[no-untyped-def]  # a playwright page
+    """The HTML of every page of the book, in its order, from the first on."""
+    found = []
+    following: str | None = address
+    while following:
+        page.goto(following, wait_until="load")
+        page.wait_for_function(
+            "!document.querySelector('.math') || document.documentElement.dataset.formulas"
+        )
+        article, following = page.evaluate(_ARTICLE)
+        found.append(article)
+    return found
+
+
+def main() -> int:
+    """Write the PDF; 1 if there is nothing to print it with."""
+    browser = next(filter(None, map(shutil.which, _BROWSERS)), None)
+    if browser is None or not (HTML / FIRST).exists():
+        print("make pdf needs the built site (make book) and Chromium: apt-get install chromium")
+        return 1
+    from playwright.sync_api import sync_playwright
+
+    handler = functools.partial(_Quiet, directory=str(HTML))
+    with (
+        http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server,
+        sync_playwright() as playwright,
+    ):
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        chromium = playwright.chromium.launch(executable_path=browser, args=["--no-sandbox"])
+        page = chromium.new_page(color_scheme="light")
+        page.set_default_timeout(120_000)
+        start = f"http://127.0.0.1:{server.server_port}/{FIRST}"
+        whole = _STYLE + "".join(articles(page, start))
+        page.goto(start, wait_until="load")
+        page.evaluate("html => { document.body.innerHTML = html; }", whole)
+        page.wait_for_function("[...document.images].every(image => image.complete)")
+        page.pdf(
+            path=HTML / "salnb.pdf",
+            format="A4",
+            margin={"top": "16mm", "bottom": "16mm", "left": "16mm", "right": "16mm"},
+            outline=True,
+            tagged=True,
+        )
+        chromium.close()
+        server.shutdown()
+    front = HTML / FIRST
+    link = '<a href="../salnb.pdf">The whole book as a PDF</a>'
+    front.write_text(front.read_text(encoding="utf-8").replace(PLACE, link), encoding="utf-8")
+    print(f"{HTML / 'salnb.pdf'}: {(HTML / 'salnb.pdf').stat().st_size / 1e6:.1f} MB")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
