@@ -22,7 +22,7 @@ READS := $(NOTEBOOKS:notebooks/%.ipynb=_build/reads/%.d)
 PACKAGE := $(shell find salnb -name '*.py')
 PAGES := _config.yml _toc.yml $(wildcard CHANGELOG.md LICENSE) $(shell find book -type f -not -path '*/__pycache__/*')
 
-.PHONY: help env book test test-unit test-notebooks test-pages test-slow test-oldest test-oldest-quick test-colab
+.PHONY: help env book test test-unit test-notebooks test-pages test-slow test-oldest test-oldest-quick test-colab test-gpu
 .PHONY: lint serve pdf notebook notebooks bench mutants clean
 
 CHECK_PYTHON = command -v $(PYTHON) >/dev/null || { echo "there is no $(PYTHON): make PYTHON=…"; exit 1; }; \
@@ -108,11 +108,21 @@ OLDEST_PYTEST := OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n 2 -p no:cac
 NOT_PACKAGE := book tools test_makefile.py test_project.py test_workflows.py
 QUICK := saliency objective double_backward test_losses.py test_trust.py test_pool.py
 
-# some of them have wheels for no newer Python
-$(OLDEST)/.ready: PYTHON = python3.11
+# some of them have wheels for no newer Python than 3.11; a name on the path may be of one that does not run
+IS_OLDEST := import sys, venv, ensurepip; sys.exit(sys.version_info[:2] != (3, 11))
+PYTHON_OLDEST = $(shell for python in $(PYTHON) python3.11; do \
+	$$python -c '$(IS_OLDEST)' 2>/dev/null && echo $$python && break; done)
+
+CHECK_PYTHON_OLDEST = test -n '$(PYTHON_OLDEST)' || \
+	{ echo "the oldest versions need Python 3.11, and there is none: make PYTHON=…"; exit 1; }
+
+.PHONY: has-python-oldest
+has-python-oldest:
+	@$(CHECK_PYTHON_OLDEST)
+
 $(OLDEST)/.ready: pyproject.toml constraints-oldest.txt
-	@$(CHECK_PYTHON)
-	@$(PYTHON) tools/install.py $(OLDEST) --constraint constraints-oldest.txt --editable '.[train]' \
+	@$(CHECK_PYTHON_OLDEST)
+	@$(PYTHON_OLDEST) tools/install.py $(OLDEST) --constraint constraints-oldest.txt --editable '.[train]' \
 		foolbox hypothesis matplotlib pytest pytest-xdist seaborn timm
 	@$(OLDEST)/bin/pip list --format freeze > $@
 
@@ -134,6 +144,22 @@ test-colab:  ## run every chapter from a wheel, in an environment that holds wha
 	$(COLAB)/bin/pip wheel --quiet --no-deps --wheel-dir _build/colab .; \
 	$(PYTHON) tools/install.py $(COLAB) "$$(echo _build/colab/*.whl)[chapters]"; \
 	$(COLAB)/bin/python -P tools/elsewhere.py $(NOTEBOOKS) --outputs _build/colab
+
+# with the Python at hand, as a machine with a GPU may have no network: nothing is installed
+DEVICE := cuda
+GPU_TESTS := gpu augment/test_devices.py augment/test_equivariance.py double_backward/test_functions.py \
+	double_backward/test_networks.py objective/test_compiled.py objective/test_objective.py \
+	saliency/test_definitions.py saliency/test_methods.py test_losses.py test_trust.py
+GPU_NEEDS := torch torchvision pytest
+CHECK_GPU_NEEDS = $(PYTHON) -c 'import importlib.util, sys; \
+	lacks = [name for name in "$(GPU_NEEDS)".split() if importlib.util.find_spec(name) is None]; \
+	sys.exit("$(PYTHON) has no " + " and no ".join(lacks) + ": make PYTHON=…" if lacks else 0)'
+
+test-gpu:  ## test on a GPU, or DEVICE=cpu, with nothing but torch, torchvision and pytest
+	@$(CHECK_PYTHON)
+	@$(CHECK_GPU_NEEDS)
+	@PYTHONPATH=$(CURDIR):$(CURDIR)/_build/gpu:$${PYTHONPATH:-} PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 $(PYTHON) -m pytest -p no:cacheprovider --device $(DEVICE) -m on_device \
+		-rs --durations 20 $(GPU_TESTS:%=tests/%)
 
 lint: $(READY)  ## ruff, mypy and the rules for notebooks
 	$(BIN)/ruff check .

@@ -16,10 +16,12 @@ if TYPE_CHECKING:
         study,
         timing,
         train,
+        trained,
         trust,
     )
     from salnb._version import __version__
     from salnb.objective import Losses, Objective
+    from salnb.trained import load
 
 __all__ = [
     "Losses",
@@ -27,6 +29,7 @@ __all__ = [
     "__version__",
     "augment",
     "data",
+    "load",
     "losses",
     "models",
     "results",
@@ -35,12 +38,18 @@ __all__ = [
     "study",
     "timing",
     "train",
+    "trained",
     "trust",
 ]
 
-_MODULES = [name for name in __all__ if name.islower() and not name.startswith("_")]
+_MODULES = [name for name in __all__ if name.islower() and not name.startswith("_") and name != "load"]
 
 __getattr__, __dir__ = lazy_names(
     __name__,
-    {**dict.fromkeys(_MODULES, ()), "objective": ("Losses", "Objective"), "_version": ("__version__",)},
+    {
+        **dict.fromkeys(_MODULES, ()),
+        "objective": ("Losses", "Objective"),
+        "trained": ("trained", "load"),
+        "_version": ("__version__",),
+    },
 )

@@ -12,11 +12,18 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, get_type_hints
 
 from salnb._common import catalog
+from salnb._common.files import write_atomic
+from salnb._common.image_folder import find_images, photographs
+from salnb._common.packages import require
 from salnb._common.progress import log_line
+from salnb.results import read_record
 from salnb.study import grids
-from salnb.study.scale import load_scale
+from salnb.study.plans import load_plan
+from salnb.study.scale import PLANNED, load_scale
 from salnb.timing import cases as timing_plan
 from salnb.train.config import Config
+
+_MODEL = "a finished run, torchvision:NAME, timm:NAME or efficientnet_lite0 (default)"
 
 
 class Command(NamedTuple):
@@ -35,6 +42,7 @@ _OPTIONS: dict[Any, dict[str, Any]] = {
     int | None: {"type": int, "metavar": "N"},
     float: {"type": float, "metavar": "X"},
     str: {"metavar": "NAME"},
+    str | None: {"metavar": "NAME"},
     tuple[str, ...]: {"nargs": "+", "metavar": "NAME"},
 }
 
@@ -46,24 +54,148 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
         if default is dataclasses.MISSING:
             options = options | {"required": True}
         else:
-            options = options | {"default": default}
+            options = options | {"default": argparse.SUPPRESS}  # a file may have it
             text += "" if default is False or default in (None, ()) else f" (default: {default})"
         parser.add_argument("--" + field.name.replace("_", "-"), help=text, **options)
+    text = "settings by the names of these options, in YAML or as a run's config.json; options win"
+    parser.add_argument("--config", metavar="FILE", help=text)
     text = "continue the run in the folder, if there is one"
     parser.add_argument("--resume", action="store_true", help=text)
 
 
 def _train(args: argparse.Namespace) -> int:
     options = vars(args).copy()
-    resume = options.pop("resume")
-    config = Config(**options)
+    resume, file = options.pop("resume"), options.pop("config")
+    config = Config(**(_read_settings(file) | options if file else options))
     config.check_run(resume=resume)
     # from here on torch is loaded, which takes seconds: all that can be told without it has been
     from salnb.train import fit
+    from salnb.train.evaluate import agreement_text
 
     summary = fit(config, resume=resume)
     if os.environ.get("RANK", "0") == "0":  # one of the processes that torchrun started speaks for all
+        augmentation = summary.get("test_agreement_augmentation")
+        log_line(f"maps under {augmentation}: {agreement_text(summary)}")
         log_line(f"test accuracy {summary['test_accuracy']:.4f}, summary in {config.out}/summary.json")
+    return 0
+
+
+def _read_settings(file: str) -> dict[str, Any]:
+    yaml = require("yaml", "train", what="config")
+    try:
+        with open(file, encoding="utf-8") as opened:
+            settings = yaml.safe_load(opened)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        why = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise ValueError(f"config {file} cannot be read: {why}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"config {file} must hold settings by their names, got {type(settings).__name__}")
+    settings = {str(name).replace("-", "_"): value for name, value in settings.items()}
+    known = [field.name for field in dataclasses.fields(Config)]
+    for name in settings:
+        if name not in known:
+            raise catalog.unknown(f"config {file}:", name, known)
+    return settings
+
+
+def _explain_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("photos", nargs="+", metavar="PHOTO", help="image files, or folders of them")
+    add("--model", default="efficientnet_lite0", metavar="NAME", help=_MODEL)
+    add("--out", required=True, metavar="FOLDER", help="where maps and pictures go")
+    add("--method", default="grad_cam", metavar="NAME", help="saliency method: " + ", ".join(catalog.METHODS))
+    add("--target", metavar="CLASS", help="name or number of the class (default: the most probable)")
+    add("--layer", metavar="NAME", help="of the network, for Grad-CAM (default: the last convolution)")
+    add(
+        "--reshape", metavar="NAME", help="of its output, for Grad-CAM of transformers: tokens, channels_last"
+    )
+    add("--all", action="store_true", help="a sheet of all methods as well")
+    add("--augment", metavar="NAME", help="draw the pair of maps under an augmentation as well")
+    add("--batch-size", type=int, default=16, metavar="N", help="photographs at once (default: 16)")
+    add("--device", default="auto", metavar="NAME", help="auto (default), cpu, cuda, cuda:N or mps")
+
+
+def _explain(args: argparse.Namespace) -> int:
+    files = photographs(args.photos)
+    if args.method not in catalog.METHODS:
+        raise catalog.unknown("method", args.method, catalog.METHODS)
+    single = [name for name, least in catalog.AUGMENTATIONS.items() if least == 1]
+    if args.augment not in (None, *single):
+        raise catalog.unknown("augment", args.augment, single)
+    options = {name: value for name in ("layer", "reshape") if (value := getattr(args, name)) is not None}
+    if options and not catalog.METHODS[args.method].layer and not args.all:
+        raise ValueError(f"{', '.join(options)}: for the methods with Grad-CAM, got {args.method}")
+    if args.batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {args.batch_size}")
+    catalog.check_trained(args.model)
+    from salnb import explain, trained
+
+    wrong = explain.explain(
+        trained.load(args.model, args.device),
+        files,
+        args.out,
+        method=args.method,
+        method_options=options if catalog.METHODS[args.method].layer else {},
+        target=args.target,
+        every_method=args.all,
+        augment=args.augment,
+        batch_size=args.batch_size,
+    )
+    for line in wrong:
+        log_line(f"salnb: {line}", file=sys.stderr)
+    return 1 if wrong else 0
+
+
+def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("run", metavar="RUN", help="folder of a finished run")
+    add("--data", metavar="NAME", help="data set, whose test images are taken (default: that of the run)")
+    add("--data-dir", metavar="DIR", help="for data folder: its test, or all of it where it has no splits")
+    add("--augmentation", metavar="NAME", help="under which maps are compared (default: that of the run)")
+    add("--batch-size", type=int, default=32, metavar="N", help="images at once (default: 32)")
+    add("--device", default="auto", metavar="NAME", help="auto (default), cpu, cuda, cuda:N or mps")
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    if not os.path.exists(os.path.join(args.run, "model.json")):
+        raise ValueError(f"{args.run} is no finished run: it has no model.json")
+    theirs = read_record(os.path.join(args.run, "config.json"))
+    name = args.data or ("folder" if args.data_dir else theirs["data"])
+    augmentation = args.augmentation or theirs["augmentation"]
+    if name not in catalog.DATA:
+        raise catalog.unknown("data", name, catalog.DATA)
+    if augmentation not in catalog.AUGMENTATIONS:
+        raise catalog.unknown("augmentation", augmentation, catalog.AUGMENTATIONS)
+    root = args.data_dir or (theirs["data_dir"] if name == "folder" else None)
+    if (root is not None) != (name == "folder"):
+        raise ValueError(f"data_dir and data folder go together, got {root!r} with {name!r}")
+    if root is not None:
+        find_images(root)
+    from salnb import trained
+
+    log_line(
+        trained.report(args.run, name, root, augmentation, device=args.device, batch_size=args.batch_size)
+    )
+    return 0
+
+
+def _plot_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs")
+    parser.add_argument("--out", required=True, metavar="FILE", help="the figure: a PNG")
+
+
+def _plot(args: argparse.Namespace) -> int:
+    if not args.out.endswith(".png"):
+        raise ValueError(f"out must be a file whose name ends in .png, got {args.out}")
+    runs = {}
+    for run in args.runs:
+        try:
+            with open(os.path.join(run, "metrics.jsonl"), encoding="utf-8") as lines:
+                runs[run.rstrip("/")] = [json.loads(line) for line in lines]
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{run} is no run with an epoch behind it ({error})") from error
+    plot = require("salnb.plot", "chapters", what="salnb plot")
+    write_atomic(args.out, plot.png(plot.show_curves(runs)))
     return 0
 
 
@@ -75,6 +207,8 @@ def _data_arguments(parser: argparse.ArgumentParser) -> None:
 def _data(args: argparse.Namespace) -> int:
     if args.name not in catalog.DATA:
         raise catalog.unknown("data", args.name, catalog.DATA)
+    if args.name == "folder":
+        raise ValueError("data folder is one's own: there is nothing to fetch")
     size = 32 if args.size is None else args.size
     if catalog.DATA[args.name].sizes is None and args.size is not None:
         raise ValueError(f"size is for digit-scenes, got {size} with {args.name}")
@@ -88,7 +222,7 @@ def _data(args: argparse.Namespace) -> int:
 def _study_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("name", metavar="NAME", help="study: " + ", ".join(grids.STUDIES))
-    scales = "smoke, laptop, laptop-strong, gpu, colab, paper, or a YAML file"
+    scales = "smoke, laptop, laptop-strong, gpu, colab, paper, a YAML file, or plan, which some studies have"
     add("--scale", default="smoke", help=scales)
     add("--out", required=True, metavar="DIR", help="folder of the records and the runs")
     add("--on", default="here", help="here: one training after the other; ray: on a cluster")
@@ -103,7 +237,7 @@ def _study(args: argparse.Namespace) -> int:
     if not args.share > 0:
         raise ValueError(f"share must be positive, got {args.share}")
     try:
-        scale = load_scale(args.scale)
+        scale = load_plan(args.name).own_scale() if args.scale == "plan" else load_scale(args.scale)
         if args.device:
             scale = scale.with_training(device=args.device)
         # all settings, before torch is loaded
@@ -111,6 +245,7 @@ def _study(args: argparse.Namespace) -> int:
     except TypeError as error:  # of a value in the file, where YAML takes words for numbers or the like
         raise ValueError(str(error)) from error
     from salnb import statistics, study
+    from salnb.study import verdicts
 
     execute = None
     if args.on == "ray":
@@ -119,7 +254,12 @@ def _study(args: argparse.Namespace) -> int:
         execute = OnRay(address=args.address, share=args.share)
     records = study.run(args.name, scale, args.out, execute=execute)
     factor, reference, metric = grids.REFERENCES[args.name]
-    log_line(statistics.markdown(statistics.compare(records, factor, reference, metric=metric)))
+    if agreement := verdicts.agreement_table(records, factor):
+        log_line(agreement)
+    if args.name in PLANNED:
+        log_line(verdicts.markdown(verdicts.judge(load_plan(args.name), records)))
+    else:
+        log_line(statistics.markdown(statistics.compare(records, factor, reference, metric=metric)))
     failed = [record for record in records if record["status"] == "failed"]
     for record in failed:
         log_line(f"failed: {record['name']}: {record['error']}", file=sys.stderr)
@@ -160,6 +300,8 @@ def _time(args: argparse.Namespace) -> int:
 
 COMMANDS = {
     "train": Command("train a network with the paper's losses", _train_arguments, _train),
+    "evaluate": Command("say how a finished run does on labelled images", _evaluate_arguments, _evaluate),
+    "explain": Command("draw where a network looks in photographs", _explain_arguments, _explain),
     "study": Command(
         "run a grid of trainings: Tables 1 to 3, and open questions",
         _study_arguments,
@@ -167,6 +309,7 @@ COMMANDS = {
         "{name}: stopped; to go on, start the study again",
     ),
     "data": Command("fetch a data set ahead of time and check it", _data_arguments, _data),
+    "plot": Command("draw the curves of several runs into one figure", _plot_arguments, _plot),
     "time": Command(
         "measure what a training step with the saliency loss costs",
         _time_arguments,

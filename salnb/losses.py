@@ -9,7 +9,7 @@ Every function has finite gradients wherever its arguments are finite, and consi
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 import torch
@@ -35,6 +35,7 @@ __all__ = [
     "normalize_maps",
     "pool_maps",
     "saliency_loss",
+    "with_other_images",
 ]
 
 NORMALIZATIONS = frozenset({"max", "sum", "l2", "zscore", "none"})
@@ -49,6 +50,8 @@ FEATURE_DISTANCES = frozenset({"l1", "l2"})
 # The smallest standard deviation that "zscore" divides by, as a share of the map's largest absolute value.
 # What is flatter is noise: a map constant up to rounding, divided by its deviation, has gradients of 1e8.
 _FLAT = 1e-3
+# images nearer than this, as a share of the size of their features, are the same up to rounding
+_SAME_IMAGE = 1e-6
 
 
 def class_loss(logits: Tensor, target: Tensor) -> Tensor:
@@ -86,6 +89,7 @@ def invariance_loss(
     *,
     distance: str = "l2",
     weights: Mapping[str, float] | Sequence[float] | None = None,
+    relative: bool = False,
 ) -> Tensor:
     """Distance between the activations of original and transformed images (eq. 6).
 
@@ -93,17 +97,24 @@ def invariance_loss(
     ones ("l2"). The paper leaves the scale open; a sum would let the layer with the most units outweigh
     the others by orders of magnitude. The layers are summed, as in the paper.
 
+    `relative` puts each layer on a scale of its own: its distance is divided by that between *different*
+    images of the batch, each original and the transformed image of the one before it.
+    It is one where a layer tells transformations apart as well as images, and zero where it tells images only
+    (after Hernández-García et al., 2019, who compare all pairs).
+
     Args:
         features: activations of the originals, one tensor (N, ...) per layer, by name or in order.
         new_features: those of the transformed images, under the same names or in the same order.
         distance: "l1" or "l2".
         weights: factor of each layer, by name or in order; None counts every layer once.
+        relative: divide each layer's distance by that between different images; takes two images at least.
 
     Returns:
         A scalar.
 
     Raises:
-        ValueError: there is no layer, layers or shapes do not correspond, or `distance` is unknown.
+        ValueError: there is no layer, layers or shapes do not correspond, `distance` is unknown, or there is
+            but one image to be `relative` to.
 
     >>> old, new = {"conv": torch.zeros(2, 3, 4, 4)}, {"conv": torch.full((2, 3, 4, 4), 2.0)}
     >>> invariance_loss(old, new), invariance_loss(old, new, distance="l1")
@@ -123,8 +134,25 @@ def invariance_loss(
     for name, old in layers.items():
         new = new_layers[name]
         _check_same_shape(f"new_features[{name!r}]", new, f"features[{name!r}]", old)
-        terms.append(factors[name] * compare(at_least_float32(new), at_least_float32(old)))
+        new, old = at_least_float32(new), at_least_float32(old)
+        apart = compare(new, old)
+        if relative:
+            apart = apart / _between_images(name, compare, new, old)
+        terms.append(factors[name] * apart)
     return torch.stack(terms).sum()  # eq. 6
+
+
+def _between_images(
+    name: str, compare: Callable[[Tensor, Tensor], Tensor], new: Tensor, old: Tensor
+) -> Tensor:
+    """The distance of different images in a layer, above zero also where the layer tells none apart."""
+    if len(old) < 2:
+        raise ValueError(
+            f"relative compares different images, of which features[{name!r}] must hold two at least, "
+            f"got {tuple(old.shape)}"
+        )
+    size = compare(old, torch.zeros_like(old)).detach()
+    return compare(new.roll(1, 0), old) + _SAME_IMAGE * size + torch.finfo(old.dtype).tiny
 
 
 def normalize_maps(maps: Tensor, valid: Tensor | None = None, how: str | None = "max") -> Tensor:
@@ -270,6 +298,31 @@ def saliency_loss(
             each = each / 2
     # a sample without a valid pixel has a distance of zero already
     return each.sum() / (count > 0).sum().clamp(min=1)
+
+
+def with_other_images(maps: Tensor, new_maps: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Pair each map with the one before it in the batch, the first with the last: the control of eq. 7.
+
+    A loss that falls with such pairs as well does not fall because the maps of an image agree.
+
+    Args:
+        maps: maps of the originals, (N, C, H, W), as `Augmentation.align` gives them.
+        new_maps: maps of the transformed images, of the same shape.
+        valid: where each pair may be compared, (N, 1, H, W), bool.
+
+    Returns:
+        The originals' maps, those of the image before, and where both are valid.
+
+    Raises:
+        ValueError: there is no other image in the batch.
+
+    >>> maps = torch.tensor([1.0, 2.0, 3.0]).view(3, 1, 1, 1)
+    >>> with_other_images(maps, maps, maps > 0)[1].flatten()
+    tensor([3., 1., 2.])
+    """
+    if len(maps) < 2:
+        raise ValueError(f"maps to shuffle must be of two images at least, got {len(maps)}")
+    return maps, new_maps.roll(1, 0), valid & valid.roll(1, 0)
 
 
 def _check_maps(maps: Tensor, valid: Tensor | None) -> None:

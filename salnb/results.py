@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # records can be read and compared without waiting for it
 
 __all__ = [
     "commit",
+    "last_commit",
     "parameters_sha256",
     "peak_memory",
     "provenance",
@@ -144,20 +145,37 @@ def commit() -> str | None:
     if not any((folder / ".git").exists() for folder in place.parents):
         return None
 
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(place.parent), *arguments]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE)
-        except subprocess.TimeoutExpired:
-            raise RuntimeError(f"git {arguments[0]} takes more than {_PATIENCE:g} s") from None
-        if done.returncode:  # in its own words it tells of this machine's folders
-            raise RuntimeError(f"git {arguments[0]} ended with status {done.returncode}")
-        return done.stdout.strip()
-
     # an installed copy may lie inside somebody else's repository, which does not track it
-    if not git("ls-files", "--", place.name):
+    if not _git(place, "ls-files", "--", place.name):
         return None
-    return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--", ".") else "")
+    changes = _git(place, "status", "--porcelain", "--", ".")
+    return _git(place, "rev-parse", "HEAD") + ("+changes" if changes else "")
+
+
+def last_commit(path: Path) -> str | None:
+    """The commit that last changed a file of the source tree; None where this package is not in one.
+
+    Raises:
+        ValueError: the file is not committed as it is.
+        OSError, RuntimeError: git is not installed, fails or hangs.
+    """
+    if commit() is None:
+        return None
+    if _git(path, "status", "--porcelain", "--", path.name):
+        raise ValueError(f"{path.name} is not committed as it is: commit it before anything is run")
+    return _git(path, "log", "-1", "--format=%H", "--", path.name) or None
+
+
+def _git(place: Path, *arguments: str) -> str:
+    """What git says in the folder of a file."""
+    command = ["git", "-C", str(place.parent), *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE)
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(f"git {arguments[0]} takes more than {_PATIENCE:g} s") from None
+    if done.returncode:  # in its own words it tells of this machine's folders
+        raise RuntimeError(f"git {arguments[0]} ended with status {done.returncode}")
+    return done.stdout.strip()
 
 
 def parameters_sha256(model: nn.Module) -> str:

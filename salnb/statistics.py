@@ -8,7 +8,18 @@ from typing import Any
 
 from salnb._common.tables import markdown_table
 
-__all__ = ["Comparison", "compare", "in_words", "markdown", "mean", "reached", "sign_test"]
+__all__ = [
+    "Comparison",
+    "compare",
+    "holm_levels",
+    "in_words",
+    "interval",
+    "markdown",
+    "mean",
+    "p_value",
+    "reached",
+    "sign_test",
+]
 
 
 @dataclass(frozen=True)
@@ -95,9 +106,9 @@ def compare(
             if what == reference or not seeds:
                 continue
             pairs = tuple((base[seed], of_seed[seed]) for seed in seeds)
-            interval = _interval(pairs)
+            ends = interval(pairs)
             theirs, ours = map(mean, zip(*pairs, strict=True))
-            numbers = (len(seeds), theirs, ours, ours - theirs, *interval, pairs)
+            numbers = (len(seeds), theirs, ours, ours - theirs, *ends, pairs)
             found.append(Comparison(dict(where), what, *numbers))
     return found
 
@@ -173,15 +184,69 @@ def mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def _interval(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:
+def interval(pairs: Sequence[tuple[float, float]], confidence: float = 0.95) -> tuple[float, float]:
+    """The interval that holds the mean difference of pairs with some confidence, by a paired t-test.
+
+    Args:
+        pairs: for each seed, what the reference and what is compared with it reached.
+        confidence: between 0 and 1.
+
+    Returns:
+        Its ends: -inf and inf where nothing is known of the spread, see `Comparison`.
+    """
+    known = _spread(pairs)
+    if known is None:
+        return -math.inf, math.inf
+    from scipy.stats import t
+
+    centre, error = known
+    half = float(t.ppf((1 + confidence) / 2, len(pairs) - 1)) * error
+    return centre - half, centre + half
+
+
+def p_value(pairs: Sequence[tuple[float, float]]) -> float:
+    """How surprising the mean difference of pairs would be without any effect (two-sided paired t-test).
+
+    One where nothing is known of the spread.
+    """
+    known = _spread(pairs)
+    if known is None:
+        return 1.0
+    from scipy.stats import t
+
+    centre, error = known
+    return 2 * float(t.sf(abs(centre) / error, len(pairs) - 1))
+
+
+def holm_levels(p_values: Sequence[float], alpha: float = 0.05) -> list[float]:
+    """For each of several tests, the level at which Holm's procedure decides it (Holm, 1979).
+
+    An interval of confidence 1 - level leaves out zero where the procedure rejects, and only there; all of
+    them together err with a probability of `alpha` at most.
+
+    Args:
+        p_values: of the tests.
+        alpha: the probability that any true hypothesis is rejected.
+
+    >>> holm_levels([0.3, 0.01, 0.04], alpha=0.06)
+    [0.03, 0.02, 0.03]
+    """
+    count, levels, stopped = len(p_values), [0.0] * len(p_values), False
+    level = alpha
+    for rank, i in enumerate(sorted(range(count), key=lambda i: p_values[i])):
+        if not stopped:  # from the first test that is not rejected on, none is
+            level = alpha / (count - rank)
+            stopped = p_values[i] >= level
+        levels[i] = level
+    return levels
+
+
+def _spread(pairs: Sequence[tuple[float, float]]) -> tuple[float, float] | None:
+    """The mean difference and its standard error; None where nothing is known of the spread."""
     differences = [ours - theirs for theirs, ours in pairs]
     n, centre = len(differences), mean(differences)
     # equal up to how finely the numbers themselves are told apart
     equal = 4 * sys.float_info.epsilon * max(abs(value) for pair in pairs for value in pair)
     if max(differences) - min(differences) <= equal:
-        return -math.inf, math.inf
-    from scipy.stats import t
-
-    deviation = math.sqrt(sum((d - centre) ** 2 for d in differences) / (n - 1))
-    half = float(t.ppf(0.975, n - 1)) * deviation / math.sqrt(n)
-    return centre - half, centre + half
+        return None
+    return centre, math.sqrt(sum((d - centre) ** 2 for d in differences) / (n - 1) / n)

@@ -1,9 +1,10 @@
-"""Measures of whether a saliency map can be trusted: four ways to put a map to the test.
+"""Measures of whether a saliency map can be trusted: five ways to put a map to the test.
 
 * Does it depend on what the network has learnt? `rank_correlation` compares two maps, such as those of a
   trained and of a random network (Adebayo et al., 2018); `correlation` compares them where both are valid.
 * Does the network need the pixels that it marks? `deletion_curve` and `insertion_curve` take them away, or
   give them back, in the map's order (Petsiuk et al., 2018).
+* Does it mark anything in particular, or is it empty but for a few pixels? `half_area`.
 * Does it mark the object, where that is known? `share_on_object`, and `pointing_hit` for its maximum
   (Zhang et al., 2016).
 
@@ -29,6 +30,7 @@ from salnb.saliency.recording import class_scores, logits_of
 __all__ = [
     "correlation",
     "deletion_curve",
+    "half_area",
     "insertion_curve",
     "pointing_hit",
     "rank_correlation",
@@ -142,6 +144,30 @@ def correlation(maps: Tensor, others: Tensor, valid: Tensor | None = None) -> Te
         valid = torch.ones_like(maps, dtype=torch.bool)
     _check_masks(valid, maps, name="valid")
     return _cosine(_centred(maps, valid), _centred(others, valid))
+
+
+def half_area(maps: Tensor) -> Tensor:
+    """The smallest share of the pixels that holds half of a map's total: small where a map is empty.
+
+    Args:
+        maps: (N, 1, H, W), not negative.
+
+    Returns:
+        (N,), from 0 to 0.5 and in float32 at least; 0.5 (rounded to whole pixels) for a constant map, a zero
+        map among them.
+
+    Raises:
+        TypeError, ValueError: the maps are not as described.
+
+    >>> half_area(torch.tensor([[[[3.0, 1.0, 1.0, 0.0]]], [[[1.0, 1.0, 1.0, 1.0]]]]))
+    tensor([0.2500, 0.5000])
+    """
+    flat = _check_maps("maps", maps).flatten(1).double()
+    flat = flat.where(flat.sum(1, keepdim=True) > 0, 1)
+    held = flat.sort(1, descending=True).values.cumsum(1)
+    # a pixel less than the first sum that reaches half, and that pixel; rounding must not ask for one more
+    pixels = (held < held[:, -1:] * (0.5 - 1e-9)).sum(1) + 1
+    return (pixels / flat.shape[1]).to(at_least_float32(maps).dtype)
 
 
 def deletion_curve(

@@ -99,6 +99,14 @@ def test_without_batch_norm_an_image_does_not_depend_on_its_neighbours():
         assert torch.allclose(model(images)[:2], model(images[:2]), atol=1e-5) is alike
 
 
+def test_the_small_network_with_silu_is_the_small_one_but_for_its_activation():
+    small, smooth = models.build("small", 10), models.build("small_silu", 10)
+    smooth.load_state_dict(small.state_dict())
+    kinds = [[type(m) for m in network.modules()] for network in (small, smooth)]
+    assert [nn.SiLU if kind is nn.ReLU else kind for kind in kinds[0]] == kinds[1]
+    assert nn.ReLU not in kinds[1]
+
+
 def test_small_network_has_second_derivatives_in_float64():
     model = models.SmallResNet(3, norm=lambda channels: nn.GroupNorm(2, channels), width=2).double()
     image = torch.rand(1, 3, 8, 8, dtype=torch.float64, requires_grad=True)
@@ -116,6 +124,8 @@ def test_networks_of_timm():
     [("resnet81", "'resnet18'"), ("vgg16bn", "'vgg16_bn'"), ("timm:resnett18", "'timm:resnet18'")],
 )
 def test_unknown_networks_are_answered_with_the_nearest(name, hint):
+    if name.startswith("timm:"):
+        pytest.importorskip("timm")
     with pytest.raises(ValueError, match=rf"model '{name}' is unknown \(did you mean {hint}\?\); known: "):
         models.build(name, 10)
 

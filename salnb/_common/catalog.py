@@ -6,6 +6,7 @@ The modules that own the things behind the names are loaded only when a run is s
 import difflib
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from salnb._common.limits import check_integer, check_number
@@ -24,7 +25,7 @@ class Network(NamedTuple):
 class Source(NamedTuple):
     """What is known of a data set before it is loaded."""
 
-    num_classes: int
+    num_classes: int  # 0 where that depends on the files
     sizes: tuple[int, ...] | None = None  # that it is made in; None: any, the images are rescaled
     training_images: int | None = None  # None where that depends on the files
 
@@ -53,6 +54,7 @@ _TIMM = Network(1, 1, ())
 NETWORKS = {
     "small": _SMALL,
     "small_groupnorm": _SMALL,
+    "small_silu": _SMALL,
     "resnet18": Network(32, 33, _STAGES),
     "resnet50": Network(32, 33, _STAGES),
     **dict.fromkeys(("vgg16", "vgg16_bn", "vgg19", "vgg19_bn"), Network(32, 32, ("network.features",))),
@@ -71,6 +73,7 @@ DATA = {
     "svhn": Source(10),
     "imagenet": Source(1000),
     "imagenet-streamed": Source(1000),
+    "folder": Source(0),
 }
 
 _ALONE = ["identity", "horizontal_flip", "vertical_flip", "rescale", "rotation", "affine", "contrast"]
@@ -87,11 +90,15 @@ METHODS = {
         "SmoothGrad", options=("n_samples", "noise_level"), repeats="n_samples", map_passes=6
     ),
     # the layer that Grad-CAM looks at is next to the scores
-    "grad_cam": MethodSpec("Grad-CAM", pixels=False, layer=True, options=("layer",), map_passes=0),
-    "guided_grad_cam": MethodSpec("Guided Grad-CAM", layer=True, rule="guided_backprop", options=("layer",)),
+    "grad_cam": MethodSpec("Grad-CAM", pixels=False, layer=True, options=("layer", "reshape"), map_passes=0),
+    "guided_grad_cam": MethodSpec(
+        "Guided Grad-CAM", layer=True, rule="guided_backprop", options=("layer", "reshape")
+    ),
 }
 NORMALIZATIONS = ("l2", "max", "none", "sum", "zscore")
 DISTANCES = ("cosine", "l1", "mse")
+# whose gradient a map is: a logit's (eq. 1), or that of the class's log-probability
+SCORES = ("logit", "log_prob")
 OPTIMIZERS = ("sgd", "adamw")
 SCHEDULES = ("constant", "cosine", "onecycle")
 PRECISIONS = {"32": "32-true", "tf32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
@@ -119,6 +126,28 @@ def check_options(method: str, options: Mapping[str, Any]) -> None:
     for name, check, least in (("n_samples", check_integer, 1), ("noise_level", check_number, 0)):
         if name in options:
             check(name, options[name], least, 10**9)
+
+
+def check_balance(balance: float, alpha: float, gamma: float) -> None:
+    """Raise a ValueError unless `balance` has two gradients to compare, and alone chooses gamma."""
+    if balance and not alpha:
+        raise ValueError(f"balance is a share of the class loss, got balance={balance} with alpha={alpha}")
+    if balance and gamma != 1:
+        raise ValueError(
+            f"balance chooses gamma, which must be left at 1, got balance={balance} with gamma={gamma}"
+            f"{': for no saliency term, take balance=0' if not gamma else ''}"
+        )
+
+
+def check_confidence(confidence: float, consistency: float) -> None:
+    """Raise a ValueError unless `confidence` is a probability, which `consistency` needs."""
+    if not 0 <= confidence <= 1:
+        raise ValueError(f"confidence must be a probability, from 0 to 1, got {confidence}")
+    if consistency and not confidence:
+        raise ValueError(
+            f"consistency is for images without labels, which confidence > 0 allows, got {consistency} "
+            "with confidence=0"
+        )
 
 
 def network(name: str) -> Network:
@@ -159,3 +188,17 @@ def check_made_in(name: str, size: int) -> None:
     sizes = DATA[name].sizes
     if sizes is not None and size not in sizes:
         raise ValueError(f"size of {name} must be one of {', '.join(map(str, sizes))}, got {size}")
+
+
+def check_trained(source: str) -> None:
+    """Raise a ValueError unless this may be a trained network: a finished run, or a name of `salnb.load`."""
+    kind, _, name = source.partition(":")
+    if kind == "timm" and name:
+        network(source)
+    elif not (kind == "torchvision" and name) and source != "efficientnet_lite0" and not _has_model(source):
+        known = "a finished run, torchvision:NAME, timm:NAME or efficientnet_lite0"
+        raise ValueError(f"model must be {known}, got {source}")
+
+
+def _has_model(folder: str) -> bool:
+    return Path(folder, "model.json").exists()

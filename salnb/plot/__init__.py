@@ -5,9 +5,10 @@ for pages that have a dark mode. This package needs matplotlib and seaborn (`pip
 and is imported on its own: `from salnb import plot`.
 """
 
+from salnb.plot.curves import show_curves
 from salnb.plot.maps import divide_by_maximum, overlay, show_images, show_maps, show_numbers
 from salnb.plot.results import VERDICTS, name_of, show_accuracies, show_differences
-from salnb.plot.style import DIVERGING, INK, SEQUENTIAL, use_style
+from salnb.plot.style import DIVERGING, INK, SEQUENTIAL, png, use_style
 from salnb.plot.timing import show_batches, show_memory, show_method_costs, show_parts, show_ratios
 
 __all__ = [
@@ -18,8 +19,10 @@ __all__ = [
     "divide_by_maximum",
     "name_of",
     "overlay",
+    "png",
     "show_accuracies",
     "show_batches",
+    "show_curves",
     "show_differences",
     "show_images",
     "show_maps",

@@ -1,14 +1,16 @@
 """The look that all figures of the book have in common."""
 
+import io
 import sys
 from functools import partial
 from typing import Any, Final
 
 import matplotlib as mpl
+import matplotlib.pyplot as plt
 import seaborn as sns
 from matplotlib.figure import Figure
 
-__all__ = ["DIVERGING", "INK", "SEQUENTIAL", "use_style"]
+__all__ = ["DIVERGING", "INK", "SEQUENTIAL", "png", "use_style"]
 
 SEQUENTIAL = "magma"  # perceptually uniform, dark to light
 DIVERGING = "RdBu_r"  # white at 0
@@ -53,6 +55,13 @@ def use_style(*, dpi: int = 110) -> None:
         },
     )
     mpl.rcParams["svg.hashsalt"] = "salnb"  # the same figure, the same file
+
+
+def png(figure: Figure) -> bytes:
+    """A figure as the content of a PNG file, after which it is closed."""
+    figure.savefig(content := io.BytesIO(), dpi=150, bbox_inches="tight")
+    plt.close(figure)
+    return content.getvalue()
 
 
 def _show_in_notebook(ipython: Any) -> None:

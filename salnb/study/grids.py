@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from salnb._common import catalog
-from salnb.study.scale import Scale, check_known
+from salnb.study.plans import load_plan, twin_of
+from salnb.study.scale import PLANNED, TUNING, Scale, check_known
 from salnb.train.config import PRACTICAL, Config
 
 __all__ = [
@@ -116,10 +117,12 @@ def trainings(study: str, scale: Scale, gammas: Gammas, match: Match) -> list[Tr
     check_known("study", [study], STUDIES)
     scale, found = scale.for_study(study), []
     cells = list(STUDIES[study](scale, gammas, match))  # once, as weights take time to match
-    for seed in scale.gamma_seeds if study == "gamma" else scale.seeds:
+    for seed in scale.gamma_seeds if study in ("gamma", *TUNING) else scale.seeds:
         for factors, settings in cells:
             where = {"data": factors["data"], "model": factors.get("network", scale.networks[0])}
             settings = {**scale.training, **where, **settings, "seed": seed}
+            if not settings.get("gamma", 1.0):  # a reference has nothing to balance
+                settings.pop("balance", None)
             found.append(Training(study, {**factors, "seed": seed}, settings))
             _config(scale, settings)
     return found
@@ -168,7 +171,7 @@ def _open(scale: Scale, gammas: Gammas, match: Match) -> Cells:
             settings = {**whole, **variants[variant]}
             if _config(scale, settings) == default:
                 continue  # that is the default here
-            if _UNITS & variants[variant].keys():
+            if _UNITS & variants[variant].keys() and not default.balance:
                 settings["gamma"] = match(whole, settings)
             yield {"data": data, "images": ALL_IMAGES, "variant": variant}, settings
 
@@ -206,6 +209,23 @@ def _training_images(config: Config) -> int:
     return found
 
 
+def _planned(study: str, scale: Scale, gammas: Gammas, match: Match) -> Cells:
+    """The arms of a plan; `gammas` has the share of the gradient of each that is tuned."""
+    for data, (name, arm) in itertools.product(scale.data, load_plan(study).arms.items()):
+        tuned = {"balance": gammas[name.removesuffix(twin_of(""))]} if arm.tuned else {}
+        yield {"data": data, "arm": name}, {**arm.settings, **tuned}
+
+
+def _tuning(study: str, scale: Scale, gammas: Gammas, match: Match) -> Cells:
+    """Each arm that is tuned with each share of the gradient, beside the references."""
+    plan = load_plan(study)
+    for name, balances in plan.candidates().items():
+        for balance in balances:
+            factors = {"data": scale.data[0], "arm": name, "balance": f"{balance:g}"}
+            share = {"balance": balance} if balance else {}
+            yield factors, {**plan.arms[name].settings, **share}
+
+
 # for each study: the factor whose values are compared, with which of them, and by what
 REFERENCES = {
     "gamma": ("gamma", "0", "validation_accuracy"),
@@ -213,6 +233,9 @@ REFERENCES = {
     "table2": ("strategy", "reference", "test_accuracy"),
     "table3": ("strategy", "none", "test_accuracy"),
     "open": ("variant", "reference", "test_accuracy"),
+    **dict.fromkeys(TUNING, ("balance", "0", "validation_accuracy")),
+    "treated": ("arm", "silu", "test_accuracy"),
+    "few-labels": ("arm", "labels", "test_accuracy"),
 }
 
 STUDIES: dict[str, Callable[[Scale, Gammas, Match], Cells]] = {
@@ -221,4 +244,6 @@ STUDIES: dict[str, Callable[[Scale, Gammas, Match], Cells]] = {
     "table2": functools.partial(_with_and_without, ("simclr",)),
     "table3": _table3,
     "open": _open,
+    **{name: functools.partial(_tuning, study) for name, study in zip(TUNING, PLANNED, strict=True)},
+    **{study: functools.partial(_planned, study) for study in PLANNED},
 }

@@ -20,10 +20,11 @@ from typing import Any, Protocol, TextIO
 from salnb import results
 from salnb._common.files import locked, remove_drafts
 from salnb.study.grids import UNCHOSEN, Training, trainings
+from salnb.study.plans import identity, load_plan
 from salnb.study.progress import Progress
-from salnb.study.scale import Scale
+from salnb.study.scale import PLANNED, Scale
 from salnb.study.values import read_one
-from salnb.study.weights import choose_gammas, match_weight
+from salnb.study.weights import choose_balances, choose_gammas, match_weight
 from salnb.train import fit
 
 __all__ = ["Executor", "in_process", "run", "run_training"]
@@ -52,11 +53,12 @@ def run(
     """Run what is still to be run of a study.
 
     Where the scale leaves more than one weight of the saliency loss to choose from, the study "gamma" is run
-    first. A run that fails leaves its error in its record, and the others go on; it is tried again when the
-    study is started again.
+    first, and before a study with a plan the choice of its shares. At the plan's own scale records name the
+    plan's commit. A run that fails leaves its error in its record, and the others go on; it is tried again
+    when the study is started again.
 
     Args:
-        study: "gamma", "table1", "table2", "table3" or "open".
+        study: one of `salnb.study.STUDIES`.
         scale: how large; see `load_scale`.
         folder: of the records and the runs.
         execute: how; by default in this process, one after the other. `salnb.study.on_ray.OnRay` is another.
@@ -80,6 +82,9 @@ def run(
         folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
         own = scale.for_study(study)
+        if study in PLANNED:
+            chosen = _run(f"{study}-tuning", own, folder, {}, execute, display)
+            return _run(study, scale, folder, choose_balances(load_plan(study), chosen), execute, display)
         gammas = dict.fromkeys(own.data, float(own.gammas[0]))
         if study not in ("gamma", "table3") and len(own.gammas) > 1:
             gammas = choose_gammas(_run("gamma", _choice(scale, study), folder, gammas, execute, display))
@@ -101,6 +106,7 @@ def _run(
     display: TextIO | None,
 ) -> list[dict[str, Any]]:
     planned = trainings(study, scale, gammas, match_weight)
+    of_plan = {"plan": identity(study.removesuffix("-tuning"))} if scale.name == "plan" else {}
     records = {t.name: record for t in planned if (record := _finished(t, folder))}
     pending = [t for t in planned if t.name not in records]
     if pending:
@@ -108,7 +114,7 @@ def _run(
             remove_drafts(folder / study)
     with Progress(study, len(planned), len(records), display or sys.stderr) as progress:
         for training, record in execute(pending, folder / "runs", progress.started):
-            record = {"study": study, "scale": scale.name, "name": training.name, **record}
+            record = {"study": study, "scale": scale.name, **of_plan, "name": training.name, **record}
             with _writing_to(folder):
                 results.write_record(_path(training, folder), record)
             records[training.name] = record

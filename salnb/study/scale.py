@@ -14,12 +14,15 @@ from salnb._common import catalog
 from salnb._common.packages import require
 from salnb.train.config import Config
 
-__all__ = ["STUDY_NAMES", "Scale", "check_known", "load_scale"]
+__all__ = ["PLANNED", "STUDY_NAMES", "TUNING", "Scale", "check_known", "load_scale"]
 
 # settings of which every study has values of its own
 _OF_STUDIES = frozenset({"augmentation", "data", "gamma", "model", "out", "seed"})
 
-STUDY_NAMES = ("gamma", "table1", "table2", "table3", "open")
+# those that have a plan, `results/plans/STUDY.yml`, and before each the choice of its weights
+PLANNED = ("treated", "few-labels")
+TUNING = tuple(f"{study}-tuning" for study in PLANNED)
+STUDY_NAMES = ("gamma", "table1", "table2", "table3", "open", *TUNING, *PLANNED)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,10 +10,11 @@ import torch
 from salnb import data
 from salnb._common.devices import best_device
 from salnb.statistics import mean, reached
+from salnb.study.plans import Plan
 from salnb.train.config import Config
 from salnb.train.setup import derived_seed, make_objective, numerics
 
-__all__ = ["choose_gammas", "match_weight"]
+__all__ = ["choose_balances", "choose_gammas", "match_weight"]
 
 # batches on which two losses are compared
 _MATCHED_BATCHES = 4
@@ -47,6 +48,36 @@ def choose_gammas(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     }
 
 
+def choose_balances(plan: Plan, records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """For each arm of a plan that is tuned, the largest share of the gradient with which no run collapses.
+
+    A run has collapsed if it failed, or if its training accuracy is below the share of its reference's that
+    the plan's gate asks for. Where runs collapse with all shares, the smallest is taken.
+
+    Args:
+        plan: the plan.
+        records: of the study of that choice.
+    """
+    found: dict[tuple[str, float, int], float] = {}
+    for record in records:
+        factors = record["factors"]
+        accuracy = reached(record, "train_accuracy") if record["status"] == "done" else 0.0
+        found[factors["arm"], float(factors["balance"]), factors["seed"]] = accuracy
+    seeds = {seed for *_, seed in found}
+
+    def sound(arm: str, balance: float) -> bool:
+        reference = str(plan.arms[arm].reference)
+        return all(
+            found[arm, balance, seed] >= plan.gate.accuracy * found[reference, 0.0, seed] for seed in seeds
+        )
+
+    return {
+        arm: max((b for b in balances if sound(arm, b)), default=min(balances))
+        for arm, balances in plan.candidates().items()
+        if plan.arms[arm].tuned
+    }
+
+
 def match_weight(settings: Mapping[str, Any], changed: Mapping[str, Any]) -> float:
     """The weight with which a changed saliency loss pulls as strongly at the start of a training run.
 
@@ -60,7 +91,13 @@ def match_weight(settings: Mapping[str, Any], changed: Mapping[str, Any]) -> flo
 
     Returns:
         The weight for the latter, to two digits.
+
+    Raises:
+        ValueError: the weight is one that `balance` chooses, in units of the class loss already.
     """
+    for each in (settings, changed):
+        if each.get("balance"):
+            raise ValueError(f"balance chooses the weight, so that none is matched, got {each['balance']}")
     alone = {"alpha": 0.0, "beta": 0.0, "layers": (), "gamma": 1.0, "warmup": 0, "every": 1}
     length, changed_length = (
         _gradient_length(Config(**{**each, **alone, "out": "unused"})) for each in (settings, changed)

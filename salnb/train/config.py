@@ -5,7 +5,6 @@ import dataclasses
 import math
 import os
 import re
-import tempfile
 from collections.abc import Collection
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -15,6 +14,8 @@ from typing import Any, get_type_hints
 from salnb import results
 from salnb._common import catalog
 from salnb._common.devices import check_device_name
+from salnb._common.files import check_writable
+from salnb._common.image_folder import find_images
 
 __all__ = ["PRACTICAL", "Config", "torchrun"]
 
@@ -23,7 +24,14 @@ PRACTICAL = frozenset({"out", "device", "workers", "save_minutes"})
 # what each process of several must know
 _OF_TORCHRUN = {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
 # what is taken for a type and made one: 1 and 1.0 and numpy's numbers are the same configuration
-_FORMS: dict[Any, Any] = {bool: bool, int: Integral, int | None: Integral, float: Real, str: str}
+_FORMS: dict[Any, Any] = {
+    bool: bool,
+    int: Integral,
+    int | None: Integral,
+    float: Real,
+    str: str,
+    str | None: str,
+}
 
 
 def setting(default: Any, text: str, *, known: Collection[str] = (), least: int | None = None) -> Any:
@@ -45,22 +53,37 @@ class Config:
 
     out: str = setting(dataclasses.MISSING, "folder of the run")
     data: str = setting("digit-scenes", "data set", known=catalog.DATA)
+    data_dir: str | None = setting(None, "folder of images, for data folder")
+    skip_unreadable: bool = setting(False, "go on without the images of the folder that cannot be read")
     size: int = setting(32, "height and width of the images, in pixels", least=1)
     train_images: int | None = setting(None, "use only so many training images", least=1)
+    test_scenes: int = setting(1000, "scenes of the test of digit scenes, in thousands", least=1000)
     model: str = setting("small", "network: " + ", ".join([*catalog.NETWORKS, "timm:NAME"]))
+    weights: str | None = setting(None, "to begin with: DEFAULT, a file or a finished run; by default drawn")
+    freeze: tuple[str, ...] = setting((), "modules of the network whose parameters stay as they are")
     augmentation: str = setting("affine", "augmentation", known=catalog.AUGMENTATIONS)
     alpha: float = setting(1.0, "weight of the class loss (eq. 5)", least=0)
     beta: float = setting(0.0, "weight of the invariance loss (eq. 6)", least=0)
     gamma: float = setting(1.0, "weight of the saliency loss (eq. 7)", least=0)
     layers: tuple[str, ...] = setting((), "layers of the invariance loss; by default the network's stages")
+    layer_relative: bool = setting(False, "divide eq. 6 by the distance between different images")
     method: str = setting("vanilla_gradient", "saliency method", known=catalog.METHODS)
+    score: str = setting("logit", "score whose gradient a map is", known=catalog.SCORES)
     normalize: str = setting("max", "normalisation of each map", known=catalog.NORMALIZATIONS)
     distance: str = setting("mse", "distance between maps", known=catalog.DISTANCES)
     pool: int = setting(1, "side of the blocks of pixels whose means are compared", least=1)
     samples: int = setting(25, "noisy copies of each image that smoothgrad takes the mean of", least=1)
     every: int = setting(1, "steps from one saliency loss to the next", least=1)
     warmup: int = setting(0, "steps before the first saliency loss", least=0)
+    balance: float = setting(0.0, "gradient of the saliency loss over the class loss's; 0: gamma", least=0)
     detach_original: bool = setting(False, "hold the originals' maps fixed")
+    shuffle_pairs: bool = setting(False, "compare each map with another image's, as a control")
+    labels_per_class: int | None = setting(None, "keep only so many labels of each class", least=1)
+    confidence: float = setting(0.0, "probability from which the network's class serves as a label", least=0)
+    consistency: float = setting(0.0, "weight of consistent predictions on images without labels", least=0)
+    test_angle: float = setting(
+        0.0, "test on images turned by up to so many degrees, and half of it", least=0
+    )
     epochs: int = setting(30, "passes over the training images", least=1)
     batch_size: int = setting(64, "originals in a step, over all processes", least=1)
     optimizer: str = setting("sgd", "optimiser", known=catalog.OPTIMIZERS)
@@ -94,6 +117,13 @@ class Config:
         check_device_name(self.device)
         if self.device == "cpu" and self.precision in ("tf32", "fp16"):
             raise ValueError(f"precision {self.precision} is for GPUs: with device cpu, take 32 or bf16")
+        catalog.check_confidence(self.confidence, self.consistency)
+        if (self.labels_per_class is None) != (self.confidence == 0):
+            raise ValueError(
+                "labels_per_class and confidence go together, got "
+                f"labels_per_class={self.labels_per_class} and confidence={self.confidence}"
+            )
+        catalog.check_balance(self.balance, self.alpha, self.gamma)
         self._check_network(catalog.network(self.model))
         self._check_data(catalog.DATA[self.data])
 
@@ -113,6 +143,15 @@ class Config:
 
     def _check_data(self, source: catalog.Source) -> None:
         catalog.check_made_in(self.data, self.size)
+        if (self.data == "folder") != (self.data_dir is not None):
+            raise ValueError(
+                f"data_dir and data folder go together, got {self.data_dir!r} with {self.data!r}"
+            )
+        if self.test_scenes % 1000 or (self.test_scenes != 1000 and source.sizes is None):
+            raise ValueError(
+                f"test_scenes must be in thousands, and are for digit scenes only, got {self.test_scenes} "
+                f"with {self.data}"
+            )
         least = catalog.AUGMENTATIONS[self.augmentation]
         if self.batch_size < least:
             raise ValueError(
@@ -128,11 +167,13 @@ class Config:
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON can hold them."""
-        return dataclasses.asdict(self) | {"layers": list(self.layers)}
+        return dataclasses.asdict(self) | {"layers": list(self.layers), "freeze": list(self.freeze)}
 
     def differences(self, theirs: dict[str, Any]) -> str:
         """What sets a run of `theirs`, from `to_dict`, apart from this one; "" where it would do the same."""
         ours = self.to_dict()
+        # what was recorded before there was a setting has its default
+        theirs = type(self)(out=self.out).to_dict() | theirs
         return ", ".join(
             f"{name} {theirs.get(name)!r} (now {ours.get(name)!r})"
             for name in sorted(theirs.keys() | ours.keys())
@@ -151,7 +192,8 @@ class Config:
             resume: whether a run that is in `out` already may be continued.
 
         Raises:
-            ValueError: the processes that torchrun started cannot share a batch, or its variables are wrong.
+            ValueError: the processes that torchrun started cannot share a batch, or its variables are wrong,
+                or `weights` or `data_dir` is not what it should be.
             FileExistsError: a run is in `out` and is not to be continued, or it is one of other settings, or
                 is damaged.
             OSError: `out` is a file, or cannot be made or written to.
@@ -170,6 +212,10 @@ class Config:
                 f"WORLD_SIZE is {processes}, but {', '.join(sorted(lacking))} are not set: "
                 "start the processes with torchrun, or unset WORLD_SIZE"
             )
+        if self.weights not in (None, "DEFAULT") and not os.path.exists(str(self.weights)):
+            raise ValueError(f"weights must be DEFAULT, a file or a finished run, got {self.weights!r}")
+        if self.data_dir is not None:
+            find_images(self.data_dir)
         self.check_folder(resume=resume)
 
     def check_folder(self, *, resume: bool) -> None:
@@ -206,9 +252,9 @@ def torchrun(name: str) -> int:
 
 def _plain(name: str, value: Any, kind: Any) -> Any:
     """A value as its setting's own type; raises where it has no such form."""
-    if name == "layers":
+    if name in ("layers", "freeze"):
         if not isinstance(value, list | tuple) or not all(isinstance(layer, str) for layer in value):
-            raise TypeError(f"layers must be names of layers, got {_words(value)}")
+            raise TypeError(f"{name} must be names of layers, got {_words(value)}")
         return tuple(value)
     value = os.fspath(value) if isinstance(value, os.PathLike) else value
     if value is None and isinstance(value, kind):
@@ -259,13 +305,7 @@ def _read(folder: Path, name: str, **needed: type) -> dict[str, Any] | None:
 
 
 def _check_writable(folder: Path) -> None:
-    longest = folder / "checkpoints" / "step-000000000.0123456789abcdef.damaged"
-    existing = next(path for path in longest.parents if os.path.exists(path))
-    try:
-        with tempfile.TemporaryFile(dir=existing):
-            pass
-        for path in (longest, *(existing / part for part in folder.parts)):  # names may be too long
-            with contextlib.suppress(FileNotFoundError):
-                path.lstat()
+    try:  # the longest name
+        check_writable(folder / "checkpoints" / "step-000000000.0123456789abcdef.damaged")
     except OSError as error:
         raise OSError(error.errno, f"out {folder} cannot be written to: {error.strerror}") from error

@@ -12,7 +12,7 @@ from salnb.objective import Losses
 __all__ = ["TERMS", "EpochSums", "StepTerms"]
 
 TERMS = ("class_loss", "invariance_loss", "saliency_loss", "total")
-_AVERAGED = (*TERMS, "accuracy")
+_AVERAGED = (*TERMS, "accuracy", "gamma")
 
 
 class StepTerms(NamedTuple):
@@ -20,19 +20,21 @@ class StepTerms(NamedTuple):
 
     step: int  # its number, from 1
     salient: bool  # whether it had a saliency loss
-    values: Tensor  # (5,), the loss terms and the share of its originals that were classified correctly
+    values: Tensor  # (6,), the loss terms, the share of its originals classified correctly, and gamma
 
     @classmethod
     def of(cls, step: int, losses: Losses, labels: Tensor) -> "StepTerms":
         """Those of a step from its losses and the (N,) labels of its originals."""
-        right = (losses.logits[: len(labels)].argmax(1) == labels).float().mean()
+        known = (labels >= 0).float().sum().clamp(min=1)
+        right = (losses.logits[: len(labels)].argmax(1) == labels).float().sum() / known
         terms = [getattr(losses, term).detach().float() for term in TERMS]
-        return cls(step, losses.has_saliency, torch.stack([*terms, right]))
+        gamma = torch.as_tensor(losses.gamma, dtype=right.dtype, device=right.device)
+        return cls(step, losses.has_saliency, torch.stack([*terms, right, gamma]))
 
 
 @dataclass
 class EpochSums:
-    """Sums over the steps of an epoch: of loss terms, accuracy and time, and how many steps there were."""
+    """Sums over the steps of an epoch: of terms, accuracy, gamma and time, and how many steps there were."""
 
     class_loss: float = 0.0
     invariance_loss: float = 0.0
@@ -42,6 +44,7 @@ class EpochSums:
     steps: float = 0.0
     salient_steps: float = 0.0
     seconds: float = 0.0
+    gamma: float = 0.0
 
     def add(self, values: Iterable[float], *, salient: bool) -> None:
         """Add the values of a step, in the order of `StepTerms`."""
@@ -51,6 +54,6 @@ class EpochSums:
         self.salient_steps += salient
 
     def epoch_means(self) -> dict[str, float]:
-        """Loss terms and accuracy of a step on average; the saliency loss over the steps that had one."""
-        steps = {"saliency_loss": max(self.salient_steps, 1.0)}
+        """Loss terms, accuracy and gamma of a step on average; the saliency loss over steps that had one."""
+        steps = dict.fromkeys(("saliency_loss", "gamma"), max(self.salient_steps, 1.0))
         return {name: getattr(self, name) / steps.get(name, self.steps) for name in _AVERAGED}

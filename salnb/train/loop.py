@@ -1,7 +1,8 @@
 """One training run, from its settings to its summary; read it from `fit` on.
 
-What a run leaves in its folder: `config.json`; `metrics.jsonl`, a line for each epoch; `checkpoints/`; and,
-at the end, `summary.json`.
+What a run leaves in its folder: `config.json`; `metrics.jsonl`, a line for each epoch; `checkpoints/`;
+`split.json` where it split a folder of images; and, at the end, `model.safetensors` with `model.json`, which
+`salnb.load` reads, and `summary.json`.
 
 Nothing is lost when it is stopped, however it is stopped. The state of a run is its position (epoch, batch),
 the model, the optimiser, its schedule, the loss scaler, and what was summed up since the epoch began. Random
@@ -17,13 +18,13 @@ from typing import Any
 
 import torch
 
-from salnb import data, results
+from salnb import data, results, trained
 from salnb._common.files import locked
 from salnb._common.progress import log_line, progress
 from salnb.train import setup
 from salnb.train.config import Config
 from salnb.train.epoch_sums import TERMS, EpochSums, StepTerms
-from salnb.train.evaluate import evaluate
+from salnb.train.evaluate import evaluate, evaluate_maps, evaluate_turned
 from salnb.train.run import AHEAD, Interrupted, NonFiniteError, Run
 from salnb.train.signals import noticed_signals
 
@@ -43,7 +44,8 @@ def fit(
         bar: show how far an epoch is, on a terminal.
 
     Returns:
-        What `summary.json` holds: the test's accuracy, loss terms, share of saliency on the object,
+        What `summary.json` holds: the test's accuracy, how far its maps agree (see `salnb.agreement`) and
+        their share on the object, loss terms, with `balance` the gamma that each epoch had on average,
         seconds, peak memory, a SHA-256 of the parameters, the settings, and where and when it was run.
 
     Raises:
@@ -64,7 +66,8 @@ def fit(
             stack.enter_context(locked(folder))
             config.check_folder(resume=resume)  # another process may have been at work until now
         torch.manual_seed(setup.derived_seed(config.seed, "weights"))
-        objective = setup.make_objective(config, data.Share(fabric.global_rank, fabric.world_size))
+        share = data.Share(fabric.global_rank, fabric.world_size)
+        objective = setup.make_objective(config, share, log if fabric.is_global_zero else str)
         dataset = setup.make_dataset(config, fabric)
         # before this there is nothing to be saved: a signal acts at once
         signals = stack.enter_context(noticed_signals())
@@ -74,7 +77,12 @@ def fit(
         while run.epoch < config.epochs:
             train_epoch(run)
             finish_epoch(run, evaluate(run, run.dataset.validation))
-        summary = run.summary(evaluate(run, run.dataset.test))
+        test = run.dataset.test
+        found = evaluate(run, test) | evaluate_maps(run, test) | evaluate_turned(run, test)
+        summary = run.summary(found)
+        if fabric.is_global_zero:
+            with run.explained():
+                trained.save(folder, objective.model, config.model, dataset.classes, config.size)  # type: ignore[arg-type]
         run.write("summary.json", summary)
         fabric.barrier()
     return summary
@@ -156,6 +164,7 @@ def finish_epoch(run: Run, validation: dict[str, Any]) -> None:
             "step": run.step,
             **{term: means[term] for term in TERMS},
             "train_accuracy": means["accuracy"],
+            **({"gamma": means["gamma"]} if config.balance else {}),
             **{f"validation_{name}": value for name, value in validation.items()},
             "learning_rate": run.schedule.get_last_lr()[0],
             "seconds": sums.seconds,

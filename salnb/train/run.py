@@ -208,6 +208,7 @@ class Run:
             "validation_accuracy": last["validation_accuracy"],
             "train_accuracy": last["train_accuracy"],
             **{term: last[term] for term in TERMS},
+            **({"gammas": [row["gamma"] for row in self.history]} if self.config.balance else {}),
             "epochs": self.epoch,
             "steps": self.step,
             "seconds": self.seconds,

@@ -3,7 +3,8 @@
 import contextlib
 import hashlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,12 +15,15 @@ from torch.optim import Optimizer, lr_scheduler
 from salnb import data, models
 from salnb._common import catalog
 from salnb._common.devices import resolve_device
+from salnb._common.image_folder import find_images
+from salnb._common.progress import log_line
 from salnb.augment import AUGMENTATIONS, Augmentation
 from salnb.objective import Objective
 from salnb.objective.precision import tf32
 from salnb.train.config import Config, torchrun
 
 __all__ = [
+    "count_classes",
     "derived_seed",
     "make_dataset",
     "make_fabric",
@@ -55,13 +59,37 @@ def make_dataset(config: Config, fabric: Fabric) -> data.Dataset:
         return split.to(fabric.device) if isinstance(split, data.Arrays) else split
 
     with fabric.rank_zero_first():  # the first prepares the files that all read
-        dataset = data.load(config.data, config.size, workers=config.workers)
+        dataset = _load(config, fabric.is_global_zero)
     train = dataset.train if config.train_images is None else dataset.train.first(config.train_images)
+    if config.labels_per_class is not None:
+        if not isinstance(train, data.Arrays):
+            raise ValueError(f"labels_per_class is for images in memory, which {config.data} are not")
+        generator = torch.Generator().manual_seed(derived_seed(config.seed, "labels"))
+        train = data.hide_labels(train, config.labels_per_class, generator)
     if len(train) < config.batch_size:
         raise ValueError(
             f"batch_size must be at most {len(train)}, the number of training images, got {config.batch_size}"
         )
     return data.Dataset(placed(train), placed(dataset.validation), placed(dataset.test), dataset.classes)
+
+
+def _load(config: Config, first: bool) -> data.Dataset:
+    if config.data_dir is None:
+        return data.load(config.data, config.size, workers=config.workers, test_scenes=config.test_scenes)
+    split, known = Path(config.out) / "split.json", Path(config.out) / "config.json"
+    if first and not known.exists():  # of a run that never began
+        split.unlink(missing_ok=True)
+    options = {"workers": config.workers, "skip_unreadable": config.skip_unreadable, "record": split}
+    return data.image_folder(config.data_dir, config.size, **options)  # type: ignore[arg-type]
+
+
+def count_classes(config: Config) -> int:
+    """The number of classes of the data."""
+    return (
+        len(find_images(config.data_dir)["train"])
+        if config.data_dir
+        else catalog.DATA[config.data].num_classes
+    )
 
 
 class SharedDraw(Augmentation[Any]):
@@ -95,16 +123,28 @@ class SharedDraw(Augmentation[Any]):
 
 
 # settings that `Objective` has by the same name
-_OF_OBJECTIVE = ("alpha", "beta", "gamma", "method", "normalize", "distance", "pool", "every", "warmup")
+_OF_OBJECTIVE = [
+    *("alpha", "beta", "gamma", "method", "score", "normalize", "distance", "pool", "every", "warmup"),
+    *("balance", "detach_original", "shuffle_pairs", "layer_relative", "confidence", "consistency"),
+]
 
 
-def make_objective(config: Config, share: data.Share) -> Objective:
+def make_objective(config: Config, share: data.Share, log: Callable[[str], object] = log_line) -> Objective:
     """The network and its losses, drawn from torch's global generator.
 
     Raises:
-        ValueError: the network has no layer of a name, or cannot take images of the size or the method.
+        ValueError: the network has no layer of a name, or cannot take images of the size or the method, or
+            the weights are another's.
     """
-    model = models.build(config.model, catalog.DATA[config.data].num_classes)
+    model = models.build(config.model, count_classes(config))
+    if config.weights is not None:
+        log(models.load_weights(model, config.model, config.weights))
+    for name in config.freeze:
+        if name not in (parts := dict(model.network.named_modules())):
+            raise catalog.unknown("freeze", name, filter(None, parts))
+        parts[name].requires_grad_(False)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError(f"freeze must leave something to be trained, got {', '.join(config.freeze)}")
     augmentation = AUGMENTATIONS[config.augmentation]()
     if share.of > 1 and augmentation.least_samples == 1:
         augmentation = SharedDraw(augmentation, share)
@@ -114,7 +154,6 @@ def make_objective(config: Config, share: data.Share) -> Objective:
         augmentation,
         layers=config.compared_layers,
         method_options={repeats: config.samples} if repeats else None,
-        detach_original=config.detach_original,
         **{name: getattr(config, name) for name in _OF_OBJECTIVE},
     )
     if config.layers or config.model.startswith("timm:"):  # else it is known what goes together

@@ -1,0 +1,139 @@
+"""A folder of images, laid out as for torchvision's `ImageFolder`: what is in it and how it is split.
+
+Free of torch and Pillow, so that a mistake is answered at once.
+"""
+
+import itertools
+import random
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+
+from salnb._common.files import sha256
+
+__all__ = ["check_apart", "find_images", "named", "photographs", "split_folder"]
+
+_ENDINGS = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+_FOLDERS = {"train": ("train",), "validation": ("val", "valid", "validation"), "test": ("test",)}
+_SHARE = 10  # one in so many images of each class is put aside for a split that the folder has not
+MASKS = "masks"
+
+# the images of each class, as paths relative to the root
+Classes = dict[str, list[str]]
+
+
+def named(things: Iterable[str], most: int = 3) -> str:
+    """The first names of a list, for an error, and how many more there are."""
+    things = list(things)
+    more = f" and {len(things) - most} more" if len(things) > most else ""
+    return ", ".join(things[:most]) + more
+
+
+def _image_files(folder: Path) -> list[Path]:
+    """The images in a folder and below, by their endings, in order; nothing hidden."""
+    found = (path for path in folder.rglob("*") if path.suffix.lower() in _ENDINGS and path.is_file())
+    return sorted(path for path in found if not any(p[0] == "." for p in path.relative_to(folder).parts))
+
+
+def photographs(paths: Iterable[str | Path]) -> dict[str, Path]:
+    """The files that are named, and those in folders, by their stem, numbered where several have one.
+
+    Raises:
+        ValueError: a file is not there, or a folder has no image.
+    """
+    found: dict[str, Path] = {}
+    for path in map(Path, paths):
+        files = _image_files(path) if path.is_dir() else [path]
+        if not files or not path.exists():
+            raise ValueError(f"no photograph {'in the folder ' if path.is_dir() else ''}{path}")
+        for file in files:
+            names = itertools.chain([file.stem], (f"{file.stem}-{i}" for i in itertools.count(2)))
+            found[next(name for name in names if name not in found)] = file
+    return found
+
+
+def find_images(root: str | Path, without: Collection[str] = ()) -> dict[str, Classes]:
+    """The images of each class in each split that a folder has; "train" alone where it has no splits.
+
+    Args:
+        root: the folder.
+        without: paths relative to it, which are left out.
+
+    Raises:
+        ValueError: it is no folder, has no two classes, a class is empty, or splits differ in their classes.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise ValueError(f"data_dir must be a folder of images, got {root}")
+    places = {
+        split: next((n for n in names if (root / n).is_dir()), None) for split, names in _FOLDERS.items()
+    }
+    if not any(places.values()):
+        places["train"] = ""
+    if places["train"] is None:
+        raise ValueError(f"data_dir {root} has {named(filter(None, places.values()))}, but no train")
+    found: dict[str, Classes] = {}
+    for split, place in places.items():
+        if place is not None:
+            folders = [path for path in sorted((root / place).iterdir()) if path.is_dir()]
+            folders = [path for path in folders if path.name[0] != "." and path.name != MASKS]
+            paths = (
+                (path.name, (p.relative_to(root).as_posix() for p in _image_files(path))) for path in folders
+            )
+            found[split] = {name: [p for p in images if p not in without] for name, images in paths}
+    if len(found["train"]) < 2:
+        what = f"got {named(found['train']) or 'none'}"
+        raise ValueError(f"data_dir {root} must have a folder for each of two or more classes, {what}")
+    for split, classes in found.items():
+        if empty := [name for name, images in classes.items() if not images]:
+            raise ValueError(f"data_dir {root}: no image in {split} of {len(empty)} classes: {named(empty)}")
+        if odd := sorted(classes.keys() ^ found["train"].keys()):
+            raise ValueError(f"data_dir {root}: train and {split} differ in {len(odd)} classes: {named(odd)}")
+    return found
+
+
+def split_folder(found: Mapping[str, Classes], seed: int) -> dict[str, list[str]]:
+    """The images of train, validation and test, as paths; what the folder has not is put aside from train.
+
+    A tenth of each class, at least one image, is drawn by the seed. The training images are shuffled, so that
+    the first of them are of all classes.
+
+    Raises:
+        ValueError: a class has too few images to be split.
+    """
+    splits: dict[str, list[str]] = {split: [] for split in _FOLDERS}
+    missing = [split for split in _FOLDERS if split not in found]
+    for split, classes in found.items():
+        for name, images in classes.items():
+            images = list(images)
+            if split == "train" and missing:
+                random.Random(f"{seed} {name}").shuffle(images)
+                count = max(1, len(images) // _SHARE)
+                if len(images) <= count * len(missing):
+                    raise ValueError(
+                        f"data_dir: class {name} has {len(images)} images, too few to put some aside for "
+                        f"{' and '.join(missing)}"
+                    )
+                for other in missing:
+                    splits[other] += sorted(images.pop() for _ in range(count))
+            splits[split] += images
+    random.Random(seed).shuffle(splits["train"])
+    return splits
+
+
+def check_apart(root: Path, splits: Mapping[str, list[str]]) -> None:
+    """Raise a ValueError if a file's content is in two splits; only files of one size are read."""
+    by_size = defaultdict(list)
+    for split, paths in splits.items():
+        for path in paths:
+            by_size[(root / path).stat().st_size].append((split, path))
+    twice = []
+    for files in by_size.values():
+        if len({split for split, _ in files}) > 1:
+            first: dict[str, tuple[str, str]] = {}
+            for split, path in files:
+                other_split, other = first.setdefault(sha256(root / path), (split, path))
+                if other_split != split:
+                    twice.append(f"{other} ({other_split}) is {path} ({split})")
+    if twice:
+        raise ValueError(f"data_dir {root}: {len(twice)} files are in two splits: {named(twice)}")

@@ -1,0 +1,275 @@
+"""Plans and what they decide: the rule by cases, its errors by simulation, and what records say of their plan."""
+
+import dataclasses
+import re
+
+import numpy as np
+import pytest
+
+from salnb import results
+from salnb.__main__ import main
+from salnb.statistics import holm_levels, interval, p_value
+from salnb.study import plans, verdicts
+from salnb.study.grids import UNCHOSEN, trainings
+from salnb.study.plans import Arm, Gate, Plan, load_plan, twin_of
+from salnb.study.scale import PLANNED
+from salnb.study.weights import choose_balances
+
+PLAN = Plan(
+    study="treated",
+    question="?",
+    decision="!",
+    scale={},
+    settings={},
+    arms={
+        "plain": Arm(settings={"gamma": 0}),
+        "maps": Arm(settings={}, reference="plain", tuned=True, twin=True, primary=True),
+        twin_of("maps"): Arm(settings={"shuffle_pairs": True}, reference="plain", tuned=True, is_twin=True),
+        "other": Arm(settings={}, reference="plain", tuned=True),
+    },
+    balances=(0.1, 0.3),
+)
+
+
+def record(arm, seed, accuracy, *, correlation=0.4, train=0.9, **changes):
+    result = {"test_accuracy": accuracy, "test_correlation": correlation, "train_accuracy": train}
+    factors = {"data": "digit-scenes", "arm": arm, "seed": seed}
+    return {"status": "done", "factors": factors, "result": result, "name": f"{arm}-{seed}"} | changes
+
+
+def study_of(**arms):
+    """Records from accuracies for each seed, with what is special about the arm's runs."""
+    return [
+        record(name.replace("_", ", "), seed, accuracy, **special)
+        for name, (accuracies, special) in arms.items()
+        for seed, accuracy in enumerate(accuracies)
+    ]
+
+
+SPREAD = np.array([-0.02, -0.01, 0.0, 0.01, 0.02])
+TREATED = {"correlation": 0.5}
+
+
+def verdict_of(shift, special, *, scale=0.1, twin=0.0):
+    """The verdicts on "maps", against its reference and its twin."""
+    base = 0.5 + SPREAD[::-1]
+    found = verdicts.judge(
+        PLAN,
+        study_of(
+            plain=(base, {}),
+            maps=(base + shift + scale * SPREAD, special),
+            maps_shuffled=(base + twin - scale * SPREAD, {}),
+        ),
+    )
+    assert [v.against for v in found] == ["plain", "maps, shuffled"]
+    assert all(v.primary for v in found)
+    return [v.verdict for v in found]
+
+
+@pytest.mark.parametrize(
+    ("shift", "special", "scale", "expected"),
+    [
+        (0.05, TREATED, 0.1, "helps"),
+        (-0.05, TREATED, 0.1, "hurts"),
+        (0.001, TREATED, 0.1, "negligible"),
+        (0.02, TREATED, 2.0, "cannot tell"),
+        (0.0, TREATED, 2.0, "cannot tell"),
+        (0.05, {"correlation": 0.449}, 0.1, "not treated"),
+        (0.05, {"correlation": 0.451}, 0.1, "helps"),
+        (0.05, TREATED | {"train": 0.719}, 0.1, "not treated"),
+        (0.05, TREATED | {"train": 0.721}, 0.1, "helps"),
+        (-0.05, {}, 0.1, "not treated"),
+    ],
+)
+def test_the_rule(shift, special, scale, expected):
+    assert verdict_of(shift, special, scale=scale)[0] == expected
+
+
+def test_what_the_twin_has_as_well_is_not_due_to_agreement():
+    assert verdict_of(0.05, TREATED, twin=0.05) == ["helps", "negligible"]
+    assert verdict_of(0.05, TREATED, twin=0.0) == ["helps", "helps"]
+
+
+def test_an_arm_with_a_failed_run_is_not_treated():
+    records = study_of(plain=(0.5 + SPREAD, {}), other=(0.6 + 1.1 * SPREAD, TREATED))
+    assert [v.verdict for v in verdicts.judge(PLAN, records)] == ["helps"]
+    records[-1] |= {"status": "failed", "error": "NonFiniteError"}
+    assert [(v.verdict, v.comparison.n) for v in verdicts.judge(PLAN, records)] == [("not treated", 4)]
+
+
+def test_nothing_is_said_of_arms_without_records():
+    assert verdicts.judge(PLAN, study_of(plain=([0.5], {}))) == []
+
+
+# --- Holm's procedure --------------------------------------------------------------------------------------
+
+
+def rejected_by_holm(p_values, alpha=0.05):
+    """From the definition: the smallest first, each at alpha over those that are left, until one is not."""
+    rejected = [False] * len(p_values)
+    for rank, i in enumerate(np.argsort(p_values, kind="stable")):
+        if p_values[i] >= alpha / (len(p_values) - rank):
+            break
+        rejected[i] = True
+    return rejected
+
+
+def test_adjusted_intervals_leave_out_zero_where_holm_rejects():
+    generator = np.random.default_rng(0)
+    for _ in range(200):
+        samples = generator.normal(generator.choice([0.0, 0.02], 4)[:, None], 0.02, (4, 8))
+        pairs = [[(0.5, 0.5 + d) for d in row] for row in samples]
+        p_values = [p_value(each) for each in pairs]
+        levels = holm_levels(p_values)
+        for each, level, rejected in zip(pairs, levels, rejected_by_holm(p_values), strict=True):
+            low, high = interval(each, 1 - level)
+            assert (low > 0 or high < 0) == rejected
+
+
+def test_p_values_are_those_of_a_paired_t_test():
+    from scipy import stats
+
+    pairs = [(0.5, 0.6), (0.4, 0.43), (0.6, 0.61), (0.3, 0.37)]
+    expected = stats.ttest_rel(*zip(*[(ours, theirs) for theirs, ours in pairs], strict=True))
+    assert p_value(pairs) == pytest.approx(expected.pvalue)
+    assert interval(pairs, 0.9) == pytest.approx(tuple(expected.confidence_interval(0.9)))
+    assert p_value([(0.5, 0.6)] * 3) == p_value([(0.5, 0.6)]) == 1
+    assert holm_levels([]) == []
+
+
+# --- by simulation -----------------------------------------------------------------------------------------
+
+
+def simulated(generator, effect, *, seeds=8, deviation=0.02):
+    """The verdicts on "maps" where each arm differs from the reference by `effect` on average."""
+    base = generator.normal(0.5, 0.05, seeds)
+    arms = {
+        name: (base + shift + generator.normal(0, deviation, seeds), TREATED)
+        for name, shift in (("maps", effect), ("maps_shuffled", 0.0))
+    }
+    return [v.verdict for v in verdicts.judge(PLAN, study_of(plain=(base, {}), **arms))]
+
+
+def share(effect, what, runs=400, **options):
+    generator = np.random.default_rng(1)
+    return np.mean([what(simulated(generator, effect, **options)) for _ in range(runs)])
+
+
+def claims(found):
+    return bool({"helps", "hurts"} & set(found))
+
+
+def test_without_an_effect_a_claim_is_as_rare_as_promised():
+    assert share(0.0, claims) <= 0.05 + 3 * (0.05 * 0.95 / 400) ** 0.5
+
+
+def test_a_large_effect_is_found_and_a_relevant_one_rarely_called_negligible():
+    assert share(0.06, lambda found: found[0] == "helps") > 0.95
+    assert share(0.01, lambda found: found[0] == "negligible", deviation=0.01) <= 0.05 + 0.033
+    assert share(0.0, lambda found: found[0] == "negligible", deviation=0.005) > 0.9
+
+
+# --- tables ------------------------------------------------------------------------------------------------
+
+
+def test_tables_say_how_far_maps_agree_first():
+    records = study_of(plain=(0.5 + SPREAD, {}), maps=(0.6 + 1.1 * SPREAD, TREATED))
+    table = verdicts.agreement_table(records, "arm").splitlines()
+    assert table[0].startswith("| data | arm | seeds | correlation | of 4×4 blocks |")
+    assert "| digit-scenes | maps | 5 | 0.500 | – |" in table[3]
+    assert verdicts.agreement_table([r | {"result": {"test_accuracy": 1.0}} for r in records], "arm") == ""
+    rows = verdicts.markdown(verdicts.judge(PLAN, records)).splitlines()
+    assert len(rows) == 3
+    assert re.search(r"\*\*maps\*\* \| plain \| 5 \| \+0.100 \| \+10.0 \| .* \| helps \|", rows[2])
+
+
+# --- the choice of a share ---------------------------------------------------------------------------------
+
+
+def tuning(**accuracies):
+    return [
+        {
+            "status": "done" if accuracy else "failed",
+            "factors": {"arm": arm, "balance": balance, "seed": seed},
+            "result": {"train_accuracy": accuracy},
+        }
+        for arm, by_balance in {"plain": {"0": [0.5, 0.6]}, **accuracies}.items()
+        for balance, values in by_balance.items()
+        for seed, accuracy in enumerate(values)
+    ]
+
+
+def test_the_largest_share_with_which_no_run_collapses_is_chosen():
+    records = tuning(
+        maps={"0.1": [0.5, 0.5], "0.3": [0.5, 0.47]},  # 0.48 is 0.8 of the reference's
+        other={"0.1": [0.41, 0.6], "0.3": [0.41, 0.49]},
+    )
+    assert choose_balances(PLAN, records) == {"maps": 0.1, "other": 0.3}
+    records = tuning(maps={"0.1": [0.1, 0.1], "0.3": [0.9, None]}, other={"0.1": [1, 1], "0.3": [1, 1]})
+    assert choose_balances(PLAN, records) == {"maps": 0.1, "other": 0.3}
+
+
+# --- the plans ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("study", PLANNED)
+def test_every_plan_is_sound(study):
+    plan = load_plan(study)
+    scale = plan.own_scale()
+    assert scale.name == "plan"
+    assert scale.training["test_scenes"] >= 10_000
+    assert scale.training["precision"] == "32"
+    assert any(arm.primary for arm in plan.arms.values())
+    planned = trainings(study, scale, *UNCHOSEN)
+    assert {t.factors["seed"] for t in planned} == set(scale.seeds)
+    choice = trainings(f"{study}-tuning", scale, *UNCHOSEN)
+    assert {t.factors["seed"] for t in choice}.isdisjoint(scale.seeds)
+    settings = {t.factors["arm"]: {k: v for k, v in t.settings.items() if k != "seed"} for t in planned}
+    for name, arm in plan.arms.items():
+        if arm.twin:
+            assert settings[twin_of(name)] == settings[name] | {"shuffle_pairs": True}
+
+
+def test_a_twin_has_the_share_of_its_arm():
+    plan = load_plan("treated")
+    chosen = {name: 0.01 * i for i, name in enumerate(plan.candidates(), 1)}
+    planned = trainings("treated", plan.own_scale(), chosen, UNCHOSEN[1])
+    shares = {t.factors["arm"]: t.settings.get("balance") for t in planned}
+    for name, arm in plan.arms.items():
+        if arm.twin:
+            assert shares[name] == shares[twin_of(name)] == chosen[name]
+    assert shares["silu"] is None
+
+
+def test_a_record_names_the_commit_of_its_plan(monkeypatch, tmp_path):
+    (tmp_path / "plans").mkdir()
+    (tmp_path / "plans" / "treated.yml").write_text("x")
+    monkeypatch.setattr(results, "published", lambda: tmp_path)
+    monkeypatch.setattr(results, "last_commit", lambda path: f"of {path.name}")
+    found = plans.identity("treated")
+    assert found["file"] == "results/plans/treated.yml"
+    assert found["commit"] == "of treated.yml"
+    assert found["sha256"] == "2d711642b726b04401627ca9fbac32f5c8530fb1903cc4db02258717921a4881"
+
+
+def test_unknown_names_are_told():
+    with pytest.raises(ValueError, match=r"plan 'treatd' is unknown.*did you mean 'treated'"):
+        load_plan("treatd")
+    assert main(["study", "gamma", "--scale", "plan", "--out", "x"]) == 2
+
+
+def test_a_study_with_a_plan_runs_from_its_choice_to_its_verdicts(tmp_path, capsys, monkeypatch):
+    plan = load_plan("treated")
+    arms = {name: plan.arms[name] for name in ("silu", "silu zscore", twin_of("silu zscore"))}
+    small = dataclasses.replace(plan, arms=arms, balances=(0.1,), gate=Gate(rise=-2.0, accuracy=0.0))
+    for module in ("grids", "runner"):
+        monkeypatch.setattr(f"salnb.study.{module}.load_plan", lambda study: small)
+    monkeypatch.setattr("salnb.__main__.load_plan", lambda study: small)
+    assert main(["study", "treated", "--scale", "smoke", "--out", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert out.index("correlation") < out.index("verdict")
+    assert len(list((tmp_path / "treated").glob("*.json"))) == 6
+    assert len(list((tmp_path / "treated-tuning").glob("*.json"))) == 2
+    record = results.read_record(next((tmp_path / "treated").glob("*silu_zscore-seed0.json")))
+    assert record["result"]["config"]["balance"] == 0.1
+    assert "plan" not in record
