@@ -300,7 +300,7 @@ def _invariance(features: dict[str, Tensor], n: int, settings: TermSettings) -> 
 def _saliency(
     augmentation: Augmentation, maps: Tensor, params: Any, known: Tensor | None, settings: TermSettings
 ) -> Tensor:
-    """Eq. 7 of the 2N maps, of the pairs (N,) whose class is known; None: all."""
+    """The loss of eq. 7 of the 2N maps, of the pairs (N,) whose class is known; None: all."""
     n = len(maps) // 2
     first = maps[:n].detach() if settings.detach_original else maps[:n]
     first, second, valid = augmentation.align(first, maps[n:], params)
