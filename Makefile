@@ -105,11 +105,21 @@ OLDEST_PYTEST := OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n 2 -p no:cac
 NOT_PACKAGE := book tools test_makefile.py test_project.py test_workflows.py
 QUICK := saliency objective double_backward test_losses.py test_trust.py test_pool.py
 
-# some of them have wheels for no newer Python
-$(OLDEST)/.ready: PYTHON = python3.11
+# some of them have wheels for no newer Python than 3.11; a name on the path may be of one that does not run
+IS_OLDEST := import sys, venv, ensurepip; sys.exit(sys.version_info[:2] != (3, 11))
+PYTHON_OLDEST = $(shell for python in $(PYTHON) python3.11; do \
+	$$python -c '$(IS_OLDEST)' 2>/dev/null && echo $$python && break; done)
+
+CHECK_PYTHON_OLDEST = test -n '$(PYTHON_OLDEST)' || \
+	{ echo "the oldest versions need Python 3.11, and there is none: make PYTHON=…"; exit 1; }
+
+.PHONY: has-python-oldest
+has-python-oldest:
+	@$(CHECK_PYTHON_OLDEST)
+
 $(OLDEST)/.ready: pyproject.toml constraints-oldest.txt
-	@$(CHECK_PYTHON)
-	@$(PYTHON) tools/install.py $(OLDEST) --constraint constraints-oldest.txt --editable '.[train]' \
+	@$(CHECK_PYTHON_OLDEST)
+	@$(PYTHON_OLDEST) tools/install.py $(OLDEST) --constraint constraints-oldest.txt --editable '.[train]' \
 		foolbox hypothesis matplotlib pytest pytest-xdist seaborn timm
 	@$(OLDEST)/bin/pip list --format freeze > $@
 

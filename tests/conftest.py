@@ -1,15 +1,38 @@
 """Fixtures that every test module shares."""
 
 import os
+import signal
 
 # before torch is imported: sums of several threads differ in their last bits, and runs are compared to the bit
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
+from salnb.objective.precision import tf32
 from tests.helpers import runs
 from tests.helpers.paper_files import put_files
+
+# a shell starts what runs in the background with Ctrl-C ignored, and so would be all processes of the tests
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--device", default="cpu", choices=("cpu", "cuda"), help="of the tests on_device")
+
+
+def pytest_configure(config):
+    if config.getoption("--device") == "cuda" and not torch.cuda.is_available():
+        raise pytest.UsageError("there is no GPU for CUDA on this machine: take --device cpu")
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "device" in getattr(item, "fixturenames", ()):
+            item.add_marker("on_device")
 
 
 @pytest.fixture(autouse=True)
@@ -22,9 +45,11 @@ def _repeatable():
 
 
 @pytest.fixture
-def device():
-    """The accelerator where there is one, so that the same suite runs on CPU and on CUDA."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def device(request):
+    """What `--device` names, where a test makes its networks and images; float32 is not rounded to TF32 there."""
+    named = torch.device(request.config.getoption("--device"))
+    with tf32(False) if named.type == "cuda" else nullcontext():
+        yield named
 
 
 @pytest.fixture(scope="module")

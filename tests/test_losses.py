@@ -22,14 +22,14 @@ EVERY = list(itertools.product(sorted(NORMALIZATIONS), sorted(DISTANCES)))
 SCALED = sorted(NORMALIZATIONS - {"none"})
 
 
-def maps_like(*shape, dtype=torch.float64):
-    return torch.rand(*shape, dtype=dtype) + 0.1
+def maps_like(*shape, dtype=torch.float64, device="cpu"):
+    return (torch.rand(*shape, dtype=dtype) + 0.1).to(device)
 
 
-def half_valid(n=4, h=5, w=6):
+def half_valid(n=4, h=5, w=6, device="cpu"):
     valid = torch.rand(n, 1, h, w) < 0.5
     valid[:, :, 0, :2] = True
-    return valid
+    return valid.to(device)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -37,15 +37,16 @@ def half_valid(n=4, h=5, w=6):
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8], ids=str)
-def test_class_loss_is_the_mean_negative_log_probability(dtype):
-    logits, target = torch.randn(6, 4).double(), torch.tensor([0, 1, 2, 3, 0, 1])
+def test_class_loss_is_the_mean_negative_log_probability(dtype, device):
+    logits, target = torch.randn(6, 4).double().to(device), torch.tensor([0, 1, 2, 3, 0, 1], device=device)
     expected = -sum(logits[i].softmax(0)[c].log() for i, c in enumerate(target)) / 6
     assert_close(class_loss(logits, target.to(dtype)), expected)
     assert_close(class_loss(logits, F.one_hot(target)), expected)
 
 
-def test_class_loss_of_mixed_labels():
-    logits, a, b = torch.randn(6, 4).double(), torch.randint(0, 4, (6,)), torch.randint(0, 4, (6,))
+def test_class_loss_of_mixed_labels(device):
+    drawn = torch.randn(6, 4).double(), torch.randint(0, 4, (6,)), torch.randint(0, 4, (6,))
+    logits, a, b = (tensor.to(device) for tensor in drawn)
     weights = 0.3 * F.one_hot(a, 4).double() + 0.7 * F.one_hot(b, 4).double()
     assert_close(class_loss(logits, weights), 0.3 * class_loss(logits, a) + 0.7 * class_loss(logits, b))
 
@@ -70,13 +71,13 @@ def test_class_loss_refuses(logits, target):
 # eq. 6
 
 
-def features():
-    return {"a": torch.randn(2, 3, 4, 4).double(), "b.c": torch.randn(2, 7).double()}
+def features(device="cpu"):
+    return {"a": torch.randn(2, 3, 4, 4).double().to(device), "b.c": torch.randn(2, 7).double().to(device)}
 
 
 @pytest.mark.parametrize(("distance", "power"), [("l1", 1), ("l2", 2)], ids=["l1", "l2"])
-def test_invariance_loss_is_a_sum_over_layers_of_means(distance, power):
-    old, new = features(), features()
+def test_invariance_loss_is_a_sum_over_layers_of_means(distance, power, device):
+    old, new = features(device), features(device)
     means = {k: ((old[k] - new[k]).abs() ** power).mean() for k in old}
     assert_close(invariance_loss(old, new, distance=distance), means["a"] + means["b.c"])
     assert_close(
@@ -92,8 +93,8 @@ def test_invariance_loss_takes_sequences_and_any_order_of_names():
     assert_close(invariance_loss(old, dict(reversed(new.items())), weights={"b.c": 2, "a": 1}), expected)
 
 
-def test_invariance_loss_is_zero_for_equal_features():
-    old = {k: v.requires_grad_() for k, v in features().items()}
+def test_invariance_loss_is_zero_for_equal_features(device):
+    old = {k: v.requires_grad_() for k, v in features(device).items()}
     loss = invariance_loss(old, {k: v.detach() for k, v in old.items()})
     assert loss == 0
     assert all((g == 0).all() for g in torch.autograd.grad(loss, list(old.values())))
@@ -153,29 +154,29 @@ def compared_slowly(a, b, distance):
 @pytest.mark.parametrize("channels", [1, 3], ids=["one channel", "three channels"])
 @pytest.mark.parametrize("masked", [True, False], ids=["masked", "everywhere"])
 @pytest.mark.parametrize(("normalize", "distance"), EVERY)
-def test_saliency_loss_by_its_definition(normalize, distance, masked, channels):
-    maps, new = torch.randn(2, 4, channels, 5, 6).double()
-    valid = half_valid() if masked else None
+def test_saliency_loss_by_its_definition(normalize, distance, masked, channels, device):
+    maps, new = torch.randn(2, 4, channels, 5, 6).double().to(device)
+    valid = half_valid(device=device) if masked else None
     total = 0
     for i in range(4):
         where = valid[i].expand_as(maps[i]) if masked else torch.ones_like(maps[i], dtype=torch.bool)
         a, b = (normalised_slowly(m[i][where].tolist(), normalize) for m in (maps, new))
         total += compared_slowly(a, b, distance) / 4
     actual = saliency_loss(maps, new, valid, normalize=normalize, distance=distance)
-    assert_close(actual, torch.tensor(total, dtype=torch.float64))
+    assert_close(actual, torch.tensor(total, dtype=torch.float64, device=device))
 
 
-def test_the_paper_s_loss_is_the_default():
-    maps, new = maps_like(2, 4, 1, 5, 6)
+def test_the_paper_s_loss_is_the_default(device):
+    maps, new = maps_like(2, 4, 1, 5, 6, device=device)
     expected = ((maps / maps.amax((2, 3), keepdim=True) - new / new.amax((2, 3), keepdim=True)) ** 2).mean()
     assert_close(saliency_loss(maps, new), expected)
     assert_close(saliency_loss(maps, new, normalize=None), ((maps - new) ** 2).mean())
 
 
 @pytest.mark.parametrize(("normalize", "distance"), EVERY)
-def test_saliency_loss_gradient(normalize, distance):
-    maps, new = (m.requires_grad_() for m in maps_like(2, 3, 1, 3, 4))
-    valid = half_valid(3, 3, 4)
+def test_saliency_loss_gradient(normalize, distance, device):
+    maps, new = (m.requires_grad_() for m in maps_like(2, 3, 1, 3, 4, device=device))
+    valid = half_valid(3, 3, 4, device)
     assert gradcheck(
         lambda a, b: saliency_loss(a, b, valid, normalize=normalize, distance=distance), (maps, new)
     )
@@ -183,19 +184,19 @@ def test_saliency_loss_gradient(normalize, distance):
 
 @pytest.mark.parametrize("distance", sorted(DISTANCES))
 @pytest.mark.parametrize("normalize", SCALED)
-def test_a_constant_factor_changes_nothing(normalize, distance):
-    maps, new = maps_like(2, 4, 1, 5, 6)
+def test_a_constant_factor_changes_nothing(normalize, distance, device):
+    maps, new = maps_like(2, 4, 1, 5, 6, device=device)
     expected = saliency_loss(maps, new, normalize=normalize, distance=distance)
-    factors = torch.logspace(-6, 6, 4).double().view(4, 1, 1, 1)  # each sample has its own
+    factors = torch.logspace(-6, 6, 4).double().view(4, 1, 1, 1).to(device)  # each sample has its own
     assert_close(saliency_loss(factors * maps, new, normalize=normalize, distance=distance), expected)
     assert_close(saliency_loss(maps, new / factors, normalize=normalize, distance=distance), expected)
 
 
 @pytest.mark.parametrize("factor", [1e-25, 2.0**-14, 1.0, 6e4, 1e25], ids=str)
 @pytest.mark.parametrize("normalize", SCALED)
-def test_a_constant_factor_scales_the_gradient_inversely(normalize, factor):
+def test_a_constant_factor_scales_the_gradient_inversely(normalize, factor, device):
     """Also for factors whose squares leave the range of float32."""
-    maps, new = maps_like(2, 4, 1, 5, 6, dtype=torch.float32)
+    maps, new = maps_like(2, 4, 1, 5, 6, dtype=torch.float32, device=device)
 
     def gradient(scale):
         scaled = (scale * maps).requires_grad_()
@@ -206,8 +207,8 @@ def test_a_constant_factor_scales_the_gradient_inversely(normalize, factor):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("normalize", SCALED)
-def test_half_precision_is_compared_in_single(normalize, dtype):
-    maps, new = (m.to(dtype) for m in maps_like(2, 4, 1, 64, 64, dtype=torch.float32) * 200)
+def test_half_precision_is_compared_in_single(normalize, dtype, device):
+    maps, new = (m.to(dtype) for m in maps_like(2, 4, 1, 64, 64, dtype=torch.float32, device=device) * 200)
     loss = saliency_loss(maps, new, normalize=normalize)
     assert loss.dtype == torch.float32
     assert_close(loss, saliency_loss(maps.float(), new.float(), normalize=normalize))
@@ -219,15 +220,15 @@ DEGENERATE = {
     "constant, tiny": lambda m: torch.full_like(m, 1e-20),
     "constant up to rounding": lambda m: 0.3 + 1e-7 * m,
     "smaller than can be divided by": lambda m: m * torch.finfo(m.dtype).tiny,
-    "one pixel": lambda m: torch.zeros_like(m).index_fill_(-1, torch.tensor(2), 1.0),
+    "one pixel": lambda m: torch.zeros_like(m).index_fill_(-1, torch.tensor(2, device=m.device), 1.0),
 }
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize(("normalize", "distance"), EVERY)
 @pytest.mark.parametrize("make", DEGENERATE.values(), ids=DEGENERATE)
-def test_degenerate_maps_have_finite_losses_and_gradients(make, normalize, distance, dtype):
-    ordinary = maps_like(3, 1, 5, 6, dtype=dtype)
+def test_degenerate_maps_have_finite_losses_and_gradients(make, normalize, distance, dtype, device):
+    ordinary = maps_like(3, 1, 5, 6, dtype=dtype, device=device)
     degenerate = make(ordinary)
     largest = degenerate.abs().max()
     for a, b in itertools.permutations([ordinary, degenerate]):
@@ -243,10 +244,10 @@ def test_degenerate_maps_have_finite_losses_and_gradients(make, normalize, dista
 
 
 @pytest.mark.parametrize(("normalize", "distance"), EVERY)
-def test_no_valid_pixel(normalize, distance):
+def test_no_valid_pixel(normalize, distance, device):
     """A sample without one does not count; a batch without one has a loss of zero, and gradients of zero."""
-    maps, new = (m.requires_grad_() for m in maps_like(2, 3, 1, 5, 6))
-    valid = torch.ones(3, 1, 5, 6, dtype=torch.bool)
+    maps, new = (m.requires_grad_() for m in maps_like(2, 3, 1, 5, 6, device=device))
+    valid = torch.ones(3, 1, 5, 6, dtype=torch.bool, device=device)
     valid[1] = False
     options = {"normalize": normalize, "distance": distance}
     loss = saliency_loss(maps, new, valid, **options)
@@ -260,9 +261,9 @@ def test_no_valid_pixel(normalize, distance):
 
 @pytest.mark.parametrize("rubbish", [1e30, float("inf"), float("nan")], ids=str)
 @pytest.mark.parametrize(("normalize", "distance"), EVERY)
-def test_pixels_that_are_not_valid_have_no_say(normalize, distance, rubbish):
-    maps, new = maps_like(2, 4, 1, 5, 6)
-    valid = half_valid()
+def test_pixels_that_are_not_valid_have_no_say(normalize, distance, rubbish, device):
+    maps, new = maps_like(2, 4, 1, 5, 6, device=device)
+    valid = half_valid(device=device)
     expected = saliency_loss(maps, new, valid, normalize=normalize, distance=distance)
     spoilt = torch.where(valid, maps, rubbish).requires_grad_()
     loss = saliency_loss(spoilt, new, valid, normalize=normalize, distance=distance)

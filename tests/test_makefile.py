@@ -204,6 +204,38 @@ def test_an_old_python_is_refused_in_one_line(bare):
     assert said == [f"Python 3.11 or newer is needed, {old} is 3.8: make PYTHON=python3.12"]
 
 
+@pytest.mark.parametrize(
+    ("versions", "found"),
+    [
+        ({"python3": (3, 11), "python3.11": (3, 11)}, "python3"),
+        ({"python3": (3, 13), "python3.11": (3, 11)}, "python3.11"),
+        ({"python3.11": (3, 11)}, "python3.11"),
+        ({"python3": (3, 11)}, "python3"),
+        ({"python3": (3, 12), "python3.11": None}, None),
+        ({}, None),
+    ],
+    ids=str,
+)
+def test_the_oldest_versions_take_the_python_that_they_need(bare, monkeypatch, versions, found):
+    """Or one line says that there is none; None is a name behind which there is nothing, as pyenv has them."""
+    commands = bare / "bin"
+    commands.mkdir()
+    for name in ("make", "bash", "find"):
+        (commands / name).symlink_to(shutil.which(name))
+    for name, version in versions.items():
+        run = f'{sys.executable} -S -c "import sys; sys.version_info = {version}; $2"' if version else "false"
+        (commands / name).write_text(f"#!{shutil.which('sh')}\n{run}\n")
+        (commands / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(commands))
+    ended = make(bare, "--silent", "has-python-oldest", check=False)
+    if found:
+        assert (ended.returncode, ended.stdout) == (0, "")
+        assert f"\n{found} tools/install.py .venv-oldest" in plan(bare, "test-oldest-quick")
+    else:
+        assert ended.returncode != 0
+        assert ended.stdout == "the oldest versions need Python 3.11, and there is none: make PYTHON=…\n"
+
+
 def test_a_missing_python_is_named_in_one_line(bare):
     ended = make(bare, "env", "PYTHON=no-such-python", check=False)
     assert ended.returncode != 0

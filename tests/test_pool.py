@@ -172,7 +172,7 @@ def test_eager_and_compiled_agree(monkeypatch):
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(4 * 25, 4)).double()
     eager = Objective(model, Affine(20), alpha=0.0, pool=2)
     compiled = copy.deepcopy(eager)
-    compiled.compile()
+    compiled.compile(backend="eager")
     for pool, traced in ((2, 1), (2, 1), (3, 2)):
         eager.pool = compiled.pool = pool
         images = torch.rand(4, 3, 7, 7, dtype=torch.float64)

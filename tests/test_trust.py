@@ -41,12 +41,12 @@ def slow_hit(values, on):
 @pytest.mark.parametrize(
     ("measure", "slow"), [(trust.share_on_object, slow_share), (trust.pointing_hit, slow_hit)]
 )
-def test_agrees_with_the_definition(measure, slow, dtype):
-    maps, masks = maps_and_masks(dtype=dtype)
+def test_agrees_with_the_definition(measure, slow, dtype, device):
+    maps, masks = (tensor.to(device) for tensor in maps_and_masks(dtype=dtype))
     found = measure(maps, masks)
     expected = [slow(pixels(m), pixels(o)) for m, o in zip(maps.double(), masks, strict=True)]
     assert found.dtype == torch.promote_types(dtype, torch.float32)
-    assert_close(found, torch.tensor(expected, dtype=found.dtype))
+    assert_close(found, torch.tensor(expected, dtype=found.dtype, device=device))
 
 
 @pytest.mark.parametrize("measure", [trust.share_on_object, trust.pointing_hit])
@@ -78,7 +78,7 @@ def slow_ranks(values):
 
 
 @DTYPES
-def test_rank_correlation_agrees_with_the_definition(dtype):
+def test_rank_correlation_agrees_with_the_definition(dtype, device):
     maps, _ = maps_and_masks(dtype=dtype)
     others, _ = maps_and_masks(dtype=dtype)
     ranks = [
@@ -86,7 +86,7 @@ def test_rank_correlation_agrees_with_the_definition(dtype):
         for a, b in zip(maps, others, strict=True)
     ]
     expected = torch.stack([torch.corrcoef(pair.double())[0, 1] for pair in ranks])
-    assert_close(trust.rank_correlation(maps, others), expected)
+    assert_close(trust.rank_correlation(maps.to(device), others.to(device)), expected.to(device))
 
 
 def test_rank_correlation_sees_the_order_only():
@@ -106,7 +106,7 @@ def test_a_constant_map_correlates_with_nothing():
 
 
 @DTYPES
-def test_correlation_agrees_with_the_definition(dtype):
+def test_correlation_agrees_with_the_definition(dtype, device):
     generator = torch.Generator().manual_seed(2)
     maps, others = (torch.randn(4, 1, 5, 6, generator=generator).to(dtype) for _ in range(2))
     valid = torch.rand(maps.shape, generator=generator) > 0.3
@@ -114,7 +114,8 @@ def test_correlation_agrees_with_the_definition(dtype):
         torch.corrcoef(torch.stack([a[on], b[on]]).double())[0, 1]
         for a, b, on in zip(maps, others, valid, strict=True)
     ]
-    assert_close(trust.correlation(maps, others, valid), torch.stack(expected))
+    maps, others, valid = (tensor.to(device) for tensor in (maps, others, valid))
+    assert_close(trust.correlation(maps, others, valid), torch.stack(expected).to(device))
     assert_close(trust.correlation(maps, others), trust.correlation(maps, others, torch.ones_like(valid)))
 
 
@@ -166,15 +167,15 @@ CURVES = {"deletion": trust.deletion_curve, "insertion": trust.insertion_curve}
 
 @pytest.mark.parametrize("steps", [1, 5, 42])
 @pytest.mark.parametrize("which", CURVES)
-def test_curves_agree_with_the_definition(which, steps):
-    model, x, maps, gone = scene()
-    target = torch.tensor([0, 3, 1])
+def test_curves_agree_with_the_definition(which, steps, device):
+    model, x, maps, gone = (part.to(device) for part in scene())
+    target = torch.tensor([0, 3, 1], device=device)
     found = CURVES[which](model, x, maps, target, replacement=gone, steps=steps)
     expected = [
         slow_curve(model, *of_image, steps, insert=which == "insertion")
         for of_image in zip(x, map(pixels, maps), target, gone, strict=True)
     ]
-    assert_close(found, torch.tensor(expected, dtype=torch.float64))
+    assert_close(found, torch.tensor(expected, dtype=torch.float64, device=device))
 
 
 @pytest.mark.parametrize("which", CURVES)

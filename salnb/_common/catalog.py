@@ -88,8 +88,10 @@ METHODS = {
         "SmoothGrad", options=("n_samples", "noise_level"), repeats="n_samples", map_passes=6
     ),
     # the layer that Grad-CAM looks at is next to the scores
-    "grad_cam": MethodSpec("Grad-CAM", pixels=False, layer=True, options=("layer",), map_passes=0),
-    "guided_grad_cam": MethodSpec("Guided Grad-CAM", layer=True, rule="guided_backprop", options=("layer",)),
+    "grad_cam": MethodSpec("Grad-CAM", pixels=False, layer=True, options=("layer", "reshape"), map_passes=0),
+    "guided_grad_cam": MethodSpec(
+        "Guided Grad-CAM", layer=True, rule="guided_backprop", options=("layer", "reshape")
+    ),
 }
 NORMALIZATIONS = ("l2", "max", "none", "sum", "zscore")
 DISTANCES = ("cosine", "l1", "mse")

@@ -129,9 +129,9 @@ def as_target(target: Any, n: int) -> Any:
     What was made in inference mode is copied, as it can take part in no graph.
     """
     if not isinstance(target, Tensor):
-        whole = (
-            hasattr(target, "__index__") and not isinstance(target, bool) and not getattr(target, "ndim", 0)
-        )
+        # NumPy 1 takes its truth values, `bool_`, for indices
+        truth = type(target).__name__ in ("bool", "bool_")
+        whole = hasattr(target, "__index__") and not truth and not getattr(target, "ndim", 0)
         return operator.index(target) if whole else target
     target = target.clone() if target.is_inference() else target
     return target.expand(n) if target.ndim == 0 and _is_integer(target) else target

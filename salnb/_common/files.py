@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-__all__ = ["DamagedFileError", "load_hashed", "locked", "place_error", "remove_drafts"]
+__all__ = ["DamagedFileError", "check_writable", "load_hashed", "locked", "place_error", "remove_drafts"]
 __all__ += ["save_hashed", "sha256", "write_atomic"]
 
 # what a killed process may leave behind begins with this
@@ -31,6 +31,22 @@ _OF_PLACES = {
 
 class DamagedFileError(RuntimeError):
     """A file is not what was written: it is truncated or altered."""
+
+
+def check_writable(path: Path) -> None:
+    """Raise what writing a file would raise, whose folders need not be there yet.
+
+    Raises:
+        OSError: it is a folder, lies in what is none or cannot be written to, or a name is too long.
+    """
+    if os.path.isdir(path):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    existing = next(folder for folder in path.parents if os.path.exists(folder))
+    with tempfile.TemporaryFile(dir=existing):
+        pass
+    for name in (path, *(existing / part for part in path.parts)):  # names may be too long
+        with contextlib.suppress(FileNotFoundError):
+            name.lstat()
 
 
 def write_atomic(path: str | Path, content: bytes) -> None:

@@ -222,7 +222,7 @@ class Augmentation(nn.Module, Generic[P]):
             ValueError: too few images for an augmentation that mixes them.
         """
         check_images(images)
-        if not isinstance(generator, torch.Generator | None):
+        if generator is not None and not isinstance(generator, torch.Generator):
             raise TypeError(f"generator must be a torch.Generator or None, got {generator!r}")
         if len(images) < self.least_samples:
             raise ValueError(

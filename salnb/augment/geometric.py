@@ -241,15 +241,13 @@ class ResizedCrop(Geometric[CropParams]):
         area = draw.uniform(*self.scale, self.attempts) * (high * wide)
         ratio = draw.uniform(math.log(self.ratio[0]), math.log(self.ratio[1]), self.attempts).exp()
         sides = torch.stack([(area / ratio).sqrt(), (area * ratio).sqrt()], -1).round().long()
-        fits = ((sides > 0) & (sides <= sides.new_tensor(draw.size))).all(-1)
+        fits = (sides > 0).all(-1) & (sides[..., 0] <= high) & (sides[..., 1] <= wide)
         # the first attempt that fits; where none does, the largest central box of an allowed ratio
         first = sides[torch.arange(len(sides), device=sides.device), fits.byte().argmax(-1)]
         limited = min(max(wide / high, self.ratio[0]), self.ratio[1])
         largest = (max(1, min(high, round(wide / limited))), max(1, min(wide, round(high * limited))))
         found = fits.any(-1)
-        height, width = (
-            torch.where(found, first[:, axis], first.new_tensor(largest[axis])) for axis in (0, 1)
-        )
+        height, width = (torch.where(found, first[:, axis], largest[axis]) for axis in (0, 1))
         top = torch.where(found, draw.integers(high - height + 1), (high - height) // 2)
         left = torch.where(found, draw.integers(wide - width + 1), (wide - width) // 2)
         return CropParams(torch.stack([top, left, height, width], -1))

@@ -86,9 +86,13 @@ def class_weights(target: Tensor, num_classes: int | None, dtype: torch.dtype) -
     return (target[:, None] == torch.arange(num_classes, device=target.device)).to(dtype)
 
 
-def both_targets(target: Tensor, new_target: Tensor, num_classes: int) -> Tensor:
-    """The targets of originals and augmented images: (2N,) labels, or (2N, K) weights if any are mixed."""
-    check_labels(target, num_classes)
+def both_targets(target: Tensor, new_target: Tensor, num_classes: int, *, check: bool = True) -> Tensor:
+    """The targets of originals and augmented images: (2N,) labels, or (2N, K) weights if any are mixed.
+
+    Without `check`, labels may be no classes, and weights no distributions.
+    """
+    if check:
+        check_labels(target, num_classes)
     if target.ndim < new_target.ndim:
         target = class_weights(target, num_classes, new_target.dtype)
     return torch.cat([target, new_target])
@@ -111,8 +115,8 @@ class CutOut(Augmentation[CutOutParams]):
 
     def _draw(self, draw: Draw) -> CutOutParams:
         centre = torch.stack([draw.integers(length) for length in draw.size], -1)
-        sides = torch.tensor([round(self.size * length) for length in draw.size], device=draw.device)
-        return CutOutParams(clipped_box(centre, sides.expand_as(centre), draw.size))
+        sides = [torch.full_like(centre[:, 0], round(self.size * length)) for length in draw.size]
+        return CutOutParams(clipped_box(centre, torch.stack(sides, -1), draw.size))
 
     def _transform(self, images: Tensor, params: CutOutParams) -> Tensor:
         return images.masked_fill(inside(params.box, images.shape[-2:]), 0)

@@ -126,7 +126,8 @@ def valid_mask(warp: Warp, size: Sequence[int], valid: Tensor | None = None) -> 
         valid: `(N, 1, H, W)` booleans, where the old image is real; None is everywhere.
     """
     height, width = size
-    edge = warp.backward.new_tensor([(width - 1) / 2, (height - 1) / 2])[:, None]
+    # each number by itself: a GPU would have to be waited for while a list is copied to it
+    edge = torch.stack([warp.backward.new_full((1,), (length - 1) / 2) for length in (width, height)])
     box = torch.cat([-edge, edge], -1).expand(len(warp.backward), 2, 2)
     if warp.box is not None:
         box = torch.stack(

@@ -211,7 +211,7 @@ def reentrant_explained() -> Iterator[None]:
         raise RuntimeError(
             "a saliency map cannot be taken through reentrant checkpointing: call torch.utils.checkpoint "
             "with use_reentrant=False (transformers: gradient_checkpointing_kwargs={'use_reentrant': False}; "
-            "timm: timm.layers.set_reentrant_ckpt(False))"
+            "timm, from 1.0.13 on: timm.layers.set_reentrant_ckpt(False))"
         ) from error
 
 

@@ -62,10 +62,12 @@ class CompiledStep:
     ) -> Losses:
         """What `step_losses` returns, but that only the total can be called `backward()` on."""
         images = inputs.images
-        if images.requires_grad:
+        if images.requires_grad or any(value.requires_grad for value in inputs.model_kwargs.values()):
             raise ValueError(
-                "images must not require a gradient after compile(): only the parameters' are computed"
+                "images must not require a gradient after compile(), nor must model_kwargs: "
+                "only the parameters' are computed"
             )
+        self._check_compiler(images)
         given, structure = pytree.tree_flatten(inputs)
         step = _TracedStep(modules, settings, structure)
         state = dict(step.named_parameters()) | dict(step.named_buffers())
@@ -82,8 +84,9 @@ class CompiledStep:
             with refuse_what_a_graph_forgets(step, key_of_the_moment):
                 graph = _compile(step, tensors, self.options)
             self._graphs[key] = graph
-        unlabelled_too = inputs.target.clamp(min=0) if settings.confidence else inputs.target
-        check_labels(unlabelled_too, graph.num_classes)
+        if modules.class_term.own is None:
+            unlabelled_too = inputs.target.clamp(min=0) if settings.confidence else inputs.target
+            check_labels(unlabelled_too, graph.num_classes)
 
         with torch.no_grad(), full_precision(images):  # all casts are in the graph
             results = graph.run(*tensors)
@@ -94,6 +97,16 @@ class CompiledStep:
         total = _ReturnPrecomputedGradients.apply(value, gradients, *step.trained())
         has_saliency = settings.has_saliency
         return Losses(total, classes, invariance, salience, logits, has_saliency, gamma, consistent)
+
+    def _check_compiler(self, images: Tensor) -> None:
+        """Refuse the C++ of an Inductor that writes more than its buffers hold (pytorch#159154)."""
+        inductor = self.options.get("backend", "inductor") == "inductor"
+        if inductor and images.device.type == "cpu" and torch.__version__ < "2.9":
+            raise RuntimeError(
+                f"compile() on a CPU needs torch 2.9 or newer: Inductor of torch {torch.__version__} writes "
+                'beyond its buffers there; compile with another backend (backend="aot_eager"), leave '
+                "compile() out, or update torch"
+            )
 
     def _warn_of_many(self, names: dict[str, Hashable]) -> None:
         """What changes in each step makes each step compile."""
@@ -141,7 +154,11 @@ class _TracedStep(nn.ModuleDict):
             finite = [g.isfinite().all() for g in gradients if g is not None]
             gradient_scale.update(torch.stack(finite).all())
         terms = (losses.total, losses.class_loss, losses.invariance_loss, losses.saliency_loss, losses.logits)
-        return [*(term.detach() for term in terms), losses.gamma, losses.consistency_loss.detach()], gradients
+        return [
+            *(term.detach() for term in terms),
+            losses.gamma,
+            torch.as_tensor(losses.consistency_loss).detach(),
+        ], gradients
 
     def with_state(self, *tensors: Tensor) -> list[Tensor | None]:
         """Values, gradients and new buffers in a flat list, from weights, inputs, parameters and buffers."""

@@ -4,7 +4,7 @@ Here are its arguments, their checks, the schedule of the saliency term and the 
 are in `salnb.objective.terms`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,11 +16,15 @@ from salnb._common.checks import (
     check_no_transform,
     check_normalized,
     check_training_target,
+    is_traced,
     unknown,
 )
+from salnb._common.limits import check_integer
+from salnb._common.outputs import given_twice
 from salnb.augment import Augmentation
 from salnb.losses import DISTANCES, FEATURE_DISTANCES, NORMALIZATIONS
 from salnb.objective.balance import EVERY, Balance
+from salnb.objective.class_terms import ClassTerm
 from salnb.objective.compiled import CompiledStep
 from salnb.objective.parallel import check_parallel, check_unwrapped, sharing_processes
 from salnb.objective.precision import LossScale, full_precision
@@ -34,7 +38,8 @@ class Objective(nn.Module):
     """Class, invariance and saliency loss of a model under an augmentation (eq. 5 to 8).
 
     Args:
-        model: maps images (N, C, H, W) to logits (N, K). It is used as it is and not changed.
+        model: maps images (N, C, H, W) to logits (N, K), or to an object whose `.logits` these are. It is
+            used as it is and not changed.
         augmentation: one of `salnb.augment`.
         alpha: weight of the class loss.
         beta: weight of the invariance loss; 0 takes no activations.
@@ -44,8 +49,8 @@ class Objective(nn.Module):
         layer_distance: "l2" (mean of squares) or "l1", for eq. 6.
         layer_relative: divide eq. 6 in each layer by the distance between different images of the batch.
         method: a key of `salnb.saliency.METHODS`.
-        method_options: keyword arguments of the method: `layer` for the methods with Grad-CAM, `n_samples`
-            and `noise_level` for SmoothGrad.
+        method_options: keyword arguments of the method: `layer` and `reshape` for the methods with Grad-CAM,
+            `n_samples` and `noise_level` for SmoothGrad.
         score: whose gradient the maps are: "logit" (eq. 1) or "log_prob", the logarithm of the class's
             probability, whose maps stay as they are when a function of the image is added to all logits.
         normalize: how each map is normalised on its own: a member of `salnb.losses.NORMALIZATIONS` or None.
@@ -64,21 +69,36 @@ class Objective(nn.Module):
         consistency: weight, for those images, of the cross-entropy between that class and the prediction on
             the augmented image; `balance` counts it to the class loss.
         num_classes: K; None reads it from the logits.
+        class_loss: takes the place of the cross-entropy of eq. 5: a function or module from logits (2N, K),
+            in float32 at least, and targets of both halves to a scalar, such as
+            `nn.CrossEntropyLoss(label_smoothing=0.1)` or `nn.BCEWithLogitsLoss()`.
+        output: gives the logits from what the model returns, such as `lambda out: out[0]` of a tuple.
 
     Raises:
         TypeError, ValueError: an argument is not allowed; the message names it.
 
     Called with `images` (N, C, H, W), `target` ((N,) integer labels or (N, K) weights that sum to one in each
     row) and optionally a `generator` for the augmentation, it returns `Losses`. The values of a target on a
-    GPU are looked at in the first call only, as they would have to be waited for.
+    GPU are looked at in the first call only, as they would have to be waited for. `model_kwargs` are given to
+    the model beside the images; tensors (N, ...) among them are given for both halves, unaugmented.
+
+    A `class_loss` gets labels (2N,) as they are, or weights (2N, K) where the target has them, and always
+    from MixUp, CutMix and sequences with them, so that it must take weights there, as PyTorch's cross-entropy
+    does (but for `ignore_index`). The target may then hold several labels, (N, K) of 0 and 1, whose rows need
+    not sum to one. Maps explain the label, not its smoothing: the logit of the class, or the weighted sum of
+    logits. A sample without a label, or with one that is no class, as `ignore_index` is, is left out of the
+    saliency loss. For distillation and other terms beside `total` there is `Losses.logits_with_graph`.
 
     Batch norm sees originals and augmented images as one batch; in train mode its running statistics are
     updated once per call, as by any forward pass, and the maps are gradients of the batch's summed score
     *through* the batch statistics. Call `eval()` on the model inside to take the maps of single images.
 
     A training step is a call in train mode; with gradient accumulation `every` and `warmup` count these
-    calls. In eval mode the saliency term is always there. Under `torch.no_grad()` or
-    `torch.inference_mode()` the terms are computed without a graph, for validation.
+    calls. To have them count optimiser steps, there or where an optimiser calls more than once a step (SAM,
+    L-BFGS), pass the step's number, `step=n`, from 0; a generator that is seeded with it draws alike in all
+    calls of a step. Parameter groups (`no_weight_decay`, a decay by layers) are made of `model`, as ever. In
+    eval mode the saliency term is always there. Under `torch.no_grad()` or `torch.inference_mode()` the
+    terms are computed without a graph, for validation.
 
     Wrap the objective, not the model: `DistributedDataParallel(objective)`. Autocast applies to the network;
     augmentation, maps and losses are computed in float32 at least. With float16 use a `GradScaler` as ever.
@@ -122,6 +142,8 @@ class Objective(nn.Module):
         confidence: float = 0.0,
         consistency: float = 0.0,
         num_classes: int | None = None,
+        class_loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+        output: Callable[[Any], Tensor] | None = None,
     ):
         super().__init__()
         self.model = model
@@ -134,7 +156,8 @@ class Objective(nn.Module):
         self.every, self.warmup = every, warmup
         self.detach_original, self.shuffle_pairs = detach_original, shuffle_pairs
         self.confidence, self.consistency = confidence, consistency
-        self.num_classes = num_classes
+        self.num_classes, self.output = num_classes, output
+        self.class_term = ClassTerm(class_loss)
         self.steps_done = 0
         # for float16: of the score whose gradient makes the maps, and of the total in a compiled step
         self.score_scale, self.gradient_scale = LossScale(12, top=12), LossScale(14, top=24)
@@ -143,6 +166,7 @@ class Objective(nn.Module):
         self._second_derivative_checked = self._target_checked = False
         self._check_settings()
         self._check_model()
+        self._place_scales(next(model.parameters(), None))
 
     # the number of steps decides when the saliency term enters: a resumed training needs it
     def get_extra_state(self) -> Tensor:
@@ -183,59 +207,75 @@ class Objective(nn.Module):
         that look at values, change their own attributes, or draw random numbers from Python or NumPy. What a
         model takes from global variables, files or clocks is not noticed.
 
-        Nothing is gained on a CPU.
+        Nothing is gained on a CPU. Below torch 2.9 Inductor is refused there: it writes beyond its buffers.
         """
         self._compiled = CompiledStep(**options)
 
     @torch.compiler.disable(recursive=True)
-    def forward(self, images: Tensor, target: Tensor, generator: torch.Generator | None = None) -> Losses:
+    def forward(
+        self,
+        images: Tensor,
+        target: Tensor,
+        generator: torch.Generator | None = None,
+        *,
+        step: int | None = None,
+        model_kwargs: Mapping[str, Any] | None = None,
+    ) -> Losses:
         """The losses of a batch; see the class."""
         self._check_call(images, target)
+        step = self.steps_done if step is None else check_integer("step", step, 0, 2**62)
         keep_graph = torch.is_grad_enabled()
         with torch.inference_mode(False), torch.set_grad_enabled(keep_graph):
             # what inference mode made can take part in no graph
             images = images.clone() if images.is_inference() else images
+            self._place_scales(images)
             target = target.clone() if target.is_inference() else target
             with full_precision(images):
                 params = self.augmentation.make_params(images, generator)
                 new_images = self.augmentation.images(images, params)
             scales = (self.score_scale, self.gradient_scale)
-            modules = StepModules(self.model, self.augmentation, *scales, self.balance)
-            inputs = StepInputs(images, new_images, target, params)
-            weights = (self.alpha, self.beta, self._scheduled_gamma())
-            settings = self._term_settings()
+            modules = StepModules(self.model, self.augmentation, *scales, self.balance, self.class_term)
+            kwargs = given_twice(model_kwargs or {}, len(images))
+            tensors = {name: value for name, value in kwargs.items() if isinstance(value, Tensor)}
+            inputs = StepInputs(images, new_images, target, params, tensors)
+            weights = (self.alpha, self.beta, self._scheduled_gamma(step))
+            settings = self._term_settings(step, kwargs)
             if self._compiled and keep_graph:
                 losses = self._compiled(modules, inputs, weights, settings)
             else:
                 check = not self._second_derivative_checked
                 losses = step_losses(modules, inputs, weights, settings, check_derivative=check)
                 self._second_derivative_checked |= losses.has_saliency and keep_graph
-        if not self._target_checked:  # on a CPU the class loss has looked already
+        if not self._target_checked and self.class_term.own is None:  # on a CPU it has looked already
             check_normalized(target, wait=True)
-            self._target_checked = True
+        self._target_checked = True
         if self.training:
-            self.steps_done += 1
+            self.steps_done = step + 1
         return losses
 
-    def current_gamma(self) -> float:
-        """The weight of the saliency term in the coming step: gamma, `every` times it, or zero.
+    def current_gamma(self, step: int | None = None) -> float:
+        """The weight of the saliency term in a step, or the coming one: gamma, `every` times it, or zero.
 
         With `balance` it is what the steps so far have chosen; a step that is measured chooses anew.
         """
         chosen = self.balance.weight.item() if self.balance.share else 1.0
-        return self._scheduled_gamma() * chosen
+        return self._scheduled_gamma(step) * chosen
 
-    def _scheduled_gamma(self) -> float:
+    def _scheduled_gamma(self, step: int | None = None) -> float:
         if not self.training:
             return self.gamma
-        since = self.steps_done - self.warmup
+        since = (self.steps_done if step is None else step) - self.warmup
         return self.gamma * self.every if since >= 0 and since % self.every == 0 else 0.0
 
-    def _term_settings(self) -> TermSettings:
-        """The terms of the coming step."""
-        has_saliency, balanced = bool(self._scheduled_gamma()), bool(self.balance.share)
+    def _term_settings(
+        self, step: int | None = None, kwargs: Mapping[str, Any] | None = None
+    ) -> TermSettings:
+        """The terms of a step, or of the coming one."""
+        plain = {name: value for name, value in (kwargs or {}).items() if not isinstance(value, Tensor)}
+        has_saliency, balanced = bool(self._scheduled_gamma(step)), bool(self.balance.share)
         measured = balanced and has_saliency and self.training and torch.is_grad_enabled()
-        measured = measured and (self.steps_done - self.warmup) // self.every % EVERY == 0
+        since = (self.steps_done if step is None else step) - self.warmup
+        measured = measured and since // self.every % EVERY == 0
         return TermSettings(
             has_invariance=bool(self.beta),
             has_saliency=has_saliency,
@@ -256,7 +296,15 @@ class Objective(nn.Module):
             confidence=self.confidence,
             consistency=self.consistency,
             num_classes=self.num_classes,
+            output=self.output,
+            model_kwargs=tuple(plain.items()),
         )
+
+    def _place_scales(self, like: Tensor | None) -> None:
+        """Keep the scales where the model and its images are: they would be waited for on another device."""
+        for scale in (self.score_scale, self.gradient_scale):
+            if like is not None and like.device != scale.exponent.device and not is_traced(like):
+                scale.to(like.device)
 
     def _check_settings(self) -> None:
         """What can be told from each argument alone."""
@@ -268,6 +316,8 @@ class Objective(nn.Module):
             if not 0 <= weight < float("inf"):
                 raise ValueError(f"{name} must be a finite number of at least 0, got {weight}")
         check_confidence(self.confidence, self.consistency)
+        if self.confidence and self.class_term.own is not None:
+            raise ValueError("confidence goes with the cross-entropy of eq. 5, not with another class_loss")
         check_balance(self.balance.share, self.alpha, self.gamma)
         for name, value, known in (
             ("method", self.method, METHODS),

@@ -6,8 +6,9 @@
 * total (eq. 8): alpha · class loss + beta · invariance loss + gamma · saliency loss
 """
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -16,15 +17,16 @@ from torch import Tensor, nn
 from salnb import saliency
 from salnb._common.catalog import METHODS, MethodSpec
 from salnb._common.checks import at_least_float32, at_least_float32_dtype, check_several_classes
+from salnb._common.outputs import ModelCall, described
 from salnb.augment import Augmentation
-from salnb.augment.mixing import both_targets
 from salnb.double_backward.functions import check_second_derivative
 from salnb.double_backward.mode import differentiable_twice
 from salnb.double_backward.recomputation import model_of_the_forward_pass
-from salnb.losses import class_loss, invariance_loss, saliency_loss, with_other_images
+from salnb.losses import invariance_loss, saliency_loss, with_other_images
 from salnb.objective.balance import Balance
+from salnb.objective.class_terms import ClassTerm
 from salnb.objective.precision import LossScale, autocast_dtype, full_precision
-from salnb.objective.unlabelled import OwnClasses, class_and_consistency, own_classes
+from salnb.objective.unlabelled import class_and_consistency, own_classes
 from salnb.saliency.recording import ForwardRecorder, class_scores, recorded_outputs
 
 __all__ = ["Losses", "StepInputs", "StepModules", "TermSettings", "step_losses"]
@@ -56,19 +58,23 @@ class Losses:
     has_saliency: bool = False
     gamma: float | Tensor = 0.0
     consistency_loss: float | Tensor = 0.0
+    attached_logits: Tensor | None = field(default=None, repr=False)
+
+    @property
+    def logits_with_graph(self) -> Tensor:
+        """The logits (2N, K) with their graph, for distillation and other terms of one's own beside `total`.
+
+        Raises:
+            RuntimeError: a compiled step made them.
+        """
+        if self.attached_logits is None:
+            raise RuntimeError("logits_with_graph: a compiled step hands out none, leave compile() out")
+        return self.attached_logits
 
     def detach(self) -> "Losses":
         """The same values without a graph."""
-        return Losses(
-            self.total.detach(),
-            self.class_loss.detach(),
-            self.invariance_loss.detach(),
-            self.saliency_loss.detach(),
-            self.logits.detach(),
-            self.has_saliency,
-            self.gamma,
-            torch.as_tensor(self.consistency_loss).detach(),
-        )
+        tensors = {name: value.detach() for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return Losses(**vars(self) | tensors)
 
 
 class StepModules(NamedTuple):
@@ -79,6 +85,7 @@ class StepModules(NamedTuple):
     score_scale: LossScale  # for float16: of the score whose gradient makes the maps
     gradient_scale: LossScale  # for float16: of the total in a compiled step, and of what balance measures
     balance: Balance
+    class_term: ClassTerm
 
 
 class StepInputs(NamedTuple):
@@ -88,6 +95,7 @@ class StepInputs(NamedTuple):
     new_images: Tensor  # (N, C, H, W), augmented
     target: Tensor  # (N,) labels or (N, K) weights, of the originals
     params: Any  # what the augmentation drew
+    model_kwargs: dict[str, Tensor]  # what the model gets beside the 2N images
 
 
 @dataclass(frozen=True)
@@ -123,6 +131,8 @@ class TermSettings:
     confidence: float
     consistency: float
     num_classes: int | None
+    output: Callable[[Any], Tensor] | None = None
+    model_kwargs: tuple[tuple[str, Any], ...] = ()  # those that are no tensors
 
     @property
     def spec(self) -> MethodSpec:
@@ -132,7 +142,11 @@ class TermSettings:
     def recorder(self, model: nn.Module) -> ForwardRecorder | None:
         """What takes the maps from the one forward pass; None where the method runs passes of its own."""
         options = dict(self.method_options)
-        return None if self.spec.repeats else ForwardRecorder(model, self.method, options.get("layer"))
+        return None if self.spec.repeats else ForwardRecorder(model, self.method, **options)
+
+    def call(self, tensors: dict[str, Tensor]) -> ModelCall:
+        """How the model is called, with tensors beside the images."""
+        return ModelCall(self.output, dict(self.model_kwargs) | tensors)
 
 
 def step_losses(
@@ -152,12 +166,11 @@ def step_losses(
         settings: which terms there are, and how they are computed.
         check_derivative: raise if an operation of the model has no second derivative.
     """
-    images, new_images, target, params = inputs
-    model, augmentation = modules.model, modules.augmentation
+    images, new_images, target, params, model_kwargs = inputs
+    model, augmentation, class_term = modules.model, modules.augmentation, modules.class_term
+    call, labelled = settings.call(model_kwargs), None
     n, keep_graph = len(images), torch.is_grad_enabled()
-    pixels = torch.cat([images, new_images])
-    if _is_channels_last(images):
-        pixels = pixels.contiguous(memory_format=torch.channels_last)
+    pixels = _joined(images, new_images)
     with ExitStack() as stack:
         recorder = None
         if settings.has_saliency:
@@ -169,31 +182,57 @@ def step_losses(
         features = stack.enter_context(_features(model, settings, 2 * n)) if settings.has_invariance else {}
         # a model may work in place on its input, which a leaf of the graph does not allow
         with model_of_the_forward_pass(model):
-            logits = model(pixels.clone() if settings.has_saliency else pixels)
+            logits = call(model, pixels.clone() if settings.has_saliency else pixels)
         k = _num_classes(logits, 2 * n, settings.num_classes)
         own = own_classes(logits[:n], target, settings.confidence) if settings.confidence else None
         target = own.target if own else target
-        targets = both_targets(target, augmentation.targets(target, params, k), k)
+        targets = class_term.targets(target, augmentation.targets(target, params, k), logits)
         if settings.has_saliency:
-            maps = _maps(modules, recorder, pixels, logits, targets, settings, create_graph=keep_graph)
+            explained, labelled = class_term.explained(targets, k)
+            maps = _maps(
+                modules, recorder, pixels, logits, explained, settings, call, create_graph=keep_graph
+            )
             if keep_graph and check_derivative:
                 check_second_derivative(maps)
     with full_precision(images):
         zero = logits.new_zeros((), dtype=at_least_float32_dtype(logits.dtype))
-        classes, consistent = (
-            class_and_consistency(logits, own) if own else (class_loss(logits, targets), zero)
-        )
+        if own:
+            classes, consistent = class_and_consistency(logits, own)
+            labelled = own.known.repeat(2)
+        else:
+            classes, consistent = class_term(logits, targets), zero
         invariance = _invariance(features, n, settings) if settings.has_invariance else zero
-        salience = _saliency(maps, augmentation, params, own, settings) if settings.has_saliency else zero
-        alpha, beta, gamma = weights
-        predicted = alpha * classes + settings.consistency * consistent
-        if settings.measured:
-            _measure(modules, predicted, salience, settings)
-        if settings.balanced:
-            gamma = gamma * modules.balance.weight
-        total = predicted + beta * invariance + gamma * salience  # eq. 8
-    terms = (total, classes, invariance, salience, logits.detach(), settings.has_saliency, gamma, consistent)
-    return Losses(*terms) if keep_graph else Losses(*terms).detach()
+        salience = zero
+        if settings.has_saliency:
+            salience = _saliency(augmentation, maps, params, labelled, settings)
+        losses = _weighted(modules, (classes, consistent, invariance, salience), weights, logits, settings)
+    return losses if keep_graph else losses.detach()
+
+
+def _joined(images: Tensor, new_images: Tensor) -> Tensor:
+    """Originals and augmented images one behind the other, in the originals' memory format."""
+    pixels = torch.cat([images, new_images])
+    return pixels.contiguous(memory_format=torch.channels_last) if _is_channels_last(images) else pixels
+
+
+def _weighted(
+    modules: StepModules,
+    terms: tuple[Tensor, Tensor, Tensor, Tensor],
+    weights: tuple[float | Tensor, float | Tensor, float | Tensor],
+    logits: Tensor,
+    settings: TermSettings,
+) -> Losses:
+    """The terms and their weighted sum."""
+    classes, consistent, invariance, salience = terms
+    alpha, beta, gamma = weights
+    predicted = alpha * classes + settings.consistency * consistent
+    if settings.measured:
+        _measure(modules, predicted, salience, settings)
+    if settings.balanced:
+        gamma = gamma * modules.balance.weight
+    total = predicted + beta * invariance + gamma * salience  # eq. 8
+    found = (total, classes, invariance, salience, logits.detach(), settings.has_saliency, gamma, consistent)
+    return Losses(*found, attached_logits=logits)
 
 
 def _measure(modules: StepModules, classes: Tensor, salience: Tensor, settings: TermSettings) -> None:
@@ -214,6 +253,7 @@ def _maps(
     logits: Tensor,
     targets: Tensor,
     settings: TermSettings,
+    call: ModelCall,
     *,
     create_graph: bool,
 ) -> Tensor:
@@ -221,6 +261,7 @@ def _maps(
     if recorder is None:
         method, options = saliency.METHODS[settings.method], dict(settings.method_options)
         options |= {"create_graph": create_graph, "score": settings.score}
+        options |= {"output": call.output, "model_kwargs": call.kwargs}
         return method(modules.model, pixels.detach(), targets, **options)
     half = torch.float16 in (autocast_dtype(pixels), logits.dtype)
     scale = modules.score_scale.value if half else 1.0
@@ -233,23 +274,6 @@ def _maps(
         # each gradient among the factors of a map carries the scale once
         maps = maps / scale ** (settings.spec.pixels + settings.spec.layer)
     return maps
-
-
-def _saliency(
-    maps: Tensor, augmentation: Augmentation, params: Any, own: OwnClasses | None, settings: TermSettings
-) -> Tensor:
-    """Eq. 7 of the maps (2N, 1, H, W) of originals and augmented images."""
-    first, second = maps.chunk(2)
-    aligned = augmentation.align(first.detach() if settings.detach_original else first, second, params)
-    if own:  # an image whose class is not known has no valid pixel, and so no part in the mean
-        a, b, valid = aligned
-        aligned = a, b, valid & (own.labelled | own.confident)[:, None, None, None]
-    return saliency_loss(
-        *(with_other_images(*aligned) if settings.shuffle_pairs else aligned),
-        normalize=settings.normalize,
-        distance=settings.distance,
-        pool=settings.pool,
-    )
 
 
 def _features(
@@ -291,13 +315,33 @@ def _invariance(features: dict[str, Tensor], n: int, settings: TermSettings) -> 
     )
 
 
+def _saliency(
+    augmentation: Augmentation, maps: Tensor, params: Any, labelled: Tensor | None, settings: TermSettings
+) -> Tensor:
+    """Eq. 7 of the 2N maps, of the samples that have a label."""
+    n = len(maps) // 2
+    first = maps[:n].detach() if settings.detach_original else maps[:n]
+    first, second, valid = augmentation.align(first, maps[n:], params)
+    if labelled is not None:
+        valid = valid & (labelled[:n] & labelled[n:]).view(-1, 1, 1, 1)
+    if settings.shuffle_pairs:
+        first, second, valid = with_other_images(first, second, valid)
+    return saliency_loss(
+        first,
+        second,
+        valid,
+        normalize=settings.normalize,
+        distance=settings.distance,
+        pool=settings.pool,
+    )
+
+
 def _num_classes(logits: Any, samples: int, num_classes: int | None) -> int:
     """K, which the logits (2N, K) have."""
     shape = tuple(logits.shape) if isinstance(logits, Tensor) else ()
     if len(shape) != 2 or shape[0] != samples or num_classes not in (None, shape[1]):
         raise ValueError(
-            f"model must return logits (2N, K) = ({samples}, {num_classes or 'K'}), "
-            f"got {shape or type(logits).__name__}"
+            f"model must return logits (2N, K) = ({samples}, {num_classes or 'K'}), got {described(logits)}"
         )
     check_several_classes(logits, name="model must return")
     return shape[1]

@@ -27,6 +27,11 @@ class OwnClasses(NamedTuple):
     labelled: Tensor
     confident: Tensor
 
+    @property
+    def known(self) -> Tensor:
+        """(N,), bool: the images whose class is known, by a label or by confidence."""
+        return self.labelled | self.confident
+
 
 def own_classes(logits: Tensor, target: Tensor, confidence: float) -> OwnClasses:
     """Give each image a class.

@@ -1,6 +1,8 @@
 """The layer that Grad-CAM looks at: found by name or as the last convolution, with an output (N, C, h, w)."""
 
+import re
 import threading
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
@@ -10,7 +12,11 @@ from torch.nn.modules.conv import _ConvNd
 
 from salnb._common.catalog import unknown
 
-__all__ = ["LastConvolution", "OtherLayerError", "check_layout", "find_layer"]
+__all__ = ["LastConvolution", "OtherLayerError", "Reshape", "check_layout", "find_layer", "rearranged"]
+__all__ += ["stem_before_attention"]
+
+#: how a layer's output becomes (N, C, h, w); see `grad_cam`
+Reshape = str | Callable[[Tensor], Tensor] | None
 
 # modules that hand on the layout they are given, and which transformers apply to tokens
 _ANY_LAYOUT = (nn.Identity, nn.Dropout, nn.Softmax, nn.LogSoftmax)
@@ -28,13 +34,17 @@ class OtherLayerError(ValueError):
         self.layer = layer
 
 
-def find_layer(model: nn.Module, layer: nn.Module | str | None) -> nn.Module:
+def find_layer(model: nn.Module, layer: nn.Module | str | None, reshape: Reshape = None) -> nn.Module:
     """The module that is meant; for None, the convolution that is likely to run last.
 
     Raises:
         TypeError, ValueError: there is no such module.
     """
     modules = dict(model.named_modules())
+    if not (reshape is None or callable(reshape)) and reshape not in ("tokens", "channels_last"):
+        raise unknown("reshape", reshape, ["tokens", "channels_last", "a function"])
+    if layer is None and reshape is not None:
+        raise ValueError("reshape is for the output of a layer that is named, got layer=None")
     if isinstance(layer, str):
         if layer not in modules:
             raise unknown("layer", layer, [name for name in modules if name])
@@ -125,10 +135,59 @@ def check_layout(model: nn.Module, layer: nn.Module, output: Tensor, images: Ten
     if not fits:
         raise ValueError(
             f"layer must have an output (N, C, h, w), but that of {_name(model, layer)}, {shape}, looks "
-            "like (N, h, w, C) or attention, or cannot be told from it: name a layer whose output has the "
-            "channels second, such as a convolution, or let an nn.Dropout2d(0) follow what permutes it, and "
-            "name that"
+            "like (N, h, w, C) or attention, or cannot be told from it: pass reshape='channels_last' for "
+            "(N, h, w, C), name a layer whose output has the channels second, such as a convolution, or let "
+            "an nn.Dropout2d(0) follow what permutes it, and name that"
         )
+
+
+def rearranged(features: Tensor, reshape: Reshape, images: Tensor) -> Tensor:
+    """Features of a layer, or their gradient, as (N, C, h, w); see `grad_cam`.
+
+    Raises:
+        ValueError: they are not of the layout that was named, or a function made something else of them.
+    """
+    n, *size = len(images), *images.shape[2:]
+    if callable(reshape):
+        found = reshape(features)
+        if not isinstance(found, Tensor) or found.ndim != 4 or len(found) != n:
+            got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            raise ValueError(f"reshape must give (N, C, h, w) with N = {n}, got {got}")
+        return found
+    shape = tuple(features.shape)
+    if reshape == "channels_last" and len(shape) == 4 and shape[0] == n:
+        return features.permute(0, 3, 1, 2)
+    if reshape == "tokens" and len(shape) == 3 and shape[0] == n and (grid := _grid(shape[1], *size)):
+        # class token and registers come first
+        return features[:, shape[1] - grid[0] * grid[1] :].mT.unflatten(2, grid)
+    form = "(N, h, w, C)" if reshape == "channels_last" else "(N, 1 + hw, C), h:w as in the images"
+    raise ValueError(f"reshape={reshape!r} is for features {form}, got {shape}: pass a function")
+
+
+def _grid(tokens: int, height: int, width: int) -> tuple[int, int] | None:
+    """Rows and columns of the largest grid with the images' ratio that leaves at most eight tokens over."""
+    for extra in range(9):
+        rows = round(((tokens - extra) * height / width) ** 0.5) if tokens > extra else 0
+        if rows and (tokens - extra) % rows == 0 and rows * width == (tokens - extra) // rows * height:
+            return rows, (tokens - extra) // rows
+    return None
+
+
+def stem_before_attention(model: nn.Module) -> str:
+    """What to warn of where the last `nn.Conv2d` only cuts the image into patches; "" where it does not."""
+    modules = dict(model.named_modules())
+    names = list(modules)
+    convolutions = [name for name, module in modules.items() if isinstance(module, nn.Conv2d)]
+    kinds = {name: type(module).__name__ for name, module in modules.items()}
+    attention = [name for name, kind in kinds.items() if re.search("[Aa]ttention(?!.*(2d|Pool))", kind)]
+    if not convolutions or not attention or names.index(convolutions[-1]) > names.index(attention[0]):
+        return ""
+    norms = [name for name in names[: names.index(attention[-1])] if "LayerNorm" in kinds[name]]
+    example = f", such as {norms[-1]!r}" if norms else ""
+    return (
+        f"layer=None takes the last nn.Conv2d, which in this model, {convolutions[-1]!r}, comes before all "
+        f"attention: name a later layer{example}, with reshape='tokens' or 'channels_last'"
+    )
 
 
 def _is_for_images(module: nn.Module) -> bool:

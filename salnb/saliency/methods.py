@@ -19,7 +19,8 @@ Several threads may ask for maps of one model, or of models with modules in comm
 A training step elsewhere does not wait. Sums are taken in float32 at least, and maps have the images' dtype.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,10 +35,11 @@ from salnb._common.checks import (
     check_no_transform,
     check_target,
 )
+from salnb._common.outputs import ModelCall
 from salnb.double_backward.functions import check_second_derivative
 from salnb.double_backward.mode import as_written, differentiable_twice
 from salnb.saliency.isolation import check_usable, left_as_found
-from salnb.saliency.layers import OtherLayerError
+from salnb.saliency.layers import OtherLayerError, Reshape
 from salnb.saliency.recording import (
     ForwardRecorder,
     NoGradientError,
@@ -65,11 +67,14 @@ def vanilla_gradient(
     create_graph: bool = False,
     reduce: str | None = "max",
     score: str = "logit",
+    output: Callable[[Any], Tensor] | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
 ) -> Tensor:
     """Gradient of the class score with respect to the pixels (eq. 1 and 2; Simonyan et al., 2014).
 
     Args:
-        model: any network that maps images (N, C, H, W) to logits (N, K).
+        model: any network that maps images (N, C, H, W) to logits (N, K), or to an object whose `.logits`
+            these are, as networks of transformers do.
         images: (N, C, H, W), floating point.
         target: whose score is explained. None: the predicted class of each image; an int: this class
             for all, as may be any integer, such as NumPy's; (N,) integers: one class per image; (N, K)
@@ -81,6 +86,8 @@ def vanilla_gradient(
         score: "logit" explains the logit (eq. 1); "log_prob" the logarithm of the class's probability, whose
             map stays as it is when any function of the image is added to all logits, which changes no
             probability but the map of a logit at will (Srinivas & Fleuret, 2021).
+        output: gives the logits from whatever else the model returns, such as `lambda out: out[0]`.
+        model_kwargs: what the model is called with beside the images.
 
     Returns:
         Maps (N, 1, H, W) in units of score per unit of pixel value; (N, C, H, W) with `reduce=None`.
@@ -101,7 +108,16 @@ def vanilla_gradient(
     >>> vanilla_gradient(model, torch.rand(2, 3, 2, 2)).shape
     torch.Size([2, 1, 2, 2])
     """
-    return _explain("vanilla_gradient", model, images, target, None, create_graph, reduce, score)
+    return _explain(
+        "vanilla_gradient",
+        model,
+        images,
+        target,
+        ModelCall(output, model_kwargs),
+        create_graph=create_graph,
+        reduce=reduce,
+        score=score,
+    )
 
 
 def deconvnet(
@@ -112,6 +128,8 @@ def deconvnet(
     create_graph: bool = False,
     reduce: str | None = "max",
     score: str = "logit",
+    output: Callable[[Any], Tensor] | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
 ) -> Tensor:
     """DeconvNet: each ReLU passes back what is positive in the *gradient* (eq. 4; Zeiler & Fergus, 2014).
 
@@ -119,7 +137,16 @@ def deconvnet(
     gives the plain gradient, with a warning. So does a ReLU that is not called from Python in this thread
     (in scripted code, in a thread or a C++ extension of the model), and the warning names it.
     """
-    return _explain("deconvnet", model, images, target, None, create_graph, reduce, score)
+    return _explain(
+        "deconvnet",
+        model,
+        images,
+        target,
+        ModelCall(output, model_kwargs),
+        create_graph=create_graph,
+        reduce=reduce,
+        score=score,
+    )
 
 
 def guided_backprop(
@@ -130,6 +157,8 @@ def guided_backprop(
     create_graph: bool = False,
     reduce: str | None = "max",
     score: str = "logit",
+    output: Callable[[Any], Tensor] | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
 ) -> Tensor:
     """Guided backprop: at each ReLU, input and gradient must be positive (eq. 4; Springenberg et al., 2015).
 
@@ -137,7 +166,16 @@ def guided_backprop(
     gives the plain gradient, with a warning. So does a ReLU that is not called from Python in this thread
     (in scripted code, in a thread or a C++ extension of the model), and the warning names it.
     """
-    return _explain("guided_backprop", model, images, target, None, create_graph, reduce, score)
+    return _explain(
+        "guided_backprop",
+        model,
+        images,
+        target,
+        ModelCall(output, model_kwargs),
+        create_graph=create_graph,
+        reduce=reduce,
+        score=score,
+    )
 
 
 def smoothgrad(
@@ -151,6 +189,8 @@ def smoothgrad(
     create_graph: bool = False,
     reduce: str | None = "max",
     score: str = "logit",
+    output: Callable[[Any], Tensor] | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
 ) -> Tensor:
     """SmoothGrad: the mean gradient over noisy copies of the image (Smilkov et al., 2017).
 
@@ -169,6 +209,8 @@ def smoothgrad(
         create_graph: see `vanilla_gradient`.
         reduce: see `vanilla_gradient`.
         score: see `vanilla_gradient`.
+        output: see `vanilla_gradient`.
+        model_kwargs: see `vanilla_gradient`.
 
     Returns:
         Maps as those of `vanilla_gradient`.
@@ -181,16 +223,17 @@ def smoothgrad(
     _check_arguments(model, images, reduce, score)
     with torch.inference_mode(False), torch.enable_grad():
         images, target = images.detach().clone(), as_target(target, len(images))
+        call = ModelCall(output, model_kwargs)
         if target is None:
             with left_as_found(model), torch.no_grad():
-                target = logits_of(model, images).argmax(1)
+                target = logits_of(model, images, call).argmax(1)
         spread = at_least_float32(images).flatten(1)
         sigma = noise_level * (spread.amax(1) - spread.amin(1)).view(-1, 1, 1, 1)
         total = torch.zeros_like(images, dtype=spread.dtype)
         for _ in range(n_samples):
             noisy = images + (sigma * _gaussian_like(images, generator)).to(images.dtype)
             total = total + _map(
-                "vanilla_gradient", model, noisy, target, create_graph=create_graph, score=score
+                "vanilla_gradient", model, noisy, target, call, create_graph=create_graph, score=score
             )
         return reduce_channels(total / n_samples, reduce).to(images.dtype)
 
@@ -201,8 +244,11 @@ def grad_cam(
     target: Tensor | int | None = None,
     *,
     layer: nn.Module | str | None = None,
+    reshape: Reshape = None,
     create_graph: bool = False,
     score: str = "logit",
+    output: Callable[[Any], Tensor] | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
 ) -> Tensor:
     """Grad-CAM: feature maps weighted by their pooled gradients (Selvaraju et al., 2017).
 
@@ -213,19 +259,27 @@ def grad_cam(
         images: see `vanilla_gradient`.
         target: see `vanilla_gradient`.
         layer: the layer whose output is used, as a module of `model` or by its dotted name. None is the
-            `nn.Conv2d` that runs last. Of a layer that runs several times, the last output counts.
+            `nn.Conv2d` that runs last, with a warning where all attention comes after it. Of a layer that
+            runs several times, the last output counts.
+        reshape: how a layer's output becomes (N, C, h, w). None: it is that; "tokens": from (N, 1 + hw, C),
+            the grid having the images' ratio of height to width, and up to eight other tokens coming first;
+            "channels_last": from (N, h, w, C); or a function, applied to the output's gradient as well.
         create_graph: see `vanilla_gradient`.
         score: see `vanilla_gradient`.
+        output: see `vanilla_gradient`.
+        model_kwargs: see `vanilla_gradient`.
 
     Returns:
         Maps (N, 1, H, W), not negative, resized bilinearly (pixel centres, `align_corners=False`).
 
     Raises:
         TypeError, ValueError, RuntimeError: as `vanilla_gradient`; also if `layer` is unknown or not used,
-            its output is not (N, C, h, w), cannot be told from (N, h, w, C), or is only one pixel large, or
-            the model has no convolution to fall back on.
+            its output is not (N, C, h, w), nor made so by `reshape`, cannot be told from (N, h, w, C), or is
+            only one pixel large, or the model has no convolution to fall back on.
     """
-    return _explain("grad_cam", model, images, target, layer, create_graph, "max", score)
+    call = ModelCall(output, model_kwargs)
+    options: dict[str, Any] = {"create_graph": create_graph, "layer": layer, "reshape": reshape}
+    return _explain("grad_cam", model, images, target, call, score=score, **options)
 
 
 def guided_grad_cam(
@@ -234,16 +288,21 @@ def guided_grad_cam(
     target: Tensor | int | None = None,
     *,
     layer: nn.Module | str | None = None,
+    reshape: Reshape = None,
     create_graph: bool = False,
     reduce: str | None = "max",
     score: str = "logit",
+    output: Callable[[Any], Tensor] | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
 ) -> Tensor:
     """Guided Grad-CAM: the product of Grad-CAM and guided backpropagation (Selvaraju et al., 2017).
 
     Both factors come from one forward pass. Arguments, result and errors are those of
     `vanilla_gradient` and `grad_cam`.
     """
-    return _explain("guided_grad_cam", model, images, target, layer, create_graph, reduce, score)
+    call = ModelCall(output, model_kwargs)
+    options: dict[str, Any] = {"create_graph": create_graph, "layer": layer, "reshape": reshape}
+    return _explain("guided_grad_cam", model, images, target, call, reduce=reduce, score=score, **options)
 
 
 #: The methods by name: those of the catalogue, each a function of this module.
@@ -255,21 +314,25 @@ def _explain(
     model: nn.Module,
     images: Tensor,
     target: Tensor | int | None,
-    layer: nn.Module | str | None,
+    call: ModelCall,
+    *,
     create_graph: bool,
-    reduce: str | None,
-    score: str,
+    layer: nn.Module | str | None = None,
+    reshape: Reshape = None,
+    reduce: str | None = "max",
+    score: str = "logit",
 ) -> Tensor:
     """The map of a method that takes one forward pass."""
     _check_arguments(model, images, reduce, score)
     spec = catalog.METHODS[method]
     frozen_stem = spec.layer and not spec.pixels and not create_graph
+    kept: dict[str, Any] = {"create_graph": create_graph, "reduce": reduce, "score": score}
     with torch.inference_mode(False):
         target = as_target(target, len(images))
         while True:
             try:
                 return _map(
-                    method, model, images, target, layer, create_graph, reduce, score, frozen_stem=frozen_stem
+                    method, model, images, target, call, layer, reshape, frozen_stem=frozen_stem, **kept
                 )
             except OtherLayerError as error:
                 layer = error.layer
@@ -285,11 +348,13 @@ def _map(
     model: nn.Module,
     images: Tensor,
     target: Tensor | int | None,
+    call: ModelCall,
     layer: nn.Module | str | None = None,
+    reshape: Reshape = None,
+    *,
     create_graph: bool = False,
     reduce: str | None = None,
     score: str = "logit",
-    *,
     frozen_stem: bool = False,
 ) -> Tensor:
     """One forward pass of `model`, and the map of `method` from it."""
@@ -297,12 +362,12 @@ def _map(
         left_as_found(model),
         torch.enable_grad(),
         differentiable_twice() if create_graph else as_written(),
-        ForwardRecorder(model, method, layer, frozen_stem=frozen_stem) as recorder,
+        ForwardRecorder(model, method, layer, frozen_stem=frozen_stem, reshape=reshape) as recorder,
     ):
         pixels = images.clone() if images.is_inference() else images.detach()
         if not frozen_stem:
             pixels.requires_grad_()
-        logits = logits_of(model, pixels)
+        logits = logits_of(model, pixels, call)
         check_target(target, *logits.shape)
         scores = class_scores(logits, target, score)
         maps = recorder.maps(pixels, scores, create_graph=create_graph, reduce=reduce)

@@ -13,14 +13,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from salnb._common.catalog import METHODS
-from salnb._common.checks import at_least_float32
+from salnb._common.checks import at_least_float32, is_traced
+from salnb._common.outputs import AS_IT_IS, ModelCall, described
 from salnb.double_backward.recomputation import (
     again_in_recomputation,
     is_recomputing,
     model_of_the_forward_pass,
     reentrant_explained,
 )
-from salnb.saliency.layers import LastConvolution, check_layout, find_layer
+from salnb.saliency.layers import (
+    LastConvolution,
+    Reshape,
+    check_layout,
+    find_layer,
+    rearranged,
+    stem_before_attention,
+)
 from salnb.saliency.relu_rules import ReLURule, relus_unreached
 
 __all__ = [
@@ -37,17 +45,17 @@ class NoGradientError(ValueError):
     """No gradient flows where a map needs one."""
 
 
-def logits_of(model: nn.Module, images: Tensor) -> Tensor:
+def logits_of(model: nn.Module, images: Tensor, call: ModelCall = AS_IT_IS) -> Tensor:
     """The model's logits of a copy of the images, which it may overwrite.
 
     Raises:
         ValueError: it does not return (N, K) logits.
     """
     with model_of_the_forward_pass(model):
-        logits = model(images.clone())
+        logits = call(model, images.clone())
     if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[0] != images.shape[0]:
-        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise ValueError(f"model must return logits of shape (N, K) with N = {images.shape[0]}, got {got}")
+        wanted = f"logits of shape (N, K) with N = {images.shape[0]}"
+        raise ValueError(f"model must return {wanted}, got {described(logits)}")
     return logits
 
 
@@ -146,6 +154,7 @@ class ForwardRecorder:
         method: a key of `METHODS`, of those that do not repeat the pass.
         layer: for the methods with Grad-CAM, see `grad_cam`.
         frozen_stem: no gradient is needed for anything before the layer, so nothing is stored for it.
+        reshape: for the methods with Grad-CAM, see `grad_cam`.
     """
 
     def __init__(
@@ -155,9 +164,12 @@ class ForwardRecorder:
         layer: nn.Module | str | None = None,
         *,
         frozen_stem: bool = False,
+        reshape: Reshape = None,
     ):
-        self.model, self.spec = model, METHODS[method]
-        self.layer = find_layer(model, layer) if self.spec.layer else None
+        self.model, self.spec, self.reshape = model, METHODS[method], reshape
+        self.layer = find_layer(model, layer, reshape) if self.spec.layer else None
+        if self.spec.layer and layer is None and (better := stem_before_attention(model)):
+            _warn(better)
         self.last_convolution = LastConvolution(model) if self.spec.layer and layer is None else None
         self.frozen_stem = frozen_stem
         self.outputs: dict[str, Tensor] = {}
@@ -179,13 +191,11 @@ class ForwardRecorder:
         self._stack.close()
 
     def _accept(self, name: str, output: Any) -> Tensor:
-        if not isinstance(output, Tensor) or output.ndim != 4 or not output.is_floating_point():
-            got = (
-                f"{tuple(output.shape)} of {output.dtype}"
-                if isinstance(output, Tensor)
-                else type(output).__name__
-            )
-            raise ValueError(f"{name} must be one whose output has shape (N, C, h, w), got {got}")
+        tensor = isinstance(output, Tensor)
+        if not tensor or not output.is_floating_point() or (output.ndim != 4 and self.reshape is None):
+            got = f"{tuple(output.shape)} of {output.dtype}" if tensor else type(output).__name__
+            way = ": for tokens (N, 1 + hw, C), pass reshape='tokens'" if tensor and output.ndim == 3 else ""
+            raise ValueError(f"{name} must be one whose output has shape (N, C, h, w), got {got}{way}")
         if not self.frozen_stem:
             return output
         self._stem.close()  # from here on a graph is needed
@@ -205,6 +215,10 @@ class ForwardRecorder:
             activation, keep = self._activation(images), create_graph or self.spec.pixels
             slope = _gradient(score, activation, "layer", retain_graph=keep, create_graph=create_graph)
             activation = activation if create_graph else activation.detach()
+            if self.reshape is not None:
+                activation, slope = (rearranged(x, self.reshape, images) for x in (activation, slope))
+                if not (create_graph or is_traced(slope) or slope.any()):
+                    _warn("the scores depend on no feature that reshape keeps: name an earlier layer")
             maps.append(_class_activation(activation, slope, images.shape[-2:]).to(images.dtype))
         if self.spec.pixels:
             with self.relu_rule.active() if self.relu_rule else nullcontext():
@@ -228,7 +242,8 @@ class ForwardRecorder:
             raise ValueError(
                 "layer is a module of the model that its forward pass never calls, or calls in another thread"
             )
-        check_layout(self.model, layer, activation, images)
+        if self.reshape is None:
+            check_layout(self.model, layer, activation, images)
         return activation
 
 
@@ -238,8 +253,10 @@ def _gradient(
     """The gradient of a score with respect to `source`."""
     gradient = None
     if score.requires_grad:
+        # a gradient that needs none itself would pass by a `once_differentiable` without a word
+        seed = torch.ones_like(score).requires_grad_(create_graph)
         (gradient,) = torch.autograd.grad(
-            score, source, retain_graph=retain_graph, create_graph=create_graph, allow_unused=True
+            score, source, seed, retain_graph=retain_graph, create_graph=create_graph, allow_unused=True
         )
     if gradient is None:
         raise NoGradientError(

@@ -4,7 +4,7 @@ import time
 from collections.abc import Mapping
 from typing import Any, TextIO
 
-from salnb._common.progress import progress
+from salnb._common.progress import log_line, progress
 from salnb.study.grids import Training
 
 __all__ = ["Progress"]
@@ -29,7 +29,7 @@ class Progress:
 
     def __enter__(self) -> "Progress":
         if self.bar.disable and self.done:
-            print(f"{self.study}: {self.done}/{self.total} were done before", file=self.display, flush=True)
+            log_line(f"{self.study}: {self.done}/{self.total} were done before", self.display)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -50,8 +50,8 @@ class Progress:
         self._show()
         if self.bar.disable:
             found = record["error"] if failed else f"test accuracy {record['result']['test_accuracy']:.4f}"
-            line = f"{self.study}: {training.name}: {found}, {seconds:.0f} s; {self.summary()}"
-            print(line, file=self.display, flush=True)
+            ended = f"{training.name}: {found}, {seconds:.0f} s"
+            log_line(f"{self.study}: {ended}; {self.summary()}", self.display)
 
     def summary(self) -> str:
         """Done, failed, running, and the time left, from the pace so far."""

@@ -1,7 +1,6 @@
 """The record of a study under way, and the file that it is written to after every row."""
 
 import contextlib
-import errno
 import json
 import os
 import tempfile
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from salnb import results
+from salnb._common.files import check_writable
 
 __all__ = ["RecordFile"]
 
@@ -30,12 +30,8 @@ class RecordFile:
         self.partial = path.with_name(f"{path.name}.partial")
         self.unwritten: dict[str, Any] | None = None
         try:
-            if path.is_dir():
-                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-            with tempfile.TemporaryFile(
-                dir=next(folder for folder in path.absolute().parents if folder.exists())
-            ):
-                pass
+            for written in (path, self.partial):
+                check_writable(written)
         except OSError as error:
             raise OSError(error.errno, f"out {path} cannot be written: {error.strerror}") from error
 

@@ -5,7 +5,6 @@ import dataclasses
 import math
 import os
 import re
-import tempfile
 from collections.abc import Collection
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -15,6 +14,7 @@ from typing import Any, get_type_hints
 from salnb import results
 from salnb._common import catalog
 from salnb._common.devices import check_device_name
+from salnb._common.files import check_writable
 
 __all__ = ["PRACTICAL", "Config", "torchrun"]
 
@@ -284,13 +284,7 @@ def _read(folder: Path, name: str, **needed: type) -> dict[str, Any] | None:
 
 
 def _check_writable(folder: Path) -> None:
-    longest = folder / "checkpoints" / "step-000000000.0123456789abcdef.damaged"
-    existing = next(path for path in longest.parents if os.path.exists(path))
-    try:
-        with tempfile.TemporaryFile(dir=existing):
-            pass
-        for path in (longest, *(existing / part for part in folder.parts)):  # names may be too long
-            with contextlib.suppress(FileNotFoundError):
-                path.lstat()
+    try:  # the longest name
+        check_writable(folder / "checkpoints" / "step-000000000.0123456789abcdef.damaged")
     except OSError as error:
         raise OSError(error.errno, f"out {folder} cannot be written to: {error.strerror}") from error

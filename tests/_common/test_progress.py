@@ -11,7 +11,6 @@ import termios
 import threading
 
 import pytest
-import tqdm
 
 from salnb._common.progress import log_line, progress
 
@@ -20,6 +19,12 @@ PROGRAM = (
 )
 
 
+@pytest.fixture(name="tqdm")
+def _tqdm():
+    return pytest.importorskip("tqdm")
+
+
+@pytest.mark.usefixtures("tqdm")
 @pytest.mark.parametrize("size", [(0, 0), (40, 100)], ids=["of unknown size", "40 lines"])
 def test_a_terminal_shows_a_bar(size):
     ours, theirs = pty.openpty()
@@ -33,6 +38,7 @@ def test_a_terminal_shows_a_bar(size):
     assert "0/3" in shown
 
 
+@pytest.mark.usefixtures("tqdm")
 def test_a_file_shows_none():
     answer = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, check=True)
     assert answer.stdout == b"3\n"
@@ -60,7 +66,7 @@ class Terminal(io.StringIO):
     "error", [BrokenPipeError(32, "Broken pipe"), ValueError("closed"), RuntimeError("odd")], ids=repr
 )
 @pytest.mark.parametrize("writes", range(6))
-def test_a_bar_that_fails_is_given_up(writes, error):
+def test_a_bar_that_fails_is_given_up(writes, error, tqdm):
     file = Terminal(writes, error)
     bar = progress(what="counting", total=3, file=file, mininterval=0)
     for text in "abc":
@@ -80,6 +86,7 @@ def test_a_bar_that_fails_is_given_up(writes, error):
     assert not thread.is_alive()
 
 
+@pytest.mark.usefixtures("tqdm")
 def test_without_a_terminal_there_is_no_bar(monkeypatch):
     closed = Terminal(9, None)
     closed.close()

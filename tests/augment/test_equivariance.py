@@ -38,11 +38,11 @@ def saliency(network, images, labels):
     ],
     ids=["horizontal flip", "vertical flip", "both flips", "quarter turn", "flip and quarter turn"],
 )
-def test_equivariant_network_looks_at_the_same_place(aug, height, width):
+def test_equivariant_network_looks_at_the_same_place(aug, height, width, device):
     """The idea of the paper: of an equivariant network, the pulled-back saliency equals the original's."""
-    images = torch.rand(8, 3, height, width, dtype=torch.float64)
-    labels = torch.arange(8) % 5
-    network = symmetric_network()
+    images = torch.rand(8, 3, height, width, dtype=torch.float64).to(device)
+    labels = torch.arange(8, device=device) % 5
+    network = symmetric_network().to(device)
     augmented = aug(images, labels, generator=torch.Generator().manual_seed(11))
     maps, new_maps = saliency(network, images, labels), saliency(network, augmented.images, labels)
     first, second, valid = augmented.align(maps, new_maps)

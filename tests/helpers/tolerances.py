@@ -2,7 +2,12 @@
 
 import torch
 
+# of results of one dtype on one device
 RELATIVE = {torch.float64: 1e-10, torch.float32: 1e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+# of float32 without TF32, on any device, and float64 on the CPU: of a map or a loss, and of a second derivative
+FROM_FLOAT64, GRADIENT_FROM_FLOAT64 = 2e-5, 2e-4
+# of two runs in float64: some kernels of a GPU add in whatever order
+NONDETERMINISM = {"cpu": 0.0, "cuda": 1e-10}
 
 
 def relative_difference(actual, expected):
@@ -18,3 +23,14 @@ def assert_close(actual, expected, tolerance=None):
     limit = RELATIVE[expected.dtype] if tolerance is None else tolerance
     gap = relative_difference(actual, expected)
     assert gap <= limit, f"relative difference {gap:.3g}, allowed {limit:.3g}"
+
+
+def assert_agrees(actual, exact, tolerance=FROM_FLOAT64):
+    """Assert that a result in float32, of any device, is that of float64 on the CPU."""
+    assert (actual.dtype, exact.dtype, exact.device.type) == (torch.float32, torch.float64, "cpu")
+    assert_close(actual.detach().cpu().double(), exact.detach(), tolerance)
+
+
+def in_one(tensors):
+    """All tensors in one vector, where a gradient that is zero but for rounding does not matter."""
+    return torch.cat([tensor.flatten() for tensor in tensors])

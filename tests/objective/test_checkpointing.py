@@ -179,7 +179,11 @@ def test_timm(name):
     plain = timm.create_model(name, num_classes=4, **sizes).double()
     model = copy.deepcopy(plain)
     model.set_grad_checkpointing()
-    assert_same(model, plain, images(size=32), 1e-9)
+    if hasattr(timm.layers, "set_reentrant_ckpt"):
+        assert_same(model, plain, images(size=32), 1e-9)
+    else:  # an older one knows reentrant checkpointing only
+        with pytest.raises(RuntimeError, match=r"reentrant checkpointing: .*timm, from 1\.0\.13 on"):
+            assert_same(model, plain, images(size=32), 1e-9)
 
 
 def test_torchvision_densenet():
@@ -284,7 +288,7 @@ def test_compiled(kind, monkeypatch):
     model = network(Segment(*LAYERS[kind]()))
     plain = Objective(stored(model), HorizontalFlip(), beta=0.5, layers=["3"])
     compiled = Objective(model, HorizontalFlip(), beta=0.5, layers=["3"])
-    compiled.compile()
+    compiled.compile(backend="eager")
     for _ in range(2):
         x = images()
         (found, gradient), (expected, expected_gradient) = step(compiled, x), step(plain, x)

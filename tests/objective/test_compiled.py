@@ -5,10 +5,12 @@ Most tests run the traced graph as it is (`traced`): PyTorch's compiler takes it
 
 import copy
 import pickle
+import re
 
 import pytest
 import torch
 from torch import nn
+from torch.torch_version import TorchVersion
 
 from salnb import Objective, saliency
 from salnb.augment import AUGMENTATIONS, Rotation
@@ -47,9 +49,9 @@ def images(n=4, dtype=torch.float64):
     return torch.rand(n, 3, 8, 8, dtype=dtype)
 
 
-def pair(model=None, augmentation=None, backend="eager", **kwargs):
+def pair(model=None, augmentation=None, backend="eager", device="cpu", **kwargs):
     """The same objective eager and compiled, on models of their own."""
-    eager = Objective(model or conv_bn().double(), augmentation or Rotation(20), **kwargs)
+    eager = Objective(model or conv_bn().double(), augmentation or Rotation(20), **kwargs).to(device)
     compiled = copy.deepcopy(eager)
     compiled.compile(backend=backend)
     return eager, compiled
@@ -59,7 +61,7 @@ def step(objective, x, target=TARGET, backward=lambda losses: losses.total.backw
     """One step with repeatable random numbers: the losses, and all gradients in one vector."""
     objective.zero_grad()
     torch.manual_seed(11)
-    losses = objective(x, target, torch.Generator().manual_seed(7))
+    losses = objective(x, target.to(x.device), torch.Generator().manual_seed(7))
     backward(losses)
     gradients = [p.grad for p in objective.parameters()]
     assert all(g is not None for g in gradients)
@@ -83,31 +85,33 @@ TERMS = {"class": (1.0, 0.0, 0.0), "invariance": (0.0, 1.0, 0.0), "saliency": (0
 
 
 @pytest.mark.parametrize("term", TERMS)
-def test_each_term_alone(term):
+def test_each_term_alone(term, device):
     """Alone, because a term that is dropped without a word hides behind the cross-entropy."""
     alpha, beta, gamma = TERMS[term]
     backend = Backend()
-    eager, compiled = pair(alpha=alpha, beta=beta, gamma=gamma, layers=["3"] if beta else [], backend=backend)
+    eager, compiled = pair(
+        alpha=alpha, beta=beta, gamma=gamma, layers=["3"] if beta else [], backend=backend, device=device
+    )
     for _ in range(2):
-        assert getattr(assert_same(eager, compiled, images()), f"{term}_loss") > 0
+        assert getattr(assert_same(eager, compiled, images().to(device)), f"{term}_loss") > 0
     assert (backend.graphs, backend.runs) == (1, 2)
 
 
 @pytest.mark.parametrize("method", saliency.METHODS)
 @pytest.mark.usefixtures("traced")
-def test_every_method(method):
+def test_every_method(method, device):
     """A ReLU rule acts while the map's gradient is traced and does not while the parameters' are."""
-    eager, compiled = pair(alpha=0.0, method=method, method_options=cheap(method))
-    assert assert_same(eager, compiled, images()).saliency_loss > 0
+    eager, compiled = pair(alpha=0.0, method=method, method_options=cheap(method), device=device)
+    assert assert_same(eager, compiled, images().to(device)).saliency_loss > 0
 
 
 @pytest.mark.parametrize("augmentation", AUGMENTATIONS)
 @pytest.mark.usefixtures("traced")
-def test_every_augmentation(augmentation):
+def test_every_augmentation(augmentation, device):
     eager, compiled = pair(
-        Small(), augmentation=AUGMENTATIONS[augmentation](), normalize="l2", distance="cosine"
+        Small(), augmentation=AUGMENTATIONS[augmentation](), normalize="l2", distance="cosine", device=device
     )
-    assert_same(eager, compiled, images())
+    assert_same(eager, compiled, images().to(device))
 
 
 def test_a_graph_for_each_kind_of_step(traced):
@@ -324,19 +328,53 @@ def test_a_compiled_model_inside_is_run_as_written():
     assert_close(step(inside, x)[1], step(eager, x)[1])
 
 
+def refusal(version):
+    return pytest.raises(
+        RuntimeError, match=rf"on a CPU needs torch 2\.9 or newer: Inductor of torch {version}"
+    )
+
+
+@pytest.mark.parametrize("options", [{}, {"backend": "inductor"}, {"mode": "max-autotune"}], ids=str)
+@pytest.mark.parametrize(
+    ("version", "refused"), [("2.6.0", 1), ("2.8.0+cu128", 1), ("2.9.0", 0), ("2.10.0", 0), ("2.15.0+cpu", 0)]
+)
+def test_an_inductor_that_writes_beyond_its_buffers_is_refused(
+    version, refused, options, traced, monkeypatch
+):
+    monkeypatch.setattr(torch, "__version__", TorchVersion(version))
+    eager, compiled = pair(Small())
+    compiled.compile(**options)
+    if refused:
+        with refusal(re.escape(version)):
+            compiled(images(), TARGET)
+        assert traced.graphs == 0
+        compiled.compile(backend="aot_eager")
+    assert_same(eager, compiled, images())
+
+
+def inductor(*args, **options):
+    """A pair that runs, or the refusal of what this version cannot do."""
+    eager, compiled = pair(*args, backend="inductor", **options)
+    if torch.__version__ < "2.9":
+        with refusal("2"):
+            compiled(images(), TARGET)
+        pytest.skip("Inductor is refused")
+    return eager, compiled
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("term", TERMS)
 def test_inductor(term):
     alpha, beta, gamma = TERMS[term]
     layers = ["3"] if beta else []
-    eager, compiled = pair(alpha=alpha, beta=beta, gamma=gamma, layers=layers, backend="inductor")
+    eager, compiled = inductor(alpha=alpha, beta=beta, gamma=gamma, layers=layers)
     for _ in range(2):
         assert getattr(assert_same(eager, compiled, images()), f"{term}_loss") > 0
 
 
 @pytest.mark.slow
 def test_inductor_draws_dropout_anew():
-    _, compiled = pair(Noisy().double(), backend="inductor")
+    _, compiled = inductor(Noisy().double())
     x = images()
     first, second = (compiled(x, TARGET, torch.Generator().manual_seed(7)).logits for _ in range(2))
     assert not torch.equal(first, second)

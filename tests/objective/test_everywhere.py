@@ -105,7 +105,7 @@ def test_compiled_is_equal(architecture, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda graph, **options: graph)
     objective = Objective(architecture, HorizontalFlip(), alpha=0.0)
     twin = copy.deepcopy(objective)
-    twin.compile()
+    twin.compile(backend="eager")
     x = images()
     assert_close(gradients(twin, x), gradients(objective, x))
     for buffer, expected in zip(twin.buffers(), objective.buffers(), strict=True):
@@ -155,7 +155,7 @@ def test_float16_does_not_underflow(way, monkeypatch):
     objective = Objective(model, Rotation(20), alpha=0.0)
     expected = gradients(objective, x)
     if way == "compiled":
-        objective.compile()
+        objective.compile(backend="eager")
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**5)
     with torch.autocast("cpu", dtype=torch.float16):
         for _ in range(10 if way == "compiled" else 1):  # the graph's own scale has to come down first
@@ -193,6 +193,20 @@ def test_the_scale_of_float16_follows_the_gradients():
             scale.update(torch.tensor(True))
         assert scale.value == value
     assert not scale.state_dict()
+
+
+def test_the_scales_are_where_model_and_images_are(monkeypatch):
+    """On a GPU they would be waited for otherwise, and DistributedDataParallel could not send them around."""
+    monkeypatch.setattr(
+        "salnb.objective.objective.is_traced", lambda tensor: False
+    )  # "meta" stands for a GPU
+    objective = Objective(conv_bn().to("meta"), Rotation(20))
+    assert {buffer.device.type for buffer in objective.buffers()} == {"meta"}
+    moved_later = Objective(conv_bn(), Rotation(20))
+    moved_later.model.to("meta")
+    with pytest.raises(RuntimeError):  # autocast knows no "meta"
+        moved_later(images(dtype=torch.float32).to("meta"), TARGET.to("meta"))
+    assert {buffer.device.type for buffer in moved_later.buffers()} == {"meta"}
 
 
 def test_an_overflow_of_the_scaled_score_is_gone_in_the_next_step():

@@ -42,7 +42,7 @@ def repeatable(objective, x, target=TARGET):
 
     def call():
         torch.manual_seed(11)
-        return objective(x, target, torch.Generator().manual_seed(7))
+        return objective(x, target.to(x.device), torch.Generator().manual_seed(7))
 
     return call
 
@@ -53,47 +53,48 @@ def repeatable(objective, x, target=TARGET):
 @pytest.mark.parametrize("distance", sorted(DISTANCES))
 @pytest.mark.parametrize("normalize", sorted(NORMALIZATIONS))
 @pytest.mark.parametrize("method", saliency.METHODS)
-def test_gradient_of_every_combination(method, normalize, distance):
+def test_gradient_of_every_combination(method, normalize, distance, device):
     """Finite differences of the saliency term alone: nothing else can hide an error in it."""
-    objective = objective_of(method, normalize=normalize, distance=distance)
-    call = repeatable(objective, images())
+    objective = objective_of(method, normalize=normalize, distance=distance).to(device)
+    call = repeatable(objective, images().to(device))
     assert assert_gradient(lambda: call().saliency_loss, objective.parameters()) > 1e-4
 
 
 @pytest.mark.parametrize("layer_distance", ["l1", "l2"])
 @pytest.mark.parametrize("layers", [["2"], {"0": 2.0, "4": 0.5, "8": 3.0}], ids=["one", "weighted"])
-def test_gradient_of_the_invariance_term(layers, layer_distance):
-    objective = objective_of(beta=0.7, gamma=0.0, layers=layers, layer_distance=layer_distance)
-    call = repeatable(objective, images())
+def test_gradient_of_the_invariance_term(layers, layer_distance, device):
+    objective = objective_of(beta=0.7, gamma=0.0, layers=layers, layer_distance=layer_distance).to(device)
+    call = repeatable(objective, images().to(device))
     assert assert_gradient(lambda: call().invariance_loss, objective.parameters()) > 1e-4
 
 
 @pytest.mark.parametrize("target", ["labels", "mixed"])
 @pytest.mark.parametrize("augmentation", AUGMENTATIONS)
-def test_gradient_of_the_total_with_every_augmentation(augmentation, target):
+def test_gradient_of_the_total_with_every_augmentation(augmentation, target, device):
     objective = objective_of(
         augmentation=AUGMENTATIONS[augmentation](), alpha=0.3, beta=0.5, gamma=2.0, layers=["3"]
-    )
+    ).to(device)
     labels = TARGET if target == "labels" else torch.rand(4, 4, dtype=torch.float64).softmax(1)
-    call = repeatable(objective, images(), labels)
+    call = repeatable(objective, images().to(device), labels.to(device))
     assert assert_gradient(lambda: call().total, objective.parameters()) > 1e-4
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
 @pytest.mark.parametrize("detach_original", [False, True], ids=["both-move", "original-held"])
-def test_agrees_with_the_equations_written_out(detach_original, mode):
-    model = conv_bn().double().train(mode == "train")
-    augmentation, x = Affine(20, translate=(0.1, 0.1)), images()
+def test_agrees_with_the_equations_written_out(detach_original, mode, device):
+    model = conv_bn().double().train(mode == "train").to(device)
+    augmentation, x = Affine(20, translate=(0.1, 0.1)), images().to(device)
+    target = TARGET.to(device)
     objective = Objective(
         copy.deepcopy(model), augmentation, alpha=0.3, beta=0.5, gamma=2.0, layers={"3": 1.5}, normalize="l2",
         distance="l1", detach_original=detach_original,
     )  # fmt: skip
-    found = objective(x, TARGET, torch.Generator().manual_seed(7))
+    found = objective(x, target, torch.Generator().manual_seed(7))
     found.total.backward()
 
     params = augmentation.make_params(x, torch.Generator().manual_seed(7))
     pixels = torch.cat([x, augmentation.images(x, params)]).requires_grad_()
-    targets = torch.cat([TARGET, TARGET])
+    targets = torch.cat([target, target])
     features = model[:4](pixels)
     logits = model[4:](features)
     score = logits.gather(1, targets[:, None]).sum()

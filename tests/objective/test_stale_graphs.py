@@ -173,7 +173,7 @@ def step(objective, x):
 def pair(model=None, **options):
     eager = Objective(model or network(), HorizontalFlip(), **options)
     compiled = copy.deepcopy(eager)
-    compiled.compile()
+    compiled.compile(backend="eager")
     return eager, compiled
 
 

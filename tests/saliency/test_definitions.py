@@ -20,9 +20,9 @@ class Weighted(nn.Module):
         return torch.stack([0 * score, score], 1)
 
 
-def test_the_highest_channel_has_the_gradient_alone_where_several_are_as_high():
-    model = Weighted([0.5, -2.0, 2.0])
-    maps = saliency.vanilla_gradient(model, torch.rand(1, 3, 4, 5).double(), 1, create_graph=True)
+def test_the_highest_channel_has_the_gradient_alone_where_several_are_as_high(device):
+    model = Weighted([0.5, -2.0, 2.0]).to(device)
+    maps = saliency.vanilla_gradient(model, torch.rand(1, 3, 4, 5).double().to(device), 1, create_graph=True)
     assert_close(maps, torch.full_like(maps, 2.0))
     maps.sum().backward()
     gradient = model.weights.grad
@@ -38,22 +38,22 @@ class Squares(nn.Module):
         return torch.stack([0 * score, score], 1)
 
 
-def test_smoothgrad_by_its_definition():
+def test_smoothgrad_by_its_definition(device):
     """Gaussian noise of a share of each image's own range, signed gradients averaged, then eq. 2."""
-    x = torch.stack([torch.rand(3, 4, 5), 10 * torch.rand(3, 4, 5) + 100]).double()
+    x = torch.stack([torch.rand(3, 4, 5), 10 * torch.rand(3, 4, 5) + 100]).double().to(device)
     found = saliency.smoothgrad(
         Squares(), x, 1, n_samples=3, noise_level=0.5, generator=torch.Generator().manual_seed(5)
     )
     generator = torch.Generator().manual_seed(5)
-    noises = [torch.randn(x.shape, generator=generator, dtype=x.dtype) for _ in range(3)]
+    noises = [torch.randn(x.shape, generator=generator, dtype=x.dtype).to(device) for _ in range(3)]
     for i, image in enumerate(x):
         noisy = [image + 0.5 * (image.max() - image.min()) * noise[i] for noise in noises]
         mean = sum(noisy) / 3
         assert_close(found[i, 0], mean.abs().max(0).values)
 
 
-def test_smoothgrad_asks_about_the_class_of_the_clean_image():
-    model, x = conv_bn().double().eval(), torch.rand(4, 3, 12, 12).double()
+def test_smoothgrad_asks_about_the_class_of_the_clean_image(device):
+    model, x = conv_bn().double().eval().to(device), torch.rand(4, 3, 12, 12).double().to(device)
     predicted = model(x).argmax(1)
     found, expected = (
         saliency.smoothgrad(
@@ -80,15 +80,15 @@ def bilinear(image, size):
     return new
 
 
-def test_grad_cam_by_its_definition():
+def test_grad_cam_by_its_definition(device):
     layer = nn.Conv2d(3, 4, 3, stride=2)
     head = nn.Sequential(nn.Tanh(), nn.Flatten(), nn.Linear(4 * 4 * 5, 3))
-    model = nn.Sequential(layer, head).double()
-    x = torch.rand(2, 3, 9, 11).double()
+    model = nn.Sequential(layer, head).double().to(device)
+    x = torch.rand(2, 3, 9, 11).double().to(device)
     activation = layer(x).detach().requires_grad_()
     (slope,) = torch.autograd.grad(head(activation)[:, 2].sum(), activation)
     found = saliency.grad_cam(model, x, 2)
     assert found.shape == (2, 1, 9, 11)
     for i in range(2):
         weighted = [channel.mean() * kept for channel, kept in zip(slope[i], activation[i], strict=True)]
-        assert_close(found[i, 0], bilinear(sum(weighted).clamp(min=0).detach(), (9, 11)))
+        assert_close(found[i, 0], bilinear(sum(weighted).clamp(min=0).detach().cpu(), (9, 11)).to(device))

@@ -15,11 +15,11 @@ from salnb._common.catalog import METHODS
 from tests.helpers.finite_differences import assert_gradient
 from tests.helpers.methods import WITH_RULE, cheap
 from tests.helpers.networks import FunctionalReLUs, conv_bn, without_inplace
-from tests.helpers.tolerances import assert_close, relative_difference
+from tests.helpers.tolerances import FROM_FLOAT64, assert_close, relative_difference
 
 GRADIENT_METHODS = ["vanilla_gradient", "deconvnet", "guided_backprop"]
 # what all methods have, and `reduce`, which those that look at pixels have
-SHARED = ["model", "images", "target", "create_graph", "score"]
+SHARED = ["model", "images", "target", "create_graph", "score", "output", "model_kwargs"]
 
 # dense, residual, plain, mobile; the layer is where Grad-CAM is compared
 ARCHITECTURES = {
@@ -87,14 +87,15 @@ def test_the_catalogue_knows_what_a_method_takes(method):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("method", GRADIENT_METHODS)
 def test_agrees_with_captum(architecture, method, dtype):
-    from captum.attr import Deconvolution, GuidedBackprop, Saliency
-
+    attr = pytest.importorskip("captum.attr")
     model = without_inplace(copy.deepcopy(architecture[0]).to(dtype))
     x, target = images(dtype=dtype), torch.tensor([2, 5])
     ours = saliency.METHODS[method](model, x, target, reduce=None)
-    captum = {"vanilla_gradient": Saliency, "deconvnet": Deconvolution, "guided_backprop": GuidedBackprop}[
-        method
-    ]
+    captum = {
+        "vanilla_gradient": attr.Saliency,
+        "deconvnet": attr.Deconvolution,
+        "guided_backprop": attr.GuidedBackprop,
+    }[method]
     options = {"abs": False} if method == "vanilla_gradient" else {}
     with _hooks_warning() if method != "vanilla_gradient" else nullcontext():
         theirs = captum(model).attribute(x.clone().requires_grad_(), target, **options)
@@ -102,14 +103,13 @@ def test_agrees_with_captum(architecture, method, dtype):
 
 
 def test_smoothgrad_agrees_with_captum():
-    from captum.attr import NoiseTunnel, Saliency
-
+    attr = pytest.importorskip("captum.attr")
     model, x, target = without_inplace(conv_bn().double().eval()), images(size=12), torch.tensor([1, 3])
     x = (x - x.amin((1, 2, 3), keepdim=True)) / (
         x.amax((1, 2, 3), keepdim=True) - x.amin((1, 2, 3), keepdim=True)
     )
     ours = saliency.smoothgrad(model, x, target, n_samples=1500, noise_level=0.1, reduce=None)
-    tunnel = NoiseTunnel(Saliency(model))
+    tunnel = attr.NoiseTunnel(attr.Saliency(model))
     theirs = tunnel.attribute(
         x.clone().requires_grad_(), nt_type="smoothgrad", nt_samples=1500, nt_samples_batch_size=100, stdevs=0.1,
         target=target, abs=False,
@@ -120,29 +120,28 @@ def test_smoothgrad_agrees_with_captum():
 
 
 def test_grad_cam_agrees_with_captum(architecture):
-    from captum.attr import GuidedGradCam, LayerGradCam
-
+    attr = pytest.importorskip("captum.attr")
     model, name = copy.deepcopy(architecture[0]), architecture[1]
     model = without_inplace(model)
     layer = model.get_submodule(name)
     x, target = images(), torch.tensor([2, 5])
-    coarse = LayerGradCam(model, layer).attribute(x, target, relu_attributions=True)
+    coarse = attr.LayerGradCam(model, layer).attribute(x, target, relu_attributions=True)
     theirs = F.interpolate(coarse, x.shape[-2:], mode="bilinear", align_corners=False)
     assert theirs.max() > 0
     assert_close(saliency.grad_cam(model, x, target, layer=name), theirs)
     with _hooks_warning():
-        guided = GuidedGradCam(model, layer).attribute(x, target, interpolate_mode="bilinear")
+        guided = attr.GuidedGradCam(model, layer).attribute(x, target, interpolate_mode="bilinear")
     assert_close(saliency.guided_grad_cam(model, x, target, layer=layer, reduce=None), guided)
 
 
 def test_grad_cam_agrees_with_pytorch_grad_cam(architecture):
-    from pytorch_grad_cam import GradCAM
+    cams = pytest.importorskip("pytorch_grad_cam")
     from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 
     model, name = without_inplace(copy.deepcopy(architecture[0])), architecture[1]
     layer, x, classes = model.get_submodule(name), images(), [2, 5]
     targets = [ClassifierOutputTarget(c) for c in classes]
-    with GradCAM(model=model, target_layers=[layer]) as cam:
+    with cams.GradCAM(model=model, target_layers=[layer]) as cam:
         cam(input_tensor=x, targets=targets)
         seen = cam.activations_and_grads
         # the map before that library scales it to [0, 1] in float32
@@ -172,11 +171,12 @@ def slow_relu_rule(weights, x, target, rule):
 
 @pytest.mark.parametrize("method", GRADIENT_METHODS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_functional_relus_follow_the_definition(method, dtype):
-    model = FunctionalReLUs().to(dtype).eval()
-    x, target = images(3, 16, dtype), torch.tensor([0, 4, 2])
+def test_functional_relus_follow_the_definition(method, dtype, device):
+    model = FunctionalReLUs().to(device, dtype).eval()
+    x, target = images(3, 16, dtype).to(device), torch.tensor([0, 4, 2], device=device)
     ours = saliency.METHODS[method](model, x, target, reduce=None)
-    assert_close(ours, slow_relu_rule(model, x, target, method).detach())
+    tolerance = FROM_FLOAT64 if device.type == "cuda" and dtype == torch.float32 else None
+    assert_close(ours, slow_relu_rule(model, x, target, method).detach(), tolerance)
 
 
 @pytest.mark.parametrize("in_place", [False, True], ids=["new", "in-place"])
@@ -184,7 +184,7 @@ def test_functional_relus_follow_the_definition(method, dtype):
 @pytest.mark.parametrize(
     ("rule", "allowed"), [("guided_backprop", [0, 1, 0, 0]), ("deconvnet", [1, 1, 0, 1])]
 )
-def test_relu6_has_a_mask_of_its_own(rule, allowed, spelling, in_place):
+def test_relu6_has_a_mask_of_its_own(rule, allowed, spelling, in_place, device):
     """Below 0, inside, inside with a negative gradient, above 6."""
 
     relu6 = {
@@ -195,9 +195,11 @@ def test_relu6_has_a_mask_of_its_own(rule, allowed, spelling, in_place):
 
     class Probe(nn.Module):
         def forward(self, x):
-            return (relu6(x * 1).flatten(1) * torch.tensor([1.0, 1.0, -1.0, 1.0])).sum(1, keepdim=True)
+            return (relu6(x * 1).flatten(1) * torch.tensor([1.0, 1.0, -1.0, 1.0], device=device)).sum(
+                1, keepdim=True
+            )
 
-    x = torch.tensor([-1.0, 3.0, 3.0, 7.0]).view(1, 1, 2, 2)
+    x = torch.tensor([-1.0, 3.0, 3.0, 7.0], device=device).view(1, 1, 2, 2)
     found = saliency.METHODS[rule](Probe(), x, 0, reduce=None).flatten()
     assert found.tolist() == [float(a) for a in allowed]
 
@@ -207,7 +209,7 @@ def test_relu6_has_a_mask_of_its_own(rule, allowed, spelling, in_place):
 
 @pytest.mark.parametrize("method", saliency.METHODS)
 @pytest.mark.parametrize("network", ["modules", "inplace", "relu6", "functional"])
-def test_gradient_of_a_loss_on_the_map(method, network):
+def test_gradient_of_a_loss_on_the_map(method, network, device):
     """Finite differences in float64; two batch norms in train mode wherever the network has them."""
     networks = {
         "modules": conv_bn,
@@ -216,9 +218,9 @@ def test_gradient_of_a_loss_on_the_map(method, network):
         "functional": FunctionalReLUs,
     }
     torch.manual_seed(3)
-    model = networks[network]().double().train()
-    x, target = images(4, 8), torch.tensor([0, 1, 2, 3])
-    pattern = torch.randn(4, 1, 8, 8, dtype=torch.float64)
+    model = networks[network]().double().train().to(device)
+    x, target = images(4, 8).to(device), torch.tensor([0, 1, 2, 3], device=device)
+    pattern = torch.randn(4, 1, 8, 8, dtype=torch.float64).to(device)
 
     def loss():
         return (explain(method, model, x, target, create_graph=True) * pattern).sum()

@@ -148,6 +148,56 @@ def test_an_operation_without_a_second_derivative_is_refused(operation, method):
         Objective(model, HorizontalFlip(), method=method)(x, torch.arange(2))
 
 
+class AtTheEnd(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = conv_bn()
+
+    def forward(self, x):
+        return NoSecond.apply(self.net(x))
+
+
+class BehindAFrozenHead(AtTheEnd):
+    """The gradient that reaches the operation is a constant, as at the end."""
+
+    def forward(self, x):
+        head = self.net[-1].requires_grad_(False)
+        return head(NoSecond.apply(self.net[:-1](x)))
+
+
+@pytest.mark.parametrize("network", [AtTheEnd, BehindAFrozenHead])
+@pytest.mark.parametrize("method", saliency.METHODS)
+def test_so_is_one_that_only_constants_reach(network, method):
+    model, x = network().eval(), torch.rand(2, 3, 8, 8)
+    with pytest.raises(RuntimeError, match=r"create_graph=True differentiates .* no second derivative"):
+        saliency.METHODS[method](model, x, 1, create_graph=True, **cheap(method))
+    with pytest.raises(RuntimeError, match=r"no second derivative"):
+        Objective(model, HorizontalFlip(), method=method)(x, torch.arange(2))
+
+
+class OfWeights(nn.Module):
+    """Between the weights and the score only: what is differentiated twice does not pass it."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.scale = conv_bn(), nn.Parameter(torch.zeros(4))
+
+    def forward(self, x):
+        return self.net(x) * NoSecond.apply(self.scale)
+
+
+def test_an_operation_on_weights_alone_needs_none():
+    model, x = OfWeights().eval(), torch.rand(2, 3, 8, 8)
+    maps = saliency.vanilla_gradient(model, x, 1, create_graph=True)
+    (gradient,) = torch.autograd.grad(maps.square().sum(), model.scale)
+    plain = OfWeights().eval()
+    plain.load_state_dict(model.state_dict())
+    plain.forward = lambda x: plain.net(x) * plain.scale.exp()
+    maps = saliency.vanilla_gradient(plain, x, 1, create_graph=True)
+    (expected,) = torch.autograd.grad(maps.square().sum(), plain.scale)
+    torch.testing.assert_close(gradient, expected)
+
+
 @METHODS
 def test_a_compiled_network_has_the_right_gradient(method):
     model, x = conv_bn().eval(), torch.rand(2, 3, 8, 8)

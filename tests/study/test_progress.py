@@ -60,6 +60,18 @@ def test_a_line_for_each_training_that_ends(clock):
     assert progress.summary() == "2 of 5 done, 1 failed, 1 running, 80 s left"
 
 
+class ClosedPipe(io.StringIO):
+    def write(self, text):
+        raise BrokenPipeError(32, "Broken pipe")
+
+
+def test_a_study_goes_on_where_nobody_reads_its_lines():
+    with Progress("table2", 5, 1, ClosedPipe()) as progress:
+        progress.started(FIRST)
+        progress.finished(FIRST, DONE)
+    assert progress.done == 2
+
+
 def test_time_left_of_trainings_side_by_side(clock):
     with Progress("table2", 100, 0, io.StringIO()) as progress:
         for _ in range(10):
