@@ -170,9 +170,7 @@ def step_losses(
     model, augmentation, class_term = modules.model, modules.augmentation, modules.class_term
     call = settings.call(model_kwargs)
     n, keep_graph = len(images), torch.is_grad_enabled()
-    pixels = torch.cat([images, new_images])
-    if _is_channels_last(images):
-        pixels = pixels.contiguous(memory_format=torch.channels_last)
+    pixels = _joined(images, new_images)
     with ExitStack() as stack:
         recorder = None
         if settings.has_saliency:
@@ -212,6 +210,12 @@ def step_losses(
     shown = (total, classes, invariance, salience, logits.detach(), settings.has_saliency, gamma, consistent)
     losses = Losses(*shown, attached_logits=logits)
     return losses if keep_graph else losses.detach()
+
+
+def _joined(images: Tensor, new_images: Tensor) -> Tensor:
+    """Originals and augmented images one behind the other, in the originals' memory format."""
+    pixels = torch.cat([images, new_images])
+    return pixels.contiguous(memory_format=torch.channels_last) if _is_channels_last(images) else pixels
 
 
 def _balanced(modules: StepModules, classes: Tensor, salience: Tensor, settings: TermSettings) -> Tensor:
