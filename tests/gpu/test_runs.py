@@ -26,7 +26,7 @@ def scenes(monkeypatch):
         torch.rand(24, 1, 32, 32) < 0.3,
     )
     dataset = data.Dataset(split, split.first(8), split.first(8), [str(digit) for digit in range(10)])
-    monkeypatch.setattr(data, "load", lambda name, size, workers: dataset)
+    monkeypatch.setattr(data, "load", lambda name, size, **options: dataset)
 
 
 def only_for_gpus(precision, device):
