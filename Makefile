@@ -20,7 +20,7 @@ NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb))
 EXECUTED := $(NOTEBOOKS:%=_build/source/%)
 READS := $(NOTEBOOKS:notebooks/%.ipynb=_build/reads/%.d)
 PACKAGE := $(shell find salnb -name '*.py')
-PAGES := _config.yml _toc.yml $(shell find book -type f -not -path '*/__pycache__/*')
+PAGES := _config.yml _toc.yml $(wildcard CHANGELOG.md LICENSE) $(shell find book -type f -not -path '*/__pycache__/*')
 
 .PHONY: help env book test test-unit test-notebooks test-pages test-slow test-oldest test-oldest-quick test-colab test-gpu
 .PHONY: lint serve pdf notebook notebooks bench mutants clean

@@ -147,23 +147,9 @@ def evaluate(
 
 
 def report(
-    run: str | Path,
-    name: str,
-    root: str | None,
-    augmentation: str,
-    *,
-    device: str = "cpu",
-    batch_size: int = 32,
+    run: str | Path, name: str, root: str | None, augmentation: str, *, device: str, batch_size: int
 ) -> str:
-    """What `evaluate` finds, as a table in Markdown and lines.
-
-    Args:
-        run: the folder of a finished run.
-        name: of the data set whose test images are taken.
-        root: for "folder", the folder.
-        augmentation: name of one.
-        device: where.
-        batch_size: images at once.
+    """What `evaluate` finds, in words; the arguments are those of `salnb evaluate`.
 
     Raises:
         ValueError: the data's classes are not those of the run, or see `load`.

@@ -62,6 +62,10 @@ def test_a_run_leaves_its_network(run, photos):
     assert set(json.loads((out / "split.json").read_text())["splits"]) == {"train", "validation", "test"}
 
 
+def test_masks_give_the_share_on_the_object(run):
+    assert 0 < run[1]["test_saliency_on_object"] < 1
+
+
 def test_the_weights_are_those_of_plain_pytorch(run):
     from safetensors.torch import load_file
 

@@ -24,12 +24,10 @@ _BORROWED = re.compile(r"figures/([\w-]+)/([\w-]+)\.jpeg")
 
 def assemble() -> None:
     """Copy prose and configuration to `_build/source` and drop chapters that no longer exist."""
-    for name in ("_config.yml", "_toc.yml"):
+    for name in ("_config.yml", "_toc.yml", "CHANGELOG.md", "LICENSE"):
         shutil.copy(ROOT / name, SOURCE / name)
     shutil.rmtree(SOURCE / "book", ignore_errors=True)
     shutil.copytree(ROOT / "book", SOURCE / "book", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "CHANGELOG.md", SOURCE / "book" / "changelog.md")
-    shutil.copy(ROOT / "LICENSE", SOURCE / "book" / "LICENSE")
     for executed in (SOURCE / "notebooks").iterdir():
         if not (ROOT / "notebooks" / executed.name).exists():
             executed.unlink()

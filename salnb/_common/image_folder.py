@@ -4,6 +4,7 @@ Free of torch and Pillow, so that a mistake is answered at once.
 """
 
 import itertools
+import os
 import random
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
@@ -29,10 +30,14 @@ def named(things: Iterable[str], most: int = 3) -> str:
     return ", ".join(things[:most]) + more
 
 
-def _image_files(folder: Path) -> list[Path]:
+def _image_files(folder: Path) -> list[str]:
     """The images in a folder and below, by their endings, in order; nothing hidden."""
-    found = (path for path in folder.rglob("*") if path.suffix.lower() in _ENDINGS and path.is_file())
-    return sorted(path for path in found if not any(p[0] == "." for p in path.relative_to(folder).parts))
+    found: list[str] = []
+    for place, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if name[0] != "."]
+        images = (n for n in names if n[0] != "." and os.path.splitext(n)[1].lower() in _ENDINGS)
+        found += [os.path.join(place, name) for name in images]
+    return sorted(found)
 
 
 def photographs(paths: Iterable[str | Path]) -> dict[str, Path]:
@@ -43,7 +48,7 @@ def photographs(paths: Iterable[str | Path]) -> dict[str, Path]:
     """
     found: dict[str, Path] = {}
     for path in map(Path, paths):
-        files = _image_files(path) if path.is_dir() else [path]
+        files = list(map(Path, _image_files(path))) if path.is_dir() else [path]
         if not files or not path.exists():
             raise ValueError(f"no photograph {'in the folder ' if path.is_dir() else ''}{path}")
         for file in files:
@@ -72,15 +77,9 @@ def find_images(root: str | Path, without: Collection[str] = ()) -> dict[str, Cl
         places["train"] = ""
     if places["train"] is None:
         raise ValueError(f"data_dir {root} has {named(filter(None, places.values()))}, but no train")
-    found: dict[str, Classes] = {}
-    for split, place in places.items():
-        if place is not None:
-            folders = [path for path in sorted((root / place).iterdir()) if path.is_dir()]
-            folders = [path for path in folders if path.name[0] != "." and path.name != MASKS]
-            paths = (
-                (path.name, (p.relative_to(root).as_posix() for p in _image_files(path))) for path in folders
-            )
-            found[split] = {name: [p for p in images if p not in without] for name, images in paths}
+    found = {
+        split: _classes(root, root / place, without) for split, place in places.items() if place is not None
+    }
     if len(found["train"]) < 2:
         what = f"got {named(found['train']) or 'none'}"
         raise ValueError(f"data_dir {root} must have a folder for each of two or more classes, {what}")
@@ -89,6 +88,16 @@ def find_images(root: str | Path, without: Collection[str] = ()) -> dict[str, Cl
             raise ValueError(f"data_dir {root}: no image in {split} of {len(empty)} classes: {named(empty)}")
         if odd := sorted(classes.keys() ^ found["train"].keys()):
             raise ValueError(f"data_dir {root}: train and {split} differ in {len(odd)} classes: {named(odd)}")
+    return found
+
+
+def _classes(root: Path, folder: Path, without: Collection[str]) -> Classes:
+    names = [path.name for path in sorted(folder.iterdir()) if path.is_dir()]
+    found: Classes = {}
+    for name in names:
+        if name[0] != "." and name != MASKS:
+            images = (os.path.relpath(path, root) for path in _image_files(folder / name))
+            found[name] = [path for path in images if path not in without]
     return found
 
 

@@ -4,6 +4,7 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -54,7 +55,8 @@ class FolderImages(DiskImages):
         """One image, decoded, its label, and its mask where there are masks."""
         path = self.rows[index]
         image = read_photograph(self.root / path, self.size)
-        label = self.classes.index(class_of(path, self.classes))
+        first, second, *_ = path.split("/")  # of a class, or of a split with the classes inside
+        label = self.classes.index(first if first in self.classes else second)
         if not self.masks:
             return image, label
         return image, label, read_photograph(self.masks[index], self.size)[:1] >= 128
@@ -62,12 +64,6 @@ class FolderImages(DiskImages):
     def first(self, count: int) -> "FolderImages":
         """The first so many of the images."""
         return replace(self, rows=self.rows[:count], masks=self.masks[:count])
-
-
-def class_of(path: str, classes: Sequence[str]) -> str:
-    """The class in a path: its first folder, or the second where the first is that of a split."""
-    first, second, *_ = path.split("/")
-    return first if first in classes else second
 
 
 def image_folder(
@@ -115,21 +111,11 @@ def image_folder(
         classes, splits = sorted(found["train"]), split_folder(found, seed)
         check_apart(root, splits)
         if record is not None:
-            kept = {
-                "root": str(root.absolute()),
-                "classes": classes,
-                "splits": splits,
-                "skipped": sorted(bad),
-            }
-            results.write_record(record, kept)
-    train, validation, test = (
-        FolderImages(splits[split], size, workers, root=root, classes=classes, masks=masks)
-        for split, masks in {
-            "train": (),
-            **{split: _masks(root, splits[split]) for split in ("validation", "test")},
-        }.items()
-    )
-    return Dataset(train, validation, test, classes)
+            kept = {"root": str(root.absolute()), "classes": classes, "splits": splits}
+            results.write_record(record, kept | {"skipped": sorted(bad)})
+    make = partial(FolderImages, size=size, workers=workers, root=root, classes=classes)
+    validation, test = (make(splits[s], masks=_masks(root, splits[s])) for s in ("validation", "test"))
+    return Dataset(make(splits["train"]), validation, test, classes)
 
 
 def images_to_test(
@@ -169,16 +155,11 @@ def _unreadable(root: Path, paths: list[str], size: int, workers: int) -> dict[s
 
 
 def _masks(root: Path, paths: list[str]) -> list[Path]:
-    """The masks of images; none where there is not one mask.
-
-    Raises:
-        ValueError: some have a mask and others do not.
-    """
+    """The masks of images; none where there is not one mask, but an error where only some have one."""
     candidates = [(root / MASKS / path, (root / MASKS / path).with_suffix(".png")) for path in paths]
     masks = [next(filter(Path.is_file, pair), None) for pair in candidates]
     lacking = [path for path, mask in zip(paths, masks, strict=True) if mask is None]
     if lacking and len(lacking) < len(paths):
-        raise ValueError(
-            f"data_dir {root}: {len(lacking)} of {len(paths)} images have no mask: {named(lacking)}"
-        )
+        told = f"{len(lacking)} of {len(paths)} images have no mask: {named(lacking)}"
+        raise ValueError(f"data_dir {root}: {told}")
     return [mask for mask in masks if mask is not None]

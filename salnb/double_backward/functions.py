@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
+from salnb.double_backward import batch_norm, fused
 from salnb.double_backward.bookkeeping import Maybe, last, save, saved, wanted
 
 __all__ = [
@@ -115,40 +116,41 @@ def _add(a: Maybe, b: Tensor) -> Tensor:
 
 
 class BatchNorm(Function):
-    """`y = (x - mean) / std * w + b` per channel; in training, with the mean and std of this batch."""
+    """`y = (x - mean) / std * w + b` per channel; in training, with the mean and std of this batch.
+
+    Behind y stand x and w once more. The first backward reads these, so that its own gradients with respect
+    to them come back here, where they are added to those of y by what computes these, or in place.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, w: Maybe, b: Maybe, running: tuple, training: bool, *options: float
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor, Maybe]:
         given = () if running[0] is None else running
         y, mean, spread = aten._native_batch_norm_legit(x, w, b, *given, training, *options)
+        again = x.view_as(x), None if w is None else w.view_as(w)
+        fixed = [
+            t for t, wanted in zip(again, ctx.needs_input_grad, strict=False) if t is not None and not wanted
+        ]
+        ctx.mark_non_differentiable(*fixed)
+        ctx.set_materialize_grads(False)
         # spread is 1/std in training and the running variance otherwise, as the backward kernel wants it
-        save(ctx, x, w, *((mean, spread) if training else running))
-        ctx.training, ctx.eps = training, options[1]
-        return y
+        save(ctx, *again, *((mean, spread) if training else running))
+        ctx.settings = training, options[1]
+        ctx.is_fused = fused.applies(x)
+        return y, *again
 
     @staticmethod
-    def backward(ctx: Any, gy: Tensor) -> tuple:
+    def backward(ctx: Any, gy: Maybe, more_x: Maybe, more_w: Maybe) -> tuple:
+        if gy is None:
+            return more_x, more_w, *[None] * 5
         mask = [wanted(ctx, i) for i in range(3)]
-        return *_BatchNormBackward.apply(gy, *saved(ctx), ctx.training, ctx.eps, mask), *[None] * 4
+        given = gy, *saved(ctx), more_x, more_w
+        return *_BatchNormBackward.apply(*given, ctx.settings, mask, ctx.is_fused), *[None] * 4
 
 
 class _BatchNormBackward(Function):
-    """The gradients `gx`, `gw`, `gb` of batch norm, those of them that `mask` asks for.
-
-    Write `x' = (x - mean) / std` and `<u>` for the mean of u over a channel's n pixels. In training
-
-        P(u) = u - <u> - x' <u x'>,    gx = w / std * P(gy),    gw = n <gy x'>,    gb = n <gy>.
-
-    P is symmetric, so that the cotangent v of gx reaches gy as `w / std * P(v)`, which is what the first
-    backward's kernel computes. The derivatives through std and x' in gx add up to
-
-        -w / std^2 * ( x' <v P(gy)> + <gy x'> P(v) + <v x'> P(gy) ),
-
-    a sum of `gy`, `x`, `w / std * P(v)` and a constant, with one factor each per channel. In evaluation
-    std is a constant and P the identity.
-    """
+    """The gradients `gx + more_x`, `gw + more_w`, `gb` of batch norm, those of them that `mask` asks for."""
 
     @staticmethod
     def forward(
@@ -158,67 +160,38 @@ class _BatchNormBackward(Function):
         w: Maybe,
         mean: Tensor,
         spread: Tensor,
-        training: bool,
-        eps: float,
-        mask: list,
+        more_x: Maybe,
+        more_w: Maybe,
+        settings: tuple[bool, float],
+        mask: list[bool],
+        is_fused: bool,
     ) -> tuple:
-        ctx.training, ctx.eps = training, eps
+        ctx.settings, ctx.is_fused = settings, is_fused
         # in training the sums gw and gb come for free with gx, and its derivatives need them
-        sums = [training or wanted for wanted in mask[1:]]
-        gx, gw, gb = _batch_norm_kernel(ctx, gy, x, w, mean, spread, [mask[0], *sums])
-        ctx.save_for_backward(gy, x, w, mean, spread, gw, gb)
+        sums = [settings[0] or wanted for wanted in mask[1:]]
+        at = batch_norm.Forward(x, w, mean, spread, *settings)
         ctx.set_materialize_grads(False)
-        return gx, gw if mask[1] else None, gb if mask[2] else None
+        if is_fused and not any(ctx.needs_input_grad[5:7]):
+            gx, gw, gb = fused.first_gradients(gy, at, more_x, more_w)
+            ctx.save_for_backward(gy, x, w, mean, spread, gw, gb)
+        else:
+            gx, gw, gb = batch_norm.first_gradients(gy, at, [mask[0], *sums], more_x)
+            ctx.save_for_backward(gy, x, w, mean, spread, gw, gb)
+            gw = gw + more_w if mask[1] and more_w is not None else gw
+        return gx if mask[0] else None, gw if mask[1] else None, gb if mask[2] else None
 
     @staticmethod
     @last
-    def backward(ctx: Any, kept: tuple, vx: Maybe, vw: Maybe, vb: Maybe) -> tuple:
+    def backward(ctx: Any, kept: tuple, *cotangents: Maybe) -> tuple:
         gy, x, w, mean, spread, gw, gb = kept
-        training = ctx.training
-        n = x.numel() // x.shape[1]
-        r = spread if training else (spread + ctx.eps).rsqrt()  # 1/std
-        wr = r if w is None else r * w
-
-        def wide(u: Tensor) -> Tensor:
-            return u.view(1, -1, *[1] * (x.ndim - 2))
-
-        ggy = ggv = ggw = None
-        # ggx = c_y * (gy - <gy>) + c_x * (x - mean) + c_v * ggv in training, c_y * gy otherwise
-        c_y = c_x = torch.zeros_like(r)
-        if vx is not None:
-            ggv, v_x, v_1 = _batch_norm_kernel(ctx, vx, x, w, mean, spread, [True, training, training])
-            ggy = ggv
-            v_gy = (vx * gy.to(r.dtype)).sum([0, *range(2, x.ndim)])
-            if training:
-                v_gy = v_gy - (v_1 * gb + v_x * gw) / n  # from the sum of v * gy to that of v * P(gy)
-                c_y = -wr * r * v_x / n
-                c_x = -wr * r * r * (v_gy - v_x * gw / n) / n
-            ggw = None if w is None else r * v_gy
-        if vw is not None:
-            ggy = _add(ggy, (x - wide(mean)) * wide(r * vw))
-            c_y = c_y + r * vw
-            if training:
-                c_x = c_x - r * r * vw * gw / n
-        if vb is not None:
-            ggy = _add(ggy, wide(vb).expand_as(gy))
-
-        ggx = None
-        if training and ctx.needs_input_grad[1] and (vx is not None or vw is not None):
-            ggx = (x * wide(c_x)).addcmul_(gy, wide(c_y))
-            if ggv is not None:
-                ggx.addcmul_(ggv, wide(-r * gw / n))
-            ggx.sub_(wide(c_x * mean + c_y * gb / n))
-        elif vw is not None:
-            ggx = gy * wide(c_y)
-        return ggy, ggx, ggw, *[None] * 5
-
-
-def _batch_norm_kernel(
-    ctx: Any, gy: Tensor, x: Tensor, w: Maybe, mean: Tensor, spread: Tensor, mask: list[bool]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """PyTorch's first backward of batch norm: `gx`, `gw`, `gb`."""
-    batch, running = ((mean, spread), (None, None)) if ctx.training else ((None, None), (mean, spread))
-    return aten.native_batch_norm_backward(gy, x, w, *running, *batch, ctx.training, ctx.eps, mask)
+        at = batch_norm.Forward(x, w, mean, spread, *ctx.settings)
+        # of maps with respect to the images, whose cotangent is the first alone
+        kernels = fused if ctx.is_fused and cotangents[1:] == (None, None) else batch_norm
+        found = kernels.second_gradients(cotangents, gy, at, gw, gb, ctx.needs_input_grad[1])
+        more = (
+            v if needed else None for v, needed in zip(cotangents, ctx.needs_input_grad[5:7], strict=False)
+        )
+        return *found, None, None, *more, *[None] * 3
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -306,7 +279,8 @@ class _Split(Function):
     @staticmethod
     def forward(ctx: Any, gy: Tensor, sizes: list[int], dim: int) -> tuple:
         ctx.dim = dim
-        return tuple(part.clone() for part in gy.split(sizes, dim))
+        # parts of one memory, as in PyTorch, which hooks may nevertheless change in place
+        return tuple(torch.unsafe_split_with_sizes(gy, sizes, dim))
 
     @staticmethod
     @last

@@ -209,7 +209,7 @@ def _batch_norm(
         return NotImplemented
     if input.numel() == input.shape[1] if training else running_mean is None:
         return NotImplemented  # for PyTorch's own error
-    return BatchNorm.apply(input, weight, bias, (running_mean, running_var), training, momentum, eps)
+    return BatchNorm.apply(input, weight, bias, (running_mean, running_var), training, momentum, eps)[0]
 
 
 def _torch_batch_norm(

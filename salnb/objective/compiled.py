@@ -157,7 +157,7 @@ class _TracedStep(nn.ModuleDict):
         return [
             *(term.detach() for term in terms),
             losses.gamma,
-            torch.as_tensor(losses.consistency_loss),
+            torch.as_tensor(losses.consistency_loss).detach(),
         ], gradients
 
     def with_state(self, *tensors: Tensor) -> list[Tensor | None]:

@@ -170,9 +170,7 @@ def step_losses(
     model, augmentation, class_term = modules.model, modules.augmentation, modules.class_term
     call = settings.call(model_kwargs)
     n, keep_graph = len(images), torch.is_grad_enabled()
-    pixels = torch.cat([images, new_images])
-    if _is_channels_last(images):
-        pixels = pixels.contiguous(memory_format=torch.channels_last)
+    pixels = _joined(images, new_images)
     with ExitStack() as stack:
         recorder = None
         if settings.has_saliency:
@@ -212,6 +210,12 @@ def step_losses(
     shown = (total, classes, invariance, salience, logits.detach(), settings.has_saliency, gamma, consistent)
     losses = Losses(*shown, attached_logits=logits)
     return losses if keep_graph else losses.detach()
+
+
+def _joined(images: Tensor, new_images: Tensor) -> Tensor:
+    """Originals and augmented images one behind the other, in the originals' memory format."""
+    pixels = torch.cat([images, new_images])
+    return pixels.contiguous(memory_format=torch.channels_last) if _is_channels_last(images) else pixels
 
 
 def _balanced(modules: StepModules, classes: Tensor, salience: Tensor, settings: TermSettings) -> Tensor:
@@ -300,7 +304,7 @@ def _invariance(features: dict[str, Tensor], n: int, settings: TermSettings) -> 
 def _saliency(
     augmentation: Augmentation, maps: Tensor, params: Any, known: Tensor | None, settings: TermSettings
 ) -> Tensor:
-    """Eq. 7 of the 2N maps, of the pairs (N,) whose class is known; None: all."""
+    """The loss of eq. 7 of the 2N maps, of the pairs (N,) whose class is known; None: all."""
     n = len(maps) // 2
     first = maps[:n].detach() if settings.detach_original else maps[:n]
     first, second, valid = augmentation.align(first, maps[n:], params)

@@ -40,7 +40,7 @@ def show_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]], *, size: float 
         ax.set_title(title, fontsize="small")
         ax.set_xlabel("epoch", fontsize="small")
         ax.xaxis.get_major_locator().set_params(integer=True)
-        ax.set_ylim(bottom=0)
+        ax.set_ylim(0, 1.08 * ax.get_ylim()[1] or 1)
         sns.despine(ax=ax)
     fig.legend(
         *axes[0].get_legend_handles_labels(), loc="outside lower center", fontsize="small", frameon=False

@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from salnb.timing import tables
     from salnb.timing.cases import PAPER, TABLE_4, Case, Settings, plan
     from salnb.timing.measurement import measure
+    from salnb.timing.profiles import profile_table, read_profile
     from salnb.timing.records import case_of, check_record, read_timing
     from salnb.timing.runner import default_path, study
     from salnb.timing.tables import compare, describe
@@ -24,6 +25,8 @@ __all__ = [
     "describe",
     "measure",
     "plan",
+    "profile_table",
+    "read_profile",
     "read_timing",
     "study",
     "tables",
@@ -34,6 +37,7 @@ __getattr__, __dir__ = lazy_names(
     {
         "cases": ("PAPER", "TABLE_4", "Case", "Settings", "plan"),
         "measurement": ("measure",),
+        "profiles": ("profile_table", "read_profile"),
         "records": ("case_of", "check_record", "read_timing"),
         "runner": ("default_path", "study"),
         "tables": ("compare", "describe", "tables"),

@@ -85,11 +85,9 @@ def _load(config: Config, first: bool) -> data.Dataset:
 
 def count_classes(config: Config) -> int:
     """The number of classes of the data."""
-    return (
-        len(find_images(config.data_dir)["train"])
-        if config.data_dir
-        else catalog.DATA[config.data].num_classes
-    )
+    if config.data_dir:
+        return len(find_images(config.data_dir)["train"])
+    return catalog.DATA[config.data].num_classes
 
 
 class SharedDraw(Augmentation[Any]):

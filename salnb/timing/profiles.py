@@ -1,0 +1,83 @@
+"""Records of single steps under the profiler, kernels by name; free of torch.
+
+They are shorter than those of `salnb time`: of the times there is the median only.
+"""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from salnb._common.tables import markdown_table
+from salnb.results import read_record
+from salnb.timing.records import case_of
+
+__all__ = ["PROFILE_SCHEMA", "check_profile", "profile_table", "read_profile"]
+
+PROFILE_SCHEMA = "salnb profile 1"
+_SECONDS = ("median_seconds", "host_seconds", "first_step_seconds", "kernel_seconds")
+_COUNTS = ("peak_bytes", "launches")
+
+
+def read_profile(path: str | Path) -> dict[str, Any]:
+    """Read a record of profiled steps.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is not such a record; the message names the place.
+    """
+    return check_profile(read_record(path))
+
+
+def check_profile(record: Any) -> dict[str, Any]:
+    """Raise a ValueError, which names the place, unless this is a whole and consistent record; return it.
+
+    A record has `provenance`, `protocol`, `lacks` (what it does not hold, and why), and `rows`: the fields of
+    a `salnb.timing.Case`, the median of a step, what the host took to start it, the first step, the sum of
+    its kernels (all in seconds), the peak of memory in bytes, the number of launches, and `kernels`, the
+    dearest first, each as name, seconds and launches.
+    """
+    _expect(isinstance(record, dict) and record.get("schema") == PROFILE_SCHEMA, f"schema {PROFILE_SCHEMA!r}")
+    for name in ("time", "commit", "versions", "device", "device_name"):
+        _expect(record["provenance"].get(name), f"provenance.{name}")
+    for name in ("protocol", "lacks"):
+        _expect(record.get(name) and all(isinstance(text, str) for text in record[name].values()), name)
+    cases = [case_of(row) for row in record["rows"]]
+    _expect(cases and len(set(cases)) == len(cases), "rows, each of a case of its own")
+    for case, row in zip(cases, record["rows"], strict=True):
+        _expect(case.baseline in cases, f"the baseline of {case.label}")
+        for name in _SECONDS + _COUNTS:
+            kind = float if name in _SECONDS else int
+            _expect(type(row.get(name)) is kind and 0 < row[name] < math.inf, f"{name} of {case.label}")
+        spent = [seconds for _, seconds, _ in row["kernels"]]
+        ordered = spent == sorted(spent, reverse=True) and sum(spent) <= row["kernel_seconds"] * 1.001
+        _expect(spent and ordered, f"kernels of {case.label}, the dearest first")
+    return record
+
+
+def _expect(condition: Any, what: str) -> None:
+    if not condition:
+        raise ValueError(f"not a record of profiled steps: there must be {what}")
+
+
+def profile_table(record: Mapping[str, Any]) -> str:
+    """Each step with saliency beside its baseline, as a Markdown table: times in ms, launches, memory."""
+    rows = {case_of(row): row for row in record["rows"]}
+    cells = []
+    for case, row in rows.items():
+        if case.method is not None:
+            base = rows[case.baseline]
+            kind = " ".join([case.arithmetic, case.mode] + ["channels_last"] * case.channels_last)
+            cells.append(
+                [
+                    f"{case.network}, {kind}",
+                    *(f"{1000 * each['median_seconds']:.1f}" for each in (base, row)),
+                    f"{row['median_seconds'] / base['median_seconds']:.2f}",
+                    *(f"{1000 * each['kernel_seconds']:.1f}" for each in (base, row)),
+                    *(str(each["launches"]) for each in (base, row)),
+                    f"{row['peak_bytes'] / base['peak_bytes']:.2f}",
+                ]
+            )
+    header = ["step", "base ms", "saliency ms", "ratio"]
+    header += ["base kernels", "saliency kernels", "base launches", "saliency launches", "memory"]
+    return markdown_table(header, cells, rule="---")

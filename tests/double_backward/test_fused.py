@@ -1,0 +1,139 @@
+"""Batch norm's fused kernels: the arithmetic of the closed form, and one operator each."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from salnb.double_backward import batch_norm, fast_double_backward, fused, use_fused_batch_norm
+from tests.helpers.double_backward import Calls, agree, batch, check, random, saliency_step, second_order
+from tests.helpers.networks import Residual
+from tests.helpers.tolerances import assert_close
+
+# run by an interpreter of its own: Triton decides when it is imported
+INTERPRETED = Path(__file__).parent.parent / "helpers" / "interpreted_kernels.py"
+
+
+@pytest.fixture
+def operators(monkeypatch):
+    """The two operators take over on the CPU, where they are the closed form."""
+    monkeypatch.setattr(fused, "applies", lambda x: True)
+
+
+@pytest.mark.parametrize("kind", ["images", "images channels_last", "vectors"])
+def test_the_kernels_agree_with_double_precision(kind):
+    pytest.importorskip("triton", reason="the kernels are written in Triton")
+    command = [sys.executable, "-m", "tests.helpers.interpreted_kernels", *kind.split()]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    root = Path(__file__).parent.parent.parent
+    answer = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    assert answer.stdout.split()[-2:] == ["6", "cases"]
+
+
+@pytest.mark.usefixtures("operators")
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("weighted", [True, False], ids=["weight", "no weight"])
+@pytest.mark.parametrize("shape", [(6, 3), (4, 3, 5, 2)], ids=["vectors", "images"])
+def test_derivatives(shape, weighted, training):
+    mean, var = torch.randn(3).double(), torch.rand(3).double() + 0.5
+
+    def function(x, w):
+        return F.batch_norm(2 * x + 5, mean.clone(), var.clone(), w, None, training)
+
+    check(function, (random(*shape), random(3) if weighted else None))
+
+
+@pytest.mark.usefixtures("operators")
+def test_each_derivative_is_one_operator():
+    """Of maps with respect to the images: twice a first derivative, and the second."""
+    model, (images, target) = Residual().double(), batch()
+    layers = sum(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    expected = saliency_step(model, images, target)
+    with Calls() as calls:
+        actual = saliency_step(model, images, target, fast_double_backward)
+    agree(actual, expected)
+    assert len(calls.arguments(torch.ops.salnb.batch_norm_gradients.default)) == 2 * layers
+    assert len(calls.arguments(torch.ops.salnb.batch_norm_second_gradients.default)) == layers
+
+
+@pytest.mark.usefixtures("operators")
+def test_maps_with_respect_to_weights_take_the_closed_form():
+    """Where other cotangents come along, the operator for the second derivative is not asked."""
+    x, w = random(4, 3, 5, 2), random(3)
+    expected = second_order(lambda x, w: F.batch_norm(x, None, None, w, None, True), (x, w))
+    with Calls() as calls, fast_double_backward():
+        actual = second_order(lambda x, w: F.batch_norm(x, None, None, w, None, True), (x, w))
+    agree(actual, expected)
+    assert not calls.arguments(torch.ops.salnb.batch_norm_second_gradients.default)
+
+
+def test_off_unless_asked_for_and_on_a_cpu_always(monkeypatch):
+    class OnCuda:
+        is_cuda = True
+
+    assert not fused.applies(OnCuda())
+    use_fused_batch_norm()
+    try:
+        assert fused.applies(OnCuda())
+        assert not fused.applies(torch.ones(2, 3))
+        use_fused_batch_norm(False)
+        assert not fused.applies(OnCuda())
+        monkeypatch.setattr(fused.importlib.util, "find_spec", lambda name: None)
+        with pytest.raises(RuntimeError, match=r"use_fused_batch_norm\(\) needs Triton"):
+            use_fused_batch_norm()
+    finally:
+        fused.use_fused_batch_norm(False)
+
+
+def test_what_is_traced_keeps_the_closed_form(monkeypatch):
+    """The compiler fuses what it is given, if it is given operators that it knows."""
+    monkeypatch.setattr(fused, "_enabled", True)
+    with FakeTensorMode():
+        x = torch.empty(2, 3, 4, 4, device="cuda")
+    assert x.is_cuda
+    assert not fused.applies(x)
+
+
+def test_a_gradient_that_reaches_a_batch_norm_only_through_the_map():
+    """The output has no gradient of its own in the last backward pass: what is added stands alone."""
+    x, w = random(4, 3, 5, 2), random(3)
+
+    def derivatives():
+        y = F.batch_norm(x, None, None, w, None, True)
+        (first,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        gy = torch.ones_like(y)
+        (linear,) = torch.autograd.grad(
+            F.batch_norm(x, None, None, w, None, True), x, gy * x.detach(), create_graph=True
+        )
+        return torch.autograd.grad(linear.square().sum() + 0 * first.sum(), (x, w))
+
+    expected = derivatives()
+    with fast_double_backward():
+        actual = derivatives()
+    agree(actual, expected)
+
+
+def test_an_input_without_gradient_gets_none():
+    x, w = random(4, 3, 5, 2, grad=False), random(3)
+    with fast_double_backward():
+        y = F.batch_norm(x, None, None, w, None, True)
+        (first,) = torch.autograd.grad(y.square().sum(), w, create_graph=True)
+    (second,) = torch.autograd.grad(first.square().sum(), w)
+    plain = F.batch_norm(x, None, None, w, None, True)
+    (first,) = torch.autograd.grad(plain.square().sum(), w, create_graph=True)
+    assert_close(second, torch.autograd.grad(first.square().sum(), w)[0])
+    assert not x.requires_grad
+
+
+def test_the_closed_form_adds_in_place_what_comes_from_the_map():
+    x, gy, more = (random(4, 3, 5, 2, grad=False) for _ in range(3))
+    at = batch_norm.Forward(x, None, x.mean((0, 2, 3)), torch.ones(3).double(), True, 1e-5)
+    gx, _, _ = batch_norm.first_gradients(gy, at, [True] * 3)
+    assert_close(batch_norm.first_gradients(gy, at, [True] * 3, more)[0], gx + more)
