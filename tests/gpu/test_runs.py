@@ -12,7 +12,7 @@ from salnb.timing import Case
 from salnb.train.config import Config
 
 # what `salnb train` needs, and Colab has: without it these tests are skipped
-TRAINING = ("lightning_fabric", "torchmetrics", "tqdm")
+TRAINING = ("lightning_fabric", "torchmetrics", "safetensors", "tqdm")
 
 
 @pytest.fixture
