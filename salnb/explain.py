@@ -63,7 +63,7 @@ def explain(
         files: the photographs, by the names of what is drawn of them.
         out: a folder; made if need be.
         method: a key of `salnb.saliency.METHODS`.
-        method_options: its keyword arguments.
+        method_options: its keyword arguments; a layer may be named as it is inside of the network.
         target: number or name of the class; None: the most probable one of each photograph.
         every_method: draw all methods side by side as well, `NAME-methods.png`.
         augment: draw what eq. 7 compares as well, under an augmentation of single images, `NAME-AUGMENT.png`.
@@ -81,6 +81,8 @@ def explain(
     label = None if target is None else trained.label_of(target)
     (out := Path(out)).mkdir(parents=True, exist_ok=True)
     options, names = dict(method_options or {}), list(files)
+    if (layer := f"network.{options.get('layer')}") in dict(trained.model.named_modules()):
+        options["layer"] = layer
     scores: dict[str, Any] = {}
     wrong: list[str] = []
     for start in progress(range(0, len(names), batch_size), "explaining", unit="batch"):

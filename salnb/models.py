@@ -199,7 +199,8 @@ def _of_timm(name: str) -> tuple[Normalized, int]:
     try:
         network: Any = _timm().create_model(name, pretrained=True)
     except Exception as error:  # of whichever library it downloads with
-        raise ConnectionError(f"the weights of timm:{name} could not be fetched: {error}") from error
+        why = " ".join(str(error).split())
+        raise ConnectionError(f"the weights of timm:{name} could not be fetched: {why}") from error
     known = network.pretrained_cfg
     return Normalized(network, known["mean"], known["std"]), known["input_size"][-1]
 
@@ -278,7 +279,8 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     except ModuleNotFoundError:
         raise
     except Exception as error:  # pickle's, torch's and safetensors' own
-        raise DamagedFileError(f"weights {path} cannot be read: {str(error).splitlines()[0]}") from error
+        why = " ".join(str(error).split()).partition(". ")[0] or type(error).__name__
+        raise DamagedFileError(f"weights {path} cannot be read: {why}") from error
     for key in ("state_dict", "model"):
         state = state.get(key, state) if isinstance(state, dict) else state
     if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):

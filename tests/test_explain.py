@@ -82,9 +82,10 @@ def test_a_layer_of_a_transformer(photos, tmp_path):
     timm = pytest.importorskip("timm")
     model = timm.create_model("vit_tiny_patch16_224", num_classes=3)
     vit = trained.Trained(models.Normalized(model, [0.5] * 3, [0.5] * 3).eval(), "vit", NAMES, 224)
-    options = {"layer": "network.blocks.11.norm1", "reshape": "tokens"}
+    options = {"layer": "blocks.11.norm1", "reshape": "tokens"}
     files = {"a": photos / "a.png"}
     explain.explain(vit, files, tmp_path / "maps", method_options=options, log=lambda line: None)
+    options["layer"] = "network.blocks.11.norm1"
     expected = saliency.grad_cam(vit.model, vit.read(photos / "a.png"), **options)[0, 0]
     np.testing.assert_allclose(np.load(tmp_path / "maps" / "a.npy"), expected.numpy(), atol=1e-6)
 

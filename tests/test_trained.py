@@ -216,6 +216,19 @@ def test_weights_of_something_else_are_refused(make, name, error, message, tmp_p
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
 
+def test_weights_of_timm_that_cannot_be_fetched(monkeypatch):
+    timm = pytest.importorskip("timm")
+
+    def fail(*args, **kwargs):
+        raise OSError("no\nnetwork")
+
+    monkeypatch.setattr(timm, "create_model", fail)
+    with pytest.raises(
+        ConnectionError, match=r"^the weights of timm:resnet18 could not be fetched: no network$"
+    ):
+        salnb.load("timm:resnet18")
+
+
 def test_there_are_no_default_weights_of_small_networks():
     with pytest.raises(ValueError, match="weights of small must be a file or a finished run"):
         models.load_weights(models.build("small", 2), "small")
