@@ -29,7 +29,7 @@ from salnb.objective.precision import LossScale, autocast_dtype, full_precision
 from salnb.objective.unlabelled import class_and_consistency, own_classes
 from salnb.saliency.recording import ForwardRecorder, class_scores, recorded_outputs
 
-__all__ = ["Losses", "StepInputs", "StepModules", "TermSettings", "step_losses"]
+__all__ = ["Losses", "StepInputs", "StepModules", "TermSettings", "step_losses", "weighted_sum"]
 
 
 @dataclass
@@ -202,7 +202,7 @@ def step_losses(
         )
         invariance = _invariance(features, n, settings) if settings.has_invariance else zero
         salience = _saliency(augmentation, maps, params, known, settings) if settings.has_saliency else zero
-        losses = _weighted(modules, (classes, consistent, invariance, salience), weights, logits, settings)
+        losses = weighted_sum(modules, (classes, consistent, invariance, salience), weights, logits, settings)
     return losses if keep_graph else losses.detach()
 
 
@@ -212,7 +212,7 @@ def _joined(images: Tensor, new_images: Tensor) -> Tensor:
     return pixels.contiguous(memory_format=torch.channels_last) if _is_channels_last(images) else pixels
 
 
-def _weighted(
+def weighted_sum(
     modules: StepModules,
     terms: tuple[Tensor, Tensor, Tensor, Tensor],
     weights: tuple[float | Tensor, float | Tensor, float | Tensor],

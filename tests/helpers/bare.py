@@ -44,5 +44,7 @@ class Finder:
         return None if name.partition(".")[0] in self.modules else self.finder.find_spec(name, path, target)
 
 
-_hidden = hidden("torch", "torchvision", "pytest", "salnb")  # its extras are none of what it requires
-sys.meta_path[:] = [Finder(finder, _hidden) for finder in sys.meta_path]
+def pytest_load_initial_conftests():
+    """Hide them before anything of the tests is imported."""
+    modules = hidden("torch", "torchvision", "pytest", "salnb")  # its extras are none of what it requires
+    sys.meta_path[:] = [Finder(finder, modules) for finder in sys.meta_path]
