@@ -1,9 +1,10 @@
 """What a training step with the saliency loss costs, over a step without it on the same batch.
 
 `baseline` is forward, cross-entropy and backward on a batch of originals and augmented images; `plain` is a
-step of `Objective` with PyTorch's own second derivatives; `eager` is `Objective` as it is; `compiled` (on
-request: compiling takes minutes) is after `Objective.compile()`. The steps are those of `salnb time`, whose
-images are augmented beforehand. Arithmetic allows a ratio of 2.0: 6 forward passes' worth of work against 3.
+step of `Objective` with PyTorch's own second derivatives; `eager` is `Objective` as it is; `fused` (on GPUs)
+is after `use_fused_batch_norm()`; `compiled` (on request: compiling takes minutes) is after
+`Objective.compile()`. The steps are those of `salnb time`, whose images are augmented beforehand. Arithmetic
+allows a ratio of 2.0: 6 forward passes' worth of work against 3.
 
 The steps take turns; a ratio is the median over the rounds of (this step / the baseline of the same round).
 Memory is the most that tensors hold at one time during a step, gradients included, parameters not.
@@ -18,6 +19,7 @@ from unittest import mock
 import torch
 
 from benchmarks._ratio import durations, print_table
+from salnb.double_backward import use_fused_batch_norm
 from salnb.timing import Case
 from salnb.timing.profiler import StepProfile
 from salnb.timing.steps import SaliencyStep, TimedStep, arithmetic, step_of
@@ -35,11 +37,21 @@ def steps_of(case: Case, device: torch.device, *, compiled: bool) -> dict[str, T
             with mock.patch("salnb.double_backward.mode.fast_double_backward", contextlib.nullcontext):
                 super().__call__()
 
+    class Fused(SaliencyStep):
+        def __call__(self) -> None:
+            use_fused_batch_norm()
+            try:
+                super().__call__()
+            finally:
+                use_fused_batch_norm(False)
+
     steps = {
         "baseline": step_of(case.baseline, device),
         "plain": Plain(case, device),
         "eager": step_of(case, device),
     }
+    if device.type == "cuda":
+        steps["fused"] = Fused(case, device)
     if compiled:
         steps["compiled"] = step_of(dataclasses.replace(case, compiled=True), device)
     return steps
@@ -52,12 +64,19 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20.0, help="for the rounds of each network")
     parser.add_argument("--compile", action="store_true", help="measure Objective.compile() too")
     parser.add_argument("--bfloat16", action="store_true", help="under autocast")
+    parser.add_argument("--channels-last", action="store_true", help="in that memory format")
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision = "bfloat16" if options.bfloat16 else "float32"
     for network in options.networks:
         n, side = CPU_SIZES[network] if device.type == "cpu" else GPU_SIZE
-        case = Case(network, batch=n, size=side, precision="bf16" if options.bfloat16 else "32")
+        case = Case(
+            network,
+            batch=n,
+            size=side,
+            precision="bf16" if options.bfloat16 else "32",
+            channels_last=options.channels_last,
+        )
         steps = steps_of(case, device, compiled=options.compile)
         with arithmetic(case, device):
             times = durations(steps, seconds=options.seconds, least=3)

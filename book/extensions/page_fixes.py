@@ -16,6 +16,7 @@ _OUTPUT = re.compile(
 )
 _TAG = re.compile(r"<[^>]+>")
 _SCRIPT = re.compile(r'<script (?P<head>[^>]*)src="(?P<file>[^"?]+)[^>]*></script>')
+_UNFOLD = '<summary><span class="toctree-toggle"'
 _NEWEST = r"version = \"main\""  # in the set-up cell, as JSON
 _OPTIONS = "documentation_options.js"  # what the other scripts are told; a few lines
 _OF_SEARCH = ("searchtools.js", "language_data.js", "searchindex.js")
@@ -59,9 +60,10 @@ def lighten(app: Sphinx, failed: Exception | None) -> None:
         page = path.read_text(encoding="utf-8")
         used |= {found["name"] for found in _ICON.finditer(page)}
         searching = path.name == "search.html"
-        path.write_text(
-            _SCRIPT.sub(lambda found, s=searching: _script(found, options, s), page), encoding="utf-8"
-        )
+        page = _SCRIPT.sub(lambda found, s=searching: _script(found, options, s), page)
+        # what unfolds a part of the list of pages has no name otherwise
+        page = page.replace(_UNFOLD, _UNFOLD.replace(">", ' aria-label="show the pages of this part">', 1))
+        path.write_text(page, encoding="utf-8")
     with (folder / "_static/salnb.css").open("a", encoding="utf-8") as style:
         style.write("\n".join(_rule(name, drawings) for name in sorted(used)) + "\n")
     for file in (folder / "_static/scripts").glob("fontawesome.js*"):

@@ -202,13 +202,7 @@ def step_losses(
         )
         invariance = _invariance(features, n, settings) if settings.has_invariance else zero
         salience = _saliency(augmentation, maps, params, known, settings) if settings.has_saliency else zero
-        alpha, beta, gamma = weights
-        predicted = alpha * classes + settings.consistency * consistent
-        if settings.balanced:
-            gamma = gamma * _balanced(modules, predicted, salience, settings)
-        total = predicted + beta * invariance + gamma * salience  # eq. 8
-    shown = (total, classes, invariance, salience, logits.detach(), settings.has_saliency, gamma, consistent)
-    losses = Losses(*shown, attached_logits=logits)
+        losses = _weighted(modules, (classes, consistent, invariance, salience), weights, logits, settings)
     return losses if keep_graph else losses.detach()
 
 
@@ -216,6 +210,24 @@ def _joined(images: Tensor, new_images: Tensor) -> Tensor:
     """Originals and augmented images one behind the other, in the originals' memory format."""
     pixels = torch.cat([images, new_images])
     return pixels.contiguous(memory_format=torch.channels_last) if _is_channels_last(images) else pixels
+
+
+def _weighted(
+    modules: StepModules,
+    terms: tuple[Tensor, Tensor, Tensor, Tensor],
+    weights: tuple[float | Tensor, float | Tensor, float | Tensor],
+    logits: Tensor,
+    settings: TermSettings,
+) -> Losses:
+    """The terms and their weighted sum."""
+    classes, consistent, invariance, salience = terms
+    alpha, beta, gamma = weights
+    predicted = alpha * classes + settings.consistency * consistent
+    if settings.balanced:
+        gamma = gamma * _balanced(modules, predicted, salience, settings)
+    total = predicted + beta * invariance + gamma * salience  # eq. 8
+    found = (total, classes, invariance, salience, logits.detach(), settings.has_saliency, gamma, consistent)
+    return Losses(*found, attached_logits=logits)
 
 
 def _balanced(modules: StepModules, classes: Tensor, salience: Tensor, settings: TermSettings) -> Tensor:

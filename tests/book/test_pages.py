@@ -160,17 +160,6 @@ def test_page_is_light(page, site, path):
     assert waiting == []
 
 
-@pytest.mark.parametrize("path", ["book/index.html", "notebooks/05-can-we-trust-a-map.html"])
-def test_page_is_readable_soon(page, site, path):
-    """Its text is painted within 1.5 s on a connection of 4 Mbit/s with 40 ms to the server."""
-    network = page.context.new_cdp_session(page)
-    rates = {"latency": 40, "downloadThroughput": 500_000, "uploadThroughput": 500_000}
-    network.send("Network.emulateNetworkConditions", {"offline": False, **rates})
-    page.goto(site + path, wait_until="load")
-    first = page.evaluate("performance.getEntriesByName('first-contentful-paint')[0].startTime")
-    assert first < 1500
-
-
 @pytest.mark.parametrize("path", PAGES)
 def test_links_within_the_site_lead_somewhere(page, site, path):
     """To a page that is there, and to a place on it where one is named."""

@@ -1,5 +1,6 @@
 """Batch norm's fused kernels: the arithmetic of the closed form, and one operator each."""
 
+import inspect
 import os
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from salnb.double_backward import batch_norm, fast_double_backward, fused, use_fused_batch_norm
+from salnb.double_backward import batch_norm, fast_double_backward, fused, kernels, use_fused_batch_norm
 from tests.helpers.double_backward import Calls, agree, batch, check, random, saliency_step, second_order
 from tests.helpers.networks import Residual
 from tests.helpers.tolerances import assert_close
@@ -137,3 +138,47 @@ def test_the_closed_form_adds_in_place_what_comes_from_the_map():
     at = batch_norm.Forward(x, None, x.mean((0, 2, 3)), torch.ones(3).double(), True, 1e-5)
     gx, _, _ = batch_norm.first_gradients(gy, at, [True] * 3)
     assert_close(batch_norm.first_gradients(gy, at, [True] * 3, more)[0], gx + more)
+
+
+KERNELS = [(kernels._sums, 6), (kernels._write_first, 11), (kernels._write_second, 12)]
+
+
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")  # Triton's own
+@pytest.mark.parametrize(("kernel", "pointers"), KERNELS, ids=lambda value: getattr(value, "__name__", ""))
+@pytest.mark.parametrize("blocks", [(1024, 1), (32, 32)], ids=["contiguous", "channels_last"])
+def test_the_kernels_compile_for_a_gpu(kernel, pointers, blocks):
+    """For an H100, which need not be there; the interpreter takes more than the compiler does."""
+    triton = pytest.importorskip("triton", minversion="3.4", reason="the kernels are written in Triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    compiled = kernels._compiled(kernel)
+    names = list(inspect.signature(kernel).parameters)
+    constants = {name: True for name in names if name.isupper()}
+    constants |= {"ACC": triton.language.float32, "PIXELS": blocks[0], "CHANNELS": blocks[1], "PARTS": 64}
+    constants = {name: value for name, value in constants.items() if name in names}
+    signature = dict.fromkeys(names, "i32") | {"eps": "fp32"} | dict.fromkeys(constants, "constexpr")
+    for name in names[:pointers]:
+        image = name in ("u_ptr", "gy_ptr", "x_ptr", "more_ptr", "ggy_ptr", "ggx_ptr")
+        signature[name] = "*bf16" if image else "*fp32"
+    source = ASTSource(compiled, signature, constexprs=constants)
+    assert triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_on_a_gpu(training, layout):
+    """A step by the kernels is a step by the closed form."""
+    model = Residual().cuda().train(training).to(memory_format=layout)
+    images, target = (t.cuda() for t in batch(torch.float32))
+    images = images.contiguous(memory_format=layout)
+    expected = saliency_step(model, images, target, fast_double_backward)
+    use_fused_batch_norm()
+    try:
+        with Calls() as calls:
+            actual = saliency_step(model, images, target, fast_double_backward)
+    finally:
+        use_fused_batch_norm(False)
+    assert calls.arguments(torch.ops.salnb.batch_norm_second_gradients.default)
+    agree(actual, expected, 5e-6)

@@ -12,7 +12,7 @@ from salnb.timing import Case
 from salnb.train.config import Config
 
 # what `salnb train` needs, and Colab has: without it these tests are skipped
-TRAINING = ("lightning_fabric", "torchmetrics", "tqdm")
+TRAINING = ("lightning_fabric", "torchmetrics", "safetensors", "tqdm")
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def scenes(monkeypatch):
         torch.rand(24, 1, 32, 32) < 0.3,
     )
     dataset = data.Dataset(split, split.first(8), split.first(8), [str(digit) for digit in range(10)])
-    monkeypatch.setattr(data, "load", lambda name, size, workers: dataset)
+    monkeypatch.setattr(data, "load", lambda name, size, **options: dataset)
 
 
 def only_for_gpus(precision, device):

@@ -25,7 +25,7 @@ def step(request, monkeypatch):
 
     def call(objective, *args, **options):
         if request.param == "traced":
-            objective.compile()
+            objective.compile(backend="eager")
         return objective(*args, **options)
 
     return call
@@ -181,7 +181,7 @@ def test_logits_with_a_graph_elsewhere(monkeypatch):
     objective = Objective(model(), HorizontalFlip(1.0))
     with torch.no_grad():
         assert not objective(images(), TARGET).logits_with_graph.requires_grad
-    objective.compile()
+    objective.compile(backend="eager")
     with pytest.raises(RuntimeError, match="logits_with_graph: a compiled step hands out none"):
         objective(images(), TARGET).logits_with_graph  # noqa: B018
 
@@ -261,7 +261,7 @@ def test_a_compiled_step_takes_the_kwargs_of_each_call(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda graph, **options: graphs.append(graph) or graph)
     net, x = Wrapped(lambda z: z), images()
     objective = Objective(net, HorizontalFlip(1.0))
-    objective.compile()
+    objective.compile(backend="eager")
     for factor, power in ((1.0, 1), (2.0, 1), (2.0, 2)):
         kwargs = {"factor": torch.full((4,), factor).double(), "power": power}
         logits = objective(x, TARGET, model_kwargs=kwargs).logits
