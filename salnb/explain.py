@@ -109,12 +109,17 @@ def explain(
             for ending, figure in figures.items():
                 write_atomic(out / f"{name}{ending}.png", plot.png(figure))
     results.write_record(out / "scores.json", scores)
-    for name in scores if len(scores) <= 10 else ():
-        log(name)
-        for best in scores[name]["top"]:
-            log(f"  {100 * best['probability']:5.1f} %  {best['class']} ({best['label']})")
+    if len(scores) <= 10:
+        _tell(scores, log)
     log(f"{len(scores)} of {len(files)} photographs explained, in {out}")
     return wrong
+
+
+def _tell(scores: Mapping[str, Any], log: Callable[[str], object]) -> None:
+    for name, score in scores.items():
+        log(name)
+        for best in score["top"]:
+            log(f"  {100 * best['probability']:5.1f} %  {best['class']} ({best['label']})")
 
 
 def _read(trained: Trained, files: Mapping[str, Path], wrong: list[str]) -> dict[str, Tensor]:
