@@ -255,7 +255,7 @@ def _study(args: argparse.Namespace) -> int:
     records = study.run(args.name, scale, args.out, execute=execute)
     factor, reference, metric = grids.REFERENCES[args.name]
     if agreement := verdicts.agreement_table(records, factor):
-        log_line(agreement)
+        log_line(f"{agreement}\n")
     if args.name in PLANNED:
         log_line(verdicts.markdown(verdicts.judge(load_plan(args.name), records)))
     else:

@@ -137,7 +137,14 @@ def command(scale, *more):
 def test_the_command_prints_the_comparison(scale, capsys):
     assert main(command(scale)) == 0
     printed = capsys.readouterr()
-    header, _, row = printed.out.splitlines()
+    agreement, compared = printed.out.split("\n\n")
+    header, _, *rows = agreement.splitlines()
+    assert "| correlation | of 4×4 blocks |" in header  # before any accuracy
+    assert [re.match(r"\| cifar10 \| small \| simclr \| (\w+) \| 2 \|", row)[1] for row in rows] == [
+        "reference",
+        "saliency",
+    ]
+    header, _, row = compared.splitlines()
     assert header.startswith("| data | network | augmentation | compared | seeds | reference | value |")
     assert row.startswith("| cifar10 | small | simclr | saliency | 2 | ")
     assert re.search(r"(better|worse|cannot tell) \|$", row)
@@ -162,7 +169,9 @@ def test_failed_trainings_are_named_and_make_the_status_one(scale, capsys, monke
     monkeypatch.setattr("salnb.objective.terms.saliency_loss", lambda *a, **k: loss(*a, **k) * float("nan"))
     assert main(command(scale)) == 1
     printed = capsys.readouterr()
-    assert printed.out == "nothing can be compared: no seed has both\n"
+    *agreement, _, compared = printed.out.splitlines()
+    assert compared == "nothing can be compared: no seed has both"
+    assert [line.split(" | ")[3] for line in agreement if "cifar10" in line] == ["reference"]
     named = [line for line in printed.err.splitlines() if line.startswith("failed: ")]
     assert len(named) == 2
     assert all("saliency-seed" in line and "NonFiniteError: saliency_loss is nan" in line for line in named)
