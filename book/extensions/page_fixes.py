@@ -11,6 +11,8 @@ from sphinx.application import Sphinx
 
 _ICON = re.compile(r'class="[^"]*\b(?P<style>fa-solid|fas|fa-brands|fab) (?P<name>fa-[a-z-]+)')
 _IMAGE = re.compile(r'<img (?P<rest>[^>]*src="(?P<file>[^"]*_images/[^"]+)"[^>]*>)')
+# Sphinx links pictures of a given width, and their link would hold the other
+_LINKED = re.compile(r'<a class="reference internal image-reference"[^>]*>\s*(<img [^>]*>)\s*</a>')
 _OUTPUT = re.compile(
     r'(<div class="output [^"]*highlight[^"]*")(>\s*<div class="highlight">\s*<pre>(.*?)</pre>)', re.DOTALL
 )
@@ -29,6 +31,7 @@ def mend(app: Sphinx, page: str, template: str, context: dict[str, Any], doctree
     if "body" in context:
         # an ARIA list may hold list items only, which is what screen readers then announce
         body = context["body"].replace('role="doc-biblioentry"', 'role="listitem"')
+        body = _LINKED.sub(r"\1", body)
         body = _IMAGE.sub(r'<a class="enlarge" href="\g<file>"><img loading="lazy" \g<rest></a>', body)
         context["body"] = _OUTPUT.sub(_with_width, body)
 
