@@ -108,16 +108,8 @@ def vanilla_gradient(
     >>> vanilla_gradient(model, torch.rand(2, 3, 2, 2)).shape
     torch.Size([2, 1, 2, 2])
     """
-    return _explain(
-        "vanilla_gradient",
-        model,
-        images,
-        target,
-        ModelCall(output, model_kwargs),
-        create_graph=create_graph,
-        reduce=reduce,
-        score=score,
-    )
+    call = ModelCall(output, model_kwargs)
+    return _explain("vanilla_gradient", model, images, target, call, create_graph, reduce, score)
 
 
 def deconvnet(
@@ -137,16 +129,8 @@ def deconvnet(
     gives the plain gradient, with a warning. So does a ReLU that is not called from Python in this thread
     (in scripted code, in a thread or a C++ extension of the model), and the warning names it.
     """
-    return _explain(
-        "deconvnet",
-        model,
-        images,
-        target,
-        ModelCall(output, model_kwargs),
-        create_graph=create_graph,
-        reduce=reduce,
-        score=score,
-    )
+    call = ModelCall(output, model_kwargs)
+    return _explain("deconvnet", model, images, target, call, create_graph, reduce, score)
 
 
 def guided_backprop(
@@ -166,16 +150,8 @@ def guided_backprop(
     gives the plain gradient, with a warning. So does a ReLU that is not called from Python in this thread
     (in scripted code, in a thread or a C++ extension of the model), and the warning names it.
     """
-    return _explain(
-        "guided_backprop",
-        model,
-        images,
-        target,
-        ModelCall(output, model_kwargs),
-        create_graph=create_graph,
-        reduce=reduce,
-        score=score,
-    )
+    call = ModelCall(output, model_kwargs)
+    return _explain("guided_backprop", model, images, target, call, create_graph, reduce, score)
 
 
 def smoothgrad(
@@ -232,9 +208,7 @@ def smoothgrad(
         total = torch.zeros_like(images, dtype=spread.dtype)
         for _ in range(n_samples):
             noisy = images + (sigma * _gaussian_like(images, generator)).to(images.dtype)
-            total = total + _map(
-                "vanilla_gradient", model, noisy, target, call, create_graph=create_graph, score=score
-            )
+            total = total + _map("vanilla_gradient", model, noisy, target, call, create_graph, None, score)
         return reduce_channels(total / n_samples, reduce).to(images.dtype)
 
 
@@ -278,8 +252,7 @@ def grad_cam(
             only one pixel large, or the model has no convolution to fall back on.
     """
     call = ModelCall(output, model_kwargs)
-    options: dict[str, Any] = {"create_graph": create_graph, "layer": layer, "reshape": reshape}
-    return _explain("grad_cam", model, images, target, call, score=score, **options)
+    return _explain("grad_cam", model, images, target, call, create_graph, "max", score, layer, reshape)
 
 
 def guided_grad_cam(
@@ -301,8 +274,9 @@ def guided_grad_cam(
     `vanilla_gradient` and `grad_cam`.
     """
     call = ModelCall(output, model_kwargs)
-    options: dict[str, Any] = {"create_graph": create_graph, "layer": layer, "reshape": reshape}
-    return _explain("guided_grad_cam", model, images, target, call, reduce=reduce, score=score, **options)
+    return _explain(
+        "guided_grad_cam", model, images, target, call, create_graph, reduce, score, layer, reshape
+    )
 
 
 #: The methods by name: those of the catalogue, each a function of this module.
@@ -315,24 +289,23 @@ def _explain(
     images: Tensor,
     target: Tensor | int | None,
     call: ModelCall,
-    *,
     create_graph: bool,
+    reduce: str | None,
+    score: str,
     layer: nn.Module | str | None = None,
     reshape: Reshape = None,
-    reduce: str | None = "max",
-    score: str = "logit",
 ) -> Tensor:
     """The map of a method that takes one forward pass."""
     _check_arguments(model, images, reduce, score)
     spec = catalog.METHODS[method]
     frozen_stem = spec.layer and not spec.pixels and not create_graph
-    kept: dict[str, Any] = {"create_graph": create_graph, "reduce": reduce, "score": score}
     with torch.inference_mode(False):
         target = as_target(target, len(images))
         while True:
             try:
                 return _map(
-                    method, model, images, target, call, layer, reshape, frozen_stem=frozen_stem, **kept
+                    *(method, model, images, target, call, create_graph, reduce, score, layer, reshape),
+                    frozen_stem=frozen_stem,
                 )
             except OtherLayerError as error:
                 layer = error.layer
@@ -349,12 +322,12 @@ def _map(
     images: Tensor,
     target: Tensor | int | None,
     call: ModelCall,
+    create_graph: bool,
+    reduce: str | None,
+    score: str,
     layer: nn.Module | str | None = None,
     reshape: Reshape = None,
     *,
-    create_graph: bool = False,
-    reduce: str | None = None,
-    score: str = "logit",
     frozen_stem: bool = False,
 ) -> Tensor:
     """One forward pass of `model`, and the map of `method` from it."""
