@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -14,6 +13,7 @@ from salnb.data import Share
 from salnb.objective.balance import EVERY
 from salnb.train.setup import SharedDraw
 from tests.helpers.networks import conv_bn
+from tests.helpers.processes import in_two
 from tests.helpers.tolerances import assert_close
 
 TARGET = torch.tensor([0, 1, 2, 3])
@@ -263,24 +263,17 @@ def steps_of(objective, share, call):
     return torch.tensor(weights), objective.balance.lengths.clone(), parameters
 
 
-def process(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    try:
-        found, share = {}, Share(rank, 2)
-        for way in ("eager", "compiled"):
-            objective = of_share(way, share)
-            found[way] = steps_of(objective, share, DistributedDataParallel(objective))
-        torch.save(found, f"{folder}/{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+def both_ways(rank):
+    found, share = {}, Share(rank, 2)
+    for way in ("eager", "compiled"):
+        objective = of_share(way, share)
+        found[way] = steps_of(objective, share, DistributedDataParallel(objective))
+    return found
 
 
 @pytest.fixture(scope="module")
 def from_two_processes(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ddp")
-    torch.multiprocessing.spawn(process, args=(str(folder),), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
+    return in_two(tmp_path_factory.mktemp("ddp"), both_ways)
 
 
 @pytest.mark.parametrize("way", ["eager", "compiled"])

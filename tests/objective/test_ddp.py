@@ -1,16 +1,15 @@
 """`DistributedDataParallel(objective)` on two processes: the mean of the shards' gradients, or a clear error."""
 
 import copy
-import warnings
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from salnb import Objective
 from salnb.augment import Rotation
 from tests.helpers.networks import conv_bn
+from tests.helpers.processes import in_two
 from tests.helpers.tolerances import assert_close
 
 TARGET = torch.tensor([0, 1, 2, 3])
@@ -45,31 +44,22 @@ def gradients(module, rank):
     return torch.stack(found)
 
 
-def process(rank, folder):
-    """What each of the two processes does; its gradients go to a file."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    try:
-        found = {}
-        for way in WAYS:
-            # running statistics differ between the shards, and nothing here depends on them
-            wrapped = DistributedDataParallel(objective_of(way), broadcast_buffers=False)
-            found[way] = gradients(wrapped, rank)
-        refused = DistributedDataParallel(objective_of("eager"), static_graph=True)
-        with pytest.raises(RuntimeError, match=r"static_graph=True.*leave static_graph out"):
-            refused(batches(rank)[0], TARGET)
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            torch.save(found, f"{folder}/{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+def all_ways(rank):
+    """The gradients of one of the two processes."""
+    found = {}
+    for way in WAYS:
+        # running statistics differ between the shards, and nothing here depends on them
+        wrapped = DistributedDataParallel(objective_of(way), broadcast_buffers=False)
+        found[way] = gradients(wrapped, rank)
+    refused = DistributedDataParallel(objective_of("eager"), static_graph=True)
+    with pytest.raises(RuntimeError, match=r"static_graph=True.*leave static_graph out"):
+        refused(batches(rank)[0], TARGET)
+    return found
 
 
 @pytest.fixture(scope="module")
 def from_two_processes(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ddp")
-    torch.multiprocessing.spawn(process, args=(str(folder),), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
+    return in_two(tmp_path_factory.mktemp("ddp"), all_ways)
 
 
 @pytest.mark.parametrize("way", WAYS)

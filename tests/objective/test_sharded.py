@@ -10,6 +10,7 @@ from torch import nn
 from salnb import Objective
 from salnb.augment import HorizontalFlip
 from tests.helpers.networks import conv_bn
+from tests.helpers.processes import group, in_two
 from tests.helpers.tolerances import assert_close
 
 TARGET = torch.tensor([0, 1, 2, 3])
@@ -52,10 +53,8 @@ def shard(kind):
     return objective
 
 
-def worker(rank, address, kind):
+def check_gradients(rank, kind):
     warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
     expected = [
         torch.stack(pair).mean(0)
         for pair in zip(*(gradients(objective_of(), r) for r in range(2)), strict=True)
@@ -70,21 +69,19 @@ def worker(rank, address, kind):
     for a, b in zip(found, expected, strict=True):
         if b.abs().max() > 1e-6:
             assert_close(a, b, 1e-5)
-    dist.destroy_process_group()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [pytest.param("whole", marks=SHARDED), "fully sharded"])
 def test_the_objective_as_a_whole(kind, tmp_path):
-    torch.multiprocessing.spawn(worker, (f"file://{tmp_path}/rendezvous", kind), nprocs=2)
+    in_two(tmp_path, check_gradients, kind)
 
 
 @pytest.fixture
 def alone(tmp_path):
     """A group of one process."""
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+    with group(tmp_path):
+        yield
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,28 @@
+"""Processes that train together: groups of one and of two, over gloo."""
+
+import contextlib
+
+import torch
+import torch.distributed as dist
+
+
+@contextlib.contextmanager
+def group(folder, rank=0, size=1):
+    """The group that meets in a folder."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def in_two(folder, call, *args):
+    """What `call(rank, *args)` returns in each of two processes; it must be importable."""
+    torch.multiprocessing.spawn(_process, args=(str(folder), call, args), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
+
+
+def _process(rank, folder, call, args):
+    torch.set_num_threads(1)
+    with group(folder, rank, 2):
+        torch.save(call(rank, *args), f"{folder}/{rank}.pt")
