@@ -19,7 +19,7 @@ from salnb._common.tables import markdown_table
 from salnb.agreement import agreement
 from salnb.augment import AUGMENTATIONS, Augmentation
 
-__all__ = ["Trained", "evaluate", "load", "report", "save"]
+__all__ = ["Trained", "check_can_save", "evaluate", "load", "report", "save"]
 
 
 @dataclass
@@ -63,12 +63,21 @@ class Trained:
         raise unknown("target", target, [self.classes[i] for i in exact or parts] or self.classes)
 
 
+def check_can_save() -> Any:
+    """The module that writes `model.safetensors`.
+
+    Raises:
+        ModuleNotFoundError: it is not installed.
+    """
+    return require("safetensors.torch", "train", what="model.safetensors")
+
+
 def save(folder: str | Path, model: models.Normalized, name: str, classes: Sequence[str], size: int) -> None:
     """Write `model.safetensors` and `model.json` into a folder; see `Trained` for the arguments."""
     state = {
         key: value.detach().cpu().contiguous().clone() for key, value in model.network.state_dict().items()
     }
-    content = require("safetensors.torch", "train", what="model.safetensors").save(state)
+    content = check_can_save().save(state)
     write_atomic(Path(folder) / "model.safetensors", content)
     statistics = {key: getattr(model, key).flatten().tolist() for key in ("mean", "std")}
     record = {"network": name, "classes": list(classes), "size": size, **statistics}

@@ -219,7 +219,15 @@ def weighted_sum(
     logits: Tensor,
     settings: TermSettings,
 ) -> Losses:
-    """The terms and their weighted sum."""
+    """The terms of a step and their weighted sum.
+
+    Args:
+        modules: what the step runs through.
+        terms: class, consistency, invariance and saliency loss, scalars.
+        weights: alpha, beta and, of this step, gamma, which `balance` is a factor of.
+        logits: (2N, K), with their graph.
+        settings: which terms there are.
+    """
     classes, consistent, invariance, salience = terms
     alpha, beta, gamma = weights
     predicted = alpha * classes + settings.consistency * consistent

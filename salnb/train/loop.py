@@ -54,12 +54,14 @@ def fit(
         NonFiniteError: a loss is no longer finite; the message names step, term and last good checkpoint.
         Interrupted: a signal stopped the run, which has been saved.
         OSError: something could not be written; the last good checkpoint still is there.
+        ModuleNotFoundError: the extra `train` is not installed.
     """
     config.check_run(resume=resume)
     folder = Path(config.out)
     if (folder / "summary.json").exists():
         return results.read_record(folder / "summary.json")
 
+    trained.check_can_save()  # not found out at the end
     fabric = setup.make_fabric(config)
     with setup.numerics(config), contextlib.ExitStack() as stack:
         if fabric.is_global_zero:

@@ -44,6 +44,13 @@ def test_a_run_leaves_its_records(whole):
     assert summary["provenance"]["versions"]["torch"] == torch.__version__
 
 
+def test_a_package_for_the_end_is_asked_for_at_the_beginning(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    with pytest.raises(ModuleNotFoundError, match=r"model.safetensors needs .*pip install 'salnb\[train\]'"):
+        fit(settings(tmp_path / "run"), log=silent)
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
 def test_a_run_is_the_loop_that_its_documentation_describes(whole):
     """Once more by hand, from the seeds: the same loss curve and the same parameters."""
     out, summary = whole
