@@ -82,8 +82,8 @@ class Draw:
 
     def integers(self, count: int | Tensor, *shape: int) -> Tensor:
         """`(N, *shape)` whole numbers from 0 to count - 1; count may differ among the samples."""
-        scaled = (self.uniform(0, 1, *shape) * count).long()
-        return scaled.clamp(max=count - 1)  # rounding in float32 may reach count itself
+        # uniform numbers stay below one by more than what their product with count is rounded by
+        return (self.uniform(0, 1, *shape) * count).long()
 
     def dirichlet(self, alpha: float, *shape: int) -> Tensor:
         """`(N, *shape)` weights from Dirichlet(alpha, ..., alpha), which sum to 1 in the last dimension."""

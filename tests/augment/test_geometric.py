@@ -219,6 +219,12 @@ def test_crop_where_no_box_fits_takes_the_middle():
     assert box.tolist() == [[0, 5, 20, 20]] * 2
 
 
+@pytest.mark.parametrize(("size", "box"), [((20, 60), [0, 15, 20, 30]), ((60, 20), [17, 0, 25, 20])])
+def test_there_the_box_has_the_nearest_ratio_that_is_allowed(size, box):
+    aug = augment.ResizedCrop(scale=(1, 1), ratio=(0.8, 1.5))
+    assert aug.make_params(torch.rand(1, 3, *size)).box.tolist() == [box]
+
+
 def test_flips_are_exact_in_any_precision():
     images = torch.rand(8, 3, 6, 7, dtype=torch.bfloat16)
     params = augment.FlipParams(torch.arange(8) % 2 == 0)

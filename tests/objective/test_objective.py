@@ -115,6 +115,7 @@ def test_agrees_with_the_equations_written_out(detach_original, mode, device):
         assert_close(value, by_hand)
     assert_close(found.total, total)
     assert_close(found.logits, logits)
+    assert not found.logits.requires_grad
     # all parameters in one vector: the true gradient of a bias in front of batch norm is zero
     assert_close(*(torch.cat([p.grad.flatten() for p in m.parameters()]) for m in (objective.model, model)))
     for buffer, by_hand in zip(objective.model.buffers(), model.buffers(), strict=True):

@@ -187,6 +187,17 @@ def test_each_spelling_keeps_its_values_and_derivatives(spelling):
     assert rule.relu_count > 0
 
 
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_at_zero_a_rule_lets_nothing_pass(spelling):
+    """Whatever PyTorch takes for the derivative there: eq. 4 asks for inputs above zero."""
+    leaf, rule = torch.zeros(2, 4, 6, 6, dtype=torch.float64, requires_grad=True), ReLURule("guided_backprop")
+    with rule:
+        out = SPELLINGS[spelling][0](leaf * 1)
+    with rule.active():
+        (gradient,) = torch.autograd.grad(out.sum(), leaf)
+    assert not gradient.any()
+
+
 @pytest.mark.parametrize("spelling", ["clamp(min)", "maximum", "x * (x > 0)", "where", "half in place"])
 @pytest.mark.parametrize("method", WITH_RULE)
 def test_second_derivatives_of_spellings(spelling, method):

@@ -21,7 +21,12 @@ plugins.OPERATOR_PROVIDERS["salnb"] = Provider()
 
 # the modules, and what is run for each, the fastest first
 ROOMS: dict[str, tuple[str, ...]] = {
-    "salnb/losses.py": ("salnb/losses.py", "tests/test_losses.py", "tests/test_pool.py"),
+    "salnb/losses.py": (
+        "salnb/losses.py",
+        "tests/test_losses.py",
+        "tests/test_invariance.py",
+        "tests/test_pool.py",
+    ),
     "salnb/statistics.py": ("salnb/statistics.py", "tests/test_statistics.py"),
     "salnb/trust.py": ("salnb/trust.py", "tests/test_trust.py"),
     "salnb/saliency/relu_*.py": ("tests/saliency/test_relu_spellings.py",),
@@ -32,8 +37,12 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "tests/saliency/test_methods.py",
         "tests/saliency/test_layers.py",
         "tests/saliency/test_surroundings.py",
+        "tests/saliency/test_score.py",
+        "tests/saliency/test_transformers.py",
     ),
     "salnb/augment/*.py": ("salnb/augment", "tests/augment"),
+    "salnb/double_backward/fused.py": ("tests/double_backward/test_fused.py",),
+    "salnb/double_backward/kernels.py": ("tests/double_backward/test_fused.py",),
     "salnb/double_backward/[br]*.py": ("tests/double_backward",),
     "salnb/double_backward/*.py": (
         "tests/double_backward/test_functions.py",
@@ -45,10 +54,14 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "tests/objective/test_compiled.py",
     ),
     "salnb/objective/graph_key.py": ("tests/objective/test_stale_graphs.py",),
+    "salnb/objective/balance.py": ("tests/objective/test_balance.py",),
+    "salnb/objective/class_terms.py": ("tests/objective/test_own_loss.py",),
+    "salnb/objective/unlabelled.py": ("tests/objective/test_unlabelled.py",),
     "salnb/objective/*.py": (
         "tests/objective/test_input.py",
         "tests/objective/test_objective.py",
         "tests/objective/test_everywhere.py",
+        "tests/objective/test_own_loss.py",
     ),
 }
 # of cosmic-ray's operators those whose mutants run: `a >> b` of floating-point numbers would only fail
