@@ -33,6 +33,10 @@ _ARTICLE = """async () => {
     image.style.width = "100%";
     canvas.replaceWith(image);
   }
+  // the PDF would have an element of its structure for each token of a line of code, megabytes of them:
+  // only comments, strings and keywords keep their colour
+  const plain = '.highlight pre span:not([class^="c"], [class^="s"], [class^="k"])';
+  for (const token of article.querySelectorAll(plain)) token.replaceWith(...token.childNodes);
   for (const input of article.querySelectorAll("input, script, button, a.headerlink")) input.remove();
   const next = document.querySelector("a.right-next");
   return [article.outerHTML, next && next.href];

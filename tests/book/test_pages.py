@@ -184,6 +184,20 @@ def test_links_within_the_site_lead_somewhere(page, site, path):
             assert f'id="{place}"' in target.read_text(encoding="utf-8"), link
 
 
+@pytest.mark.parametrize("path", PAGES)
+def test_page_has_a_preview(page, site, path):
+    """What other sites show of a link: title, description, and a picture that is there."""
+    page.goto(site + path)
+    found = dict(
+        page.eval_on_selector_all(
+            "meta[property^='og:']", "all => all.map(m => [m.attributes[0].value, m.content])"
+        )
+    )
+    assert all(found[f"og:{name}"].strip() for name in ("title", "description", "image:alt"))
+    assert found["og:url"].endswith("/" + path)
+    assert (HTML / "_static" / found["og:image"].rpartition("/_static/")[2]).exists()
+
+
 @pytest.mark.parametrize("path", REDIRECTS)
 def test_an_old_address_leads_to_a_page(page, site, path):
     page.goto(site + path)
