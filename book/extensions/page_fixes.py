@@ -18,6 +18,11 @@ _OUTPUT = re.compile(
 )
 _TAG = re.compile(r"<[^>]+>")
 _SCRIPT = re.compile(r'<script (?P<head>[^>]*)src="(?P<file>[^"?]+)[^>]*></script>')
+# the text waits for styles: for none of extensions that are not used, and for no script on the same line
+_THEBE_STYLE = re.compile(r"<link [^>]*sphinx-thebe\.css[^>]*>\s*")
+_DESIGN_STYLE = re.compile(r"<link [^>]*sphinx-design\.min\.css[^>]*>\s*")
+_EARLY_SCRIPT = re.compile(r'<link rel="preload" as="script"[^>]*>\s*')
+_GLYPH = re.compile(r"(?:\.fa-[a-z0-9-]+::?before,?)+\{content:[^{}]*\}")  # of the icons' font
 _UNFOLD = '<summary><span class="toctree-toggle"'
 _NEWEST = r"version = \"main\""  # in the set-up cell, as JSON
 _OPTIONS = "documentation_options.js"  # what the other scripts are told; a few lines
@@ -50,8 +55,8 @@ def _is_thebe(file: Any) -> bool:
 def lighten(app: Sphinx, failed: Exception | None) -> None:
     """Leave on each page only what it needs, and let no script keep its text waiting.
 
-    The theme brings a library of all icons, 1.5 MB of script, of which the pages show a dozen; and the index
-    of the search, which only the page of its results reads.
+    The theme brings a library of all icons, 1.5 MB of script, of which the pages show a dozen, and a rule of
+    style for each of them; and the index of the search, which only the page of its results reads.
     """
     if failed or app.builder.format != "html":
         return
@@ -64,11 +69,16 @@ def lighten(app: Sphinx, failed: Exception | None) -> None:
         used |= {found["name"] for found in _ICON.finditer(page)}
         searching = path.name == "search.html"
         page = _SCRIPT.sub(lambda found, s=searching: _script(found, options, s), page)
+        page = _EARLY_SCRIPT.sub("", _THEBE_STYLE.sub("", page))
+        if 'class="sd-' not in page:
+            page = _DESIGN_STYLE.sub("", page)
         # what unfolds a part of the list of pages has no name otherwise
         page = page.replace(_UNFOLD, _UNFOLD.replace(">", ' aria-label="show the pages of this part">', 1))
         path.write_text(page, encoding="utf-8")
     with (folder / "_static/salnb.css").open("a", encoding="utf-8") as style:
         style.write("\n".join(_rule(name, drawings) for name in sorted(used)) + "\n")
+    theme = folder / "_static/styles/pydata-sphinx-theme.css"
+    theme.write_text(_GLYPH.sub("", theme.read_text(encoding="utf-8")), encoding="utf-8")
     for file in (folder / "_static/scripts").glob("fontawesome.js*"):
         file.unlink()
 

@@ -1,6 +1,8 @@
 """The built site, as a reader meets it: in a real browser, without a network."""
 
+import contextlib
 import functools
+import gzip
 import http.server
 import shutil
 import threading
@@ -59,13 +61,47 @@ class QuietHandler(http.server.SimpleHTTPRequestHandler):
         pass
 
 
-@pytest.fixture(scope="module")
-def site():
-    handler = functools.partial(QuietHandler, directory=str(HTML))
+@functools.cache
+def compressed(path):
+    return gzip.compress(path.read_bytes())
+
+
+class CompressingHandler(QuietHandler):
+    """Sends text compressed, as those do who host such sites, GitHub Pages among them."""
+
+    def do_GET(self):
+        path = Path(self.translate_path(self.path))
+        if path.suffix not in (".html", ".css", ".js", ".svg") or not path.exists():
+            super().do_GET()
+            return
+        body = compressed(path)
+        self.send_response(200)
+        self.send_header("Content-Type", self.guess_type(path))
+        self.send_header("Content-Encoding", "gzip")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+
+@contextlib.contextmanager
+def served(kind):
+    handler = functools.partial(kind, directory=str(HTML))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}/"
         server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def site():
+    with served(QuietHandler) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def compressed_site():
+    with served(CompressingHandler) as address:
+        yield address
 
 
 @pytest.fixture(scope="module")
@@ -168,6 +204,25 @@ def test_page_is_light(page, site, path):
         "head script[src]", "all => all.filter(s => !s.defer && !s.async).map(s => s.src)"
     )
     assert waiting == []
+
+
+@pytest.mark.parametrize("path", PAGES)
+def test_page_can_soon_be_read(page, compressed_site, path):
+    """What its text waits for is there within 1.5 s on a connection as slow as the browser's "Fast 3G".
+
+    Then only the layout is left, whose time depends on what else the machine does.
+    """
+    slow = {"latency": 150, "downloadThroughput": 1.6e6 / 8, "uploadThroughput": 750e3 / 8}
+    session = page.context.new_cdp_session(page)
+    session.send("Network.enable")
+    session.send("Network.emulateNetworkConditions", {"offline": False, **slow})
+    page.goto(compressed_site + path, wait_until="load")
+    ends = page.evaluate(
+        "performance.getEntriesByType('resource').filter(e => e.renderBlockingStatus === 'blocking')"
+        ".map(e => e.responseEnd)"
+    )
+    assert ends
+    assert max(ends) <= 1500
 
 
 @pytest.mark.parametrize("path", PAGES)
