@@ -33,6 +33,7 @@ __all__ = [
     "class_loss",
     "invariance_loss",
     "normalize_maps",
+    "outside_loss",
     "pool_maps",
     "saliency_loss",
     "with_other_images",
@@ -300,6 +301,31 @@ def saliency_loss(
     return each.sum() / (count > 0).sum().clamp(min=1)
 
 
+def outside_loss(maps: Tensor, masks: Tensor, known: Tensor | None = None) -> Tensor:
+    """The share of the saliency maps that lies outside the object: "right for the right reasons".
+
+    Ross et al. (2017) penalise the square of the gradient there; a share does not fall when gradients only
+    become smaller everywhere. A zero map counts as zero.
+
+    Args:
+        maps: (N, 1, H, W) or (N, C, H, W).
+        masks: (N, 1, H, W), bool: the pixels of the object.
+        known: (N,), bool: which samples count; None: all.
+
+    Returns:
+        A scalar in [0, 1], the mean over the samples that count, zero if there is none.
+
+    Raises:
+        ValueError: a shape or type is wrong.
+
+    >>> outside_loss(torch.tensor([[[[3.0, 1.0]]]]), torch.tensor([[[[True, False]]]]))
+    tensor(0.2500)
+    """
+    _check_maps(maps, masks, "masks")
+    each = normalize_maps(maps.abs(), how="sum").masked_fill(masks, 0).sum((1, 2, 3))
+    return each.mean() if known is None else (each * known).sum() / known.sum().clamp(min=1)
+
+
 def with_other_images(maps: Tensor, new_maps: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Pair each map with the one before it in the batch, the first with the last: the control of eq. 7.
 
@@ -325,7 +351,7 @@ def with_other_images(maps: Tensor, new_maps: Tensor, valid: Tensor) -> tuple[Te
     return maps, new_maps.roll(1, 0), valid & valid.roll(1, 0)
 
 
-def _check_maps(maps: Tensor, valid: Tensor | None) -> None:
+def _check_maps(maps: Tensor, valid: Tensor | None, name: str = "valid") -> None:
     if maps.ndim != 4 or not maps.is_floating_point():
         raise ValueError(f"maps must be floating-point (N, C, H, W), got {tuple(maps.shape)} of {maps.dtype}")
     if valid is None:
@@ -333,7 +359,7 @@ def _check_maps(maps: Tensor, valid: Tensor | None) -> None:
     n, _, *size = maps.shape
     if valid.dtype is not torch.bool or valid.shape not in (maps.shape, (n, 1, *size)):
         raise ValueError(
-            f"valid must be bool of {(n, 1, *size)} or of the shape of maps {tuple(maps.shape)}, "
+            f"{name} must be bool of {(n, 1, *size)} or of the shape of maps {tuple(maps.shape)}, "
             f"got {tuple(valid.shape)} of {valid.dtype}"
         )
 
