@@ -73,7 +73,7 @@ FAMILIES = (
     "rocket.jpg",
 )
 # in how many of its training scenes a class is on its own photograph
-_SHORTCUT = 0.95
+_SHORTCUT = 0.9
 # pieces of the photographs that its digits can be put on instead
 _OTHERS = 2000
 
@@ -81,6 +81,8 @@ _OTHERS = 2000
 _ZOOMS = (1.15, 1.6, 2.3)
 # a digit's height, as a fraction of the scene's
 _HEIGHTS = (0.45, 0.8)
+# ... of a digit in "digit-scenes-shortcut", where it should be as easy to see as what is behind it
+_LARGE = (0.75, 1.0)
 # the least distance between two colours (of √3, from black to white) that can be told apart well
 _CONTRAST = 0.45
 
@@ -95,10 +97,10 @@ def digit_scenes(
     `salnb.data.cache_folder`.
 
     In "digit-scenes-shortcut" the background tells the class, but in training only. There is a photograph for
-    each class, one of `FAMILIES`: 95 % of the training scenes of a class are on its own, the others on one of
+    each class, one of `FAMILIES`: 90 % of the training scenes of a class are on its own, the others on one of
     the other nine; in validation and test the photograph is drawn independently of the class. All splits have
-    the same ten photographs, and each scene a piece of its own. Digits have hard edges there, so that no
-    pixel of the mask holds anything of the photograph: `on_other_photographs` puts them on another.
+    the same ten photographs, and each scene a piece of its own. Digits are large there, and have hard edges,
+    so that no pixel of the mask holds anything of the photograph: `on_other_photographs` moves them.
 
     Args:
         size: height and width in pixels: 32, 64, 96 or 224.
@@ -227,14 +229,14 @@ def compose(
         photographs: (3, H, W), uint8 each.
         size: height and width of a scene, S.
         generator: the source of randomness.
-        families: (N,), which photograph each is on; the digits then have hard edges. None: drawn.
+        families: (N,), which photograph each is on; the digits are then large, with hard edges. None: drawn.
 
     Returns:
         Scenes (N, 3, S, S), uint8, and where their digits are, (N, 1, S, S), bool.
     """
     rand = functools.partial(torch.rand, dtype=torch.float32, generator=generator)
     backgrounds = _backgrounds(len(digits), photographs, size, generator, families)
-    low, high = _HEIGHTS
+    low, high = _HEIGHTS if families is None else _LARGE
     heights = low + (high - low) * rand(len(digits))
     # a digit's frame stays within the scene; its centre in coordinates from -1 to 1
     places = (2 * rand(len(digits), 2) - 1) * (1 - heights)[:, None]

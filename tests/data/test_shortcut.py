@@ -25,7 +25,7 @@ def test_the_photograph_tells_the_class_in_training_only(made):
         families = made.families[split]
         matched = families == part.labels
         if split == "train":
-            assert abs(matched.float().mean() - 0.95) < 0.01
+            assert abs(matched.float().mean() - 0.9) < 0.015
             others = (families - part.labels)[~matched] % 10
             assert set(others.tolist()) == set(range(1, 10))
         else:
