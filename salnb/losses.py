@@ -302,10 +302,9 @@ def saliency_loss(
 
 
 def outside_loss(maps: Tensor, masks: Tensor, known: Tensor | None = None) -> Tensor:
-    """The share of the saliency maps that lies outside the object: "right for the right reasons".
+    """The square of the saliency maps outside the object: "right for the right reasons" (Ross et al., 2017).
 
-    Ross et al. (2017) penalise the square of the gradient there; a share does not fall when gradients only
-    become smaller everywhere. A zero map counts as zero.
+    Theirs are maps of the sum of all classes' log-probabilities, which do not vanish where a network is sure.
 
     Args:
         maps: (N, 1, H, W) or (N, C, H, W).
@@ -313,16 +312,16 @@ def outside_loss(maps: Tensor, masks: Tensor, known: Tensor | None = None) -> Te
         known: (N,), bool: which samples count; None: all.
 
     Returns:
-        A scalar in [0, 1], the mean over the samples that count, zero if there is none.
+        A scalar, the sum over the pixels, and the mean over the samples that count; zero if there is none.
 
     Raises:
         ValueError: a shape or type is wrong.
 
-    >>> outside_loss(torch.tensor([[[[3.0, 1.0]]]]), torch.tensor([[[[True, False]]]]))
-    tensor(0.2500)
+    >>> outside_loss(torch.tensor([[[[3.0, 2.0]]]]), torch.tensor([[[[True, False]]]]))
+    tensor(4.)
     """
     _check_maps(maps, masks, "masks")
-    each = normalize_maps(maps.abs(), how="sum").masked_fill(masks, 0).sum((1, 2, 3))
+    each = at_least_float32(maps).masked_fill(masks, 0).square().sum((1, 2, 3))
     return each.mean() if known is None else (each * known).sum() / known.sum().clamp(min=1)
 
 

@@ -85,8 +85,9 @@ class Objective(nn.Module):
 
     Two more arguments, for data that know more than labels. `partners`, (N, C, H, W), are augmented in the
     originals' place: images of the same classes, whose maps are to agree with the originals' pixel by pixel.
-    `masks`, (N, 1, H, W) booleans, say where the objects are: the saliency term is then the share of the
-    originals' maps outside them (`salnb.losses.outside_loss`) instead of eq. 7.
+    `masks`, (N, 1, H, W) booleans, say where the objects are: the saliency term is then the square of the
+    originals' maps outside them (`salnb.losses.outside_loss`) instead of eq. 7, and the maps are those of the
+    sum of all classes' scores: log-probabilities, if `score` says so.
 
     A `class_loss` gets labels (2N,) as they are, or weights (2N, K) where the target has them, and always
     from MixUp, CutMix and sequences with them, so that it must take weights there, as PyTorch's cross-entropy

@@ -192,6 +192,8 @@ def step_losses(
         if settings.has_saliency:
             explained, known = class_term.explained(targets, k)
             known = own.known if own else known
+            if inputs.masks:  # as in the paper that this is from, of all classes at once
+                explained = torch.ones_like(logits)
             maps = _maps(
                 modules, recorder, pixels, logits, explained, settings, call, create_graph=keep_graph
             )

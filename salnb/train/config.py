@@ -80,7 +80,7 @@ class Config:
     shuffle_pairs: bool = setting(False, "compare each map with another image's, as a control")
     swap: bool = setting(False, "pair each scene with its digit on another photograph, and augment that one")
     originals_only: bool = setting(False, "leave the augmented images out of the class loss")
-    right_reasons: bool = setting(False, "in place of eq. 7, the share of the map outside the object")
+    right_reasons: bool = setting(False, "in place of eq. 7, the squared gradient outside the object")
     labels_per_class: int | None = setting(None, "keep only so many labels of each class", least=1)
     confidence: float = setting(0.0, "probability from which the network's class serves as a label", least=0)
     consistency: float = setting(0.0, "weight of consistent predictions on images without labels", least=0)
