@@ -76,7 +76,10 @@ def test_table2_pairs_each_network_on_each_data_set():
 def test_table3_has_the_papers_weights():
     cells = by_cell(trainings("table3", scale_of(networks=["vgg16_bn", "resnet50"]), *UNCHOSEN))
     weights = {
-        key: (*(settings[k] for k in ("augmentation", "alpha", "beta", "gamma")), "layer_relative" in settings)
+        key: (
+            *(settings[k] for k in ("augmentation", "alpha", "beta", "gamma")),
+            "layer_relative" in settings,
+        )
         for key, settings in cells.items()
     }
     for network in ("vgg16_bn", "resnet50"):
