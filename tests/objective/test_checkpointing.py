@@ -4,7 +4,9 @@ Every test compares a network with a copy of itself that stores its activations.
 """
 
 import copy
+import gc
 import threading
+import weakref
 from functools import partial
 
 import pytest
@@ -62,6 +64,15 @@ def assert_same(recomputed, plain, x=None, tolerance=1e-12, **options):
 def test_what_a_segment_may_be_made_of(kind):
     model = network(Segment(*LAYERS[kind]()))
     assert_same(model, stored(model))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_a_segment_behind_scripted_code():
+    """Of which nothing can be swapped."""
+    plain = network(torch.jit.script(nn.Tanh()), Segment(*LAYERS["its own buffer"](), recompute=False))
+    model = copy.deepcopy(plain)
+    model[3].recompute = True
+    assert_same(model, plain)
 
 
 @pytest.mark.parametrize("options", [{"preserve_rng_state": False}, {"early_stop": False}, {"determinism_check": "none"}],
@@ -265,6 +276,35 @@ def test_parameters_of_the_moment():
         total = torch.func.functional_call(objective, names, (x, TARGET)).total
         gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(total, list(names.values()))]))
     assert_close(*gradients, 1e-12)
+
+
+class Remembers(nn.Module):
+    """Keeps a mean of this pass, with its graph, in a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("last", torch.zeros(()))
+
+    def forward(self, x):
+        self.last = x.mean()
+        return x
+
+
+def test_graphs_of_former_passes_are_let_go():
+    """Also where no backward pass frees what was saved in them."""
+    model = network(Segment(*LAYERS["linear"]()), Remembers(), Segment(*LAYERS["linear"]()))
+    objective = Objective(model, HorizontalFlip())
+    objective(images(), TARGET)
+
+    def of_this_graph(gradient):
+        return None
+
+    model[3].last.register_hook(of_this_graph)
+    reference = weakref.ref(of_this_graph)
+    del of_this_graph
+    objective(images(), TARGET)
+    gc.collect()
+    assert reference() is None
 
 
 def test_pytorch_is_left_as_it_was():
