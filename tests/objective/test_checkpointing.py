@@ -25,6 +25,7 @@ from torchvision import models
 
 from salnb import Objective, saliency
 from salnb.augment import HorizontalFlip, Rotation
+from salnb.double_backward import recomputation
 from tests.helpers.checkpointing import LAYERS, Segment, network, stored
 from tests.helpers.methods import cheap
 from tests.helpers.tolerances import assert_close
@@ -336,6 +337,7 @@ def test_compiled(kind, monkeypatch):
         assert_close(gradient, expected_gradient, 1e-12)
         for buffer, other in zip(compiled.buffers(), plain.buffers(), strict=True):
             assert_close(buffer.double(), other.double(), 1e-12)
+    assert not recomputation._thread.not_entered  # hooks, which would keep what a segment was given
 
 
 # --- what cannot work says so -------------------------------------------------------------------------------

@@ -18,11 +18,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from torch import nn
 from torch.nn.utils import prune
-from torch.utils import _pytree as pytree
 
 from salnb import Objective
 from salnb.augment import Contrast, HorizontalFlip, Rotation
-from salnb.objective.graph_key import graph_key
 from tests.helpers.tolerances import assert_close
 
 TARGET = torch.tensor([0, 1, 2, 3])
@@ -371,27 +369,6 @@ def test_a_buffer_that_counts():
     for _ in range(3):
         assert_same(eager, compiled, images())
     assert compiled.model[1].calls == 3
-
-
-@pytest.mark.parametrize(("levels", "seen"), [(1, True), (5, True), (6, False)])
-def test_how_deep_an_object_is_looked_into(levels, seen):
-    """Beyond, an object is told by which one it is."""
-    innermost = value = {"scale": 1.0}
-    for _ in range(levels - 1):
-        value = {"inner": value}
-    step = nn.ModuleDict({"model": nn.Identity()})
-    step["model"].settings = value
-
-    def key():
-        structure = pytree.tree_flatten([])[1]
-        return graph_key(step, None, [images()], structure)
-
-    before = key()
-    innermost["scale"] = 2.0
-    assert (key() != before) == seen
-    innermost["scale"] = 1.0
-    step["model"].settings = copy.deepcopy(value)
-    assert (key() == before) == seen
 
 
 @pytest.mark.usefixtures("traced")
