@@ -8,6 +8,7 @@ import gc
 import threading
 import weakref
 from functools import partial
+from unittest import mock
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from torchvision import models
 from salnb import Objective, saliency
 from salnb.augment import HorizontalFlip, Rotation
 from salnb.double_backward import recomputation
+from salnb.saliency.recording import recorded_outputs
 from tests.helpers.checkpointing import LAYERS, Segment, network, stored
 from tests.helpers.methods import cheap
 from tests.helpers.tolerances import assert_close
@@ -96,6 +98,14 @@ def test_every_method_and_layers_inside_a_segment(method, layer):
     assert_same(
         model, stored(model), method=method, method_options=options, beta=0.7, layers=[layer, "3.layers.0"]
     )
+
+
+def test_a_repetition_is_not_looked_at():
+    model, x = network(Segment(*LAYERS["convolution"]())), images().requires_grad_()
+    accept = mock.Mock(side_effect=lambda name, output: output)
+    with recorded_outputs({"layer": model[2].layers[0]}, accept):
+        torch.autograd.grad(model(x).sum(), x)
+    assert accept.call_count == 1
 
 
 @pytest.mark.parametrize("create_graph", [False, True])
