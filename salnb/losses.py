@@ -228,8 +228,8 @@ def pool_maps(maps: Tensor, valid: Tensor | None, size: int) -> tuple[Tensor, Te
     tensor([[[[2., 6.]]]])
     """
     _check_maps(maps, valid)
-    if not 1 <= size <= min(maps.shape[-2:]):
-        shorter = min(maps.shape[-2:])
+    shorter = min(maps.shape[2:])
+    if not 1 <= size <= shorter:
         raise ValueError(f"pool must be between 1 and the shorter side of the maps, {shorter}, got {size}")
     maps = at_least_float32(maps)
     valid = torch.ones_like(maps[:, :1], dtype=torch.bool) if valid is None else valid
