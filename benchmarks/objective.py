@@ -11,10 +11,8 @@ Memory is the most that tensors hold at one time during a step, gradients includ
 """
 
 import argparse
-import contextlib
 import dataclasses
 import statistics
-from unittest import mock
 
 import torch
 
@@ -32,11 +30,6 @@ GPU_SIZE = (32, 224)
 def steps_of(case: Case, device: torch.device, *, compiled: bool) -> dict[str, TimedStep]:
     """One step of each kind, on models of their own."""
 
-    class Plain(SaliencyStep):
-        def __call__(self) -> None:
-            with mock.patch("salnb.double_backward.mode.fast_double_backward", contextlib.nullcontext):
-                super().__call__()
-
     class Fused(SaliencyStep):
         def __call__(self) -> None:
             use_fused_batch_norm()
@@ -47,7 +40,7 @@ def steps_of(case: Case, device: torch.device, *, compiled: bool) -> dict[str, T
 
     steps = {
         "baseline": step_of(case.baseline, device),
-        "plain": Plain(case, device),
+        "plain": step_of(dataclasses.replace(case, plain=True), device),
         "eager": step_of(case, device),
     }
     if device.type == "cuda":

@@ -46,7 +46,7 @@ Maybe = Tensor | None
 Size = int | Sequence[int]
 
 
-__all__ = ["as_written", "differentiable_twice", "fast_double_backward"]
+__all__ = ["as_written", "differentiable_twice", "fast_double_backward", "second_derivatives_of_pytorch"]
 
 
 class fast_double_backward(RecomputedMode):  # noqa: N801 (a context manager, used like torch.no_grad)
@@ -111,6 +111,23 @@ class _Shared:
                 self.variables.run(self.context.__exit__, None, None, None)
 
 
+_fast = True
+
+
+@contextmanager
+def second_derivatives_of_pytorch() -> Iterator[None]:
+    """Context in which `differentiable_twice` leaves the derivatives to PyTorch, to see what it costs.
+
+    It acts on all threads, and on steps that are not compiled.
+    """
+    global _fast
+    before, _fast = _fast, False
+    try:
+        yield
+    finally:
+        _fast = before
+
+
 _eager = _Shared(lambda: torch.compiler.set_stance("force_eager"))
 _plain_attention = _Shared(lambda: sdpa_kernel(SDPBackend.MATH))
 
@@ -120,7 +137,7 @@ def differentiable_twice() -> Iterator[None]:
     """Fast second derivatives, and neither compiled modules nor fused attention kernels, which have none."""
     with (
         _with_second_derivatives(),
-        fast_double_backward(),
+        fast_double_backward() if _fast else nullcontext(),
         again_in_recomputation(lambda: _with_second_derivatives),
     ):
         yield
