@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
+from salnb._common.checks import is_channels_last
 from salnb.double_backward import batch_norm, fused
 from salnb.double_backward.bookkeeping import Maybe, last, save, saved, wanted
 
@@ -256,6 +257,10 @@ class _MaxPool2dBackward(Function):
     @last
     def backward(ctx: Any, kept: tuple, vx: Tensor) -> tuple:
         (indices,) = kept
+        if is_channels_last(indices):  # which the derivative then is as well
+            places = indices.permute(0, 2, 3, 1)
+            pixels = vx.permute(0, 2, 3, 1).flatten(1, 2).gather(1, places.flatten(1, 2))
+            return pixels.view_as(places).permute(0, 3, 1, 2), None, None, None
         ggy = vx.flatten(-2).gather(-1, indices.flatten(-2)).view_as(indices)
         return ggy, None, None, None
 

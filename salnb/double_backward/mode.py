@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from salnb.double_backward import fused
 from salnb.double_backward.functions import (
     Affine,
     BatchNorm,
@@ -46,7 +47,7 @@ Maybe = Tensor | None
 Size = int | Sequence[int]
 
 
-__all__ = ["as_written", "differentiable_twice", "fast_double_backward", "second_derivatives_of_pytorch"]
+__all__ = ["as_written", "differentiable_twice", "fast_double_backward", "second_derivatives_of_pytorch", "switches"]
 
 
 class fast_double_backward(RecomputedMode):  # noqa: N801 (a context manager, used like torch.no_grad)
@@ -118,7 +119,7 @@ _fast = True
 def second_derivatives_of_pytorch() -> Iterator[None]:
     """Context in which `differentiable_twice` leaves the derivatives to PyTorch, to see what it costs.
 
-    It acts on all threads, and on steps that are not compiled.
+    It acts on all threads.
     """
     global _fast
     before, _fast = _fast, False
@@ -126,6 +127,11 @@ def second_derivatives_of_pytorch() -> Iterator[None]:
         yield
     finally:
         _fast = before
+
+
+def switches() -> tuple[bool, bool]:
+    """What of this package a step's operators depend on: whether derivatives are fast, and batch norm's fused."""
+    return _fast, fused.is_enabled()
 
 
 _eager = _Shared(lambda: torch.compiler.set_stance("force_eager"))

@@ -83,7 +83,8 @@ def _measured(device: torch.device, precision: str) -> dict[str, float]:
 
 def _fastest(run: Callable[[], object], device: torch.device, seconds: float = 0.3) -> float:
     """The shortest time of a call in at least two, and in as many as a third of a second has room for."""
-    clock, begin, times = clock_of(device), time.perf_counter(), []
+    clock, begin = clock_of(device), time.perf_counter()
+    times: list[float] = []
     run()
     while len(times) < 2 or (len(times) < 20 and time.perf_counter() - begin < seconds):
         start = clock.mark()
