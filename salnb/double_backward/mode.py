@@ -47,7 +47,13 @@ Maybe = Tensor | None
 Size = int | Sequence[int]
 
 
-__all__ = ["as_written", "differentiable_twice", "fast_double_backward", "second_derivatives_of_pytorch", "switches"]
+__all__ = [
+    "as_written",
+    "differentiable_twice",
+    "fast_double_backward",
+    "second_derivatives_of_pytorch",
+    "switches",
+]
 
 
 class fast_double_backward(RecomputedMode):  # noqa: N801 (a context manager, used like torch.no_grad)
@@ -130,7 +136,7 @@ def second_derivatives_of_pytorch() -> Iterator[None]:
 
 
 def switches() -> tuple[bool, bool]:
-    """What of this package a step's operators depend on: whether derivatives are fast, and batch norm's fused."""
+    """What a step's operators depend on: whether derivatives are fast, and those of batch norm fused."""
     return _fast, fused.is_enabled()
 
 

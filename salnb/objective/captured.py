@@ -54,7 +54,7 @@ class CapturedStep(CompiledStep):
     def _make(self, step: TracedStep, tensors: list[Tensor]) -> Graph:
         device = tensors[3].device
         inputs = [tensor.clone() for tensor in tensors[: 3 + step.structure.num_leaves]]
-        run = partial(step, tuple(inputs[:3]), tuple(inputs[3:]))
+        run = partial(_run, step, (tuple(inputs[:3]), tuple(inputs[3:])))
         generators = _generators(step, device)
         stream = torch.cuda.Stream(device)
         with torch.enable_grad(), _without_cached_casts():
@@ -88,6 +88,12 @@ class CapturedStep(CompiledStep):
         return Graph(replay, outputs, values[4].shape[1])
 
 
+def _run(step: TracedStep, given: tuple) -> tuple[list, list]:
+    """The step on parameters that lie where the model's do, but have no hooks: these run in the backward."""
+    parameters = {name: p.detach().requires_grad_(p.requires_grad) for name, p in step.named_parameters()}
+    return torch.func.functional_call(step, parameters, given)
+
+
 def _state(step: TracedStep) -> Iterator[Tensor]:
     yield from step.parameters()
     yield from step.buffers()
@@ -100,7 +106,9 @@ def _generators(step: TracedStep, device: torch.device) -> list[torch.Generator]
 
 
 @contextmanager
-def _as_before(step: TracedStep, device: torch.device, generators: Iterable[torch.Generator]) -> Iterator[None]:
+def _as_before(
+    step: TracedStep, device: torch.device, generators: Iterable[torch.Generator]
+) -> Iterator[None]:
     """Buffers and generators are put back at the end: what a warm-up changes is no training."""
     buffers = [(buffer, buffer.clone()) for buffer in step.buffers()]
     states = [(generator, generator.get_state()) for generator in generators]

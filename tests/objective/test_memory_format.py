@@ -65,7 +65,9 @@ def test_nothing_that_is_captured_changes_the_layout(monkeypatch, method):
     last = images.contiguous(memory_format=torch.channels_last)
     for each, x in ((objective, last), (reference, images)):
         each(x, torch.arange(4), torch.Generator().manual_seed(3)).total.backward()
-    found, expected = (torch.cat([p.grad.flatten() for p in each.parameters()]) for each in (objective, reference))
+    found, expected = (
+        torch.cat([p.grad.flatten() for p in each.parameters()]) for each in (objective, reference)
+    )
     assert_close(found, expected)
     (graph,) = graphs
     assert converting(graph) == []
