@@ -46,10 +46,16 @@ TABLE1_AUGMENTATIONS = (
 )
 
 # the rows of Table 3: which augmentation, and the weights of the three losses
-TABLE3_STRATEGIES: dict[str, dict[str, Any]] = {
+_PAPERS_STRATEGIES: dict[str, dict[str, Any]] = {
     "none": {"augmentation": "identity", "alpha": 1.0, "beta": 0.0, "gamma": 0.0},
     "class+invariance": {"augmentation": "affine", "alpha": 1 / 2, "beta": 1 / 2, "gamma": 0.0},
     "all three": {"augmentation": "affine", "alpha": 1 / 3, "beta": 1 / 3, "gamma": 1 / 3},
+}
+# beside them those whose eq. 6 is relative to the distance of different images, which the paper does not say
+TABLE3_STRATEGIES = _PAPERS_STRATEGIES | {
+    f"{name}, relative": {**settings, "layer_relative": True}
+    for name, settings in _PAPERS_STRATEGIES.items()
+    if settings["beta"]
 }
 
 # the methods that the study of open questions compares with the vanilla gradient

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-HTML = Path(__file__).resolve().parents[2] / "_build" / "html"
+ROOT = Path(__file__).resolve().parents[2]
+HTML = ROOT / "_build" / "html"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = [
     "--no-sandbox",
@@ -37,11 +38,18 @@ pytestmark = [
     pytest.mark.skipif(not (HTML / "index.html").exists(), reason="the site is not built: run `make book`"),
 ]
 
+# old addresses, which lead on to others
+REDIRECTS = sorted(
+    str(path.relative_to(ROOT / "book/redirects")) for path in (ROOT / "book/redirects").rglob("*.html")
+)
 # the indices that Sphinx generates are not pages that anybody wrote
 PAGES = sorted(
-    str(path.relative_to(HTML))
-    for folder in ("book", "notebooks")
-    for path in (HTML / folder).rglob("*.html")
+    {
+        str(path.relative_to(HTML))
+        for folder in ("book", "notebooks")
+        for path in (HTML / folder).rglob("*.html")
+    }
+    - {*REDIRECTS}
 )
 CHAPTERS = [page for page in PAGES if page.startswith("notebooks/")]
 
@@ -174,6 +182,13 @@ def test_links_within_the_site_lead_somewhere(page, site, path):
         assert target.exists(), link
         if place and target.suffix == ".html":
             assert f'id="{place}"' in target.read_text(encoding="utf-8"), link
+
+
+@pytest.mark.parametrize("path", REDIRECTS)
+def test_an_old_address_leads_to_a_page(page, site, path):
+    page.goto(site + path)
+    page.wait_for_url(lambda url: not url.endswith(path))
+    assert page.url.removeprefix(site) in PAGES
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -76,17 +76,22 @@ def test_table2_pairs_each_network_on_each_data_set():
 def test_table3_has_the_papers_weights():
     cells = by_cell(trainings("table3", scale_of(networks=["vgg16_bn", "resnet50"]), *UNCHOSEN))
     weights = {
-        key: tuple(settings[name] for name in ("augmentation", "alpha", "beta", "gamma"))
+        key: (
+            *(settings[k] for k in ("augmentation", "alpha", "beta", "gamma")),
+            "layer_relative" in settings,
+        )
         for key, settings in cells.items()
     }
     for network in ("vgg16_bn", "resnet50"):
         of = {strategy: weights["digit-scenes", network, strategy] for strategy in grids.TABLE3_STRATEGIES}
         assert of == {
-            "none": ("identity", 1, 0, 0),
-            "class+invariance": ("affine", 0.5, 0.5, 0),
-            "all three": ("affine", 1 / 3, 1 / 3, 1 / 3),
+            "none": ("identity", 1, 0, 0, False),
+            "class+invariance": ("affine", 0.5, 0.5, 0, False),
+            "all three": ("affine", 1 / 3, 1 / 3, 1 / 3, False),
+            "class+invariance, relative": ("affine", 0.5, 0.5, 0, True),
+            "all three, relative": ("affine", 1 / 3, 1 / 3, 1 / 3, True),
         }
-    assert len(cells) == 6
+    assert len(cells) == 10
 
 
 def test_the_choice_of_a_weight_has_seeds_of_its_own():
