@@ -13,7 +13,7 @@ from tests.helpers.tolerances import assert_close
 
 
 class Stages(nn.Module):
-    """What the networks of Table 4 are made of: residual and concatenated blocks, pooling."""
+    """What the networks of Table 4 are made of: residual and concatenated blocks, all kinds of pooling."""
 
     def __init__(self):
         super().__init__()
@@ -26,7 +26,7 @@ class Stages(nn.Module):
     def forward(self, x):
         x = F.max_pool2d(self.stem(x), 3, 2, 1)
         x = F.relu(x + self.block(x))
-        x = self.down(torch.cat([x, self.growth(x)], 1))
+        x = self.down(F.avg_pool2d(torch.cat([x, self.growth(x)], 1), 2))
         return self.head(F.adaptive_avg_pool2d(F.relu(x), 1).flatten(1))
 
 
