@@ -1,10 +1,10 @@
 """What a training step with the saliency loss costs, over a step without it on the same batch.
 
 `baseline` is forward, cross-entropy and backward on a batch of originals and augmented images; `plain` is a
-step of `Objective` with PyTorch's own second derivatives; `eager` is `Objective` as it is; `fused` (on GPUs)
-is after `use_fused_batch_norm()`; `compiled` (on request: compiling takes minutes) is after
-`Objective.compile()`. The steps are those of `salnb time`, whose images are augmented beforehand. Arithmetic
-allows a ratio of 2.0: 6 forward passes' worth of work against 3.
+step of `Objective` with PyTorch's own second derivatives; `eager` is `Objective` as it is; on GPUs `fused` is
+after `use_fused_batch_norm()`, `captured` after `compile(mode="cuda-graphs")`; `compiled` (on request:
+compiling takes minutes) is after `Objective.compile()`. The steps are those of `salnb time`, whose images are
+augmented beforehand. Arithmetic allows a ratio of 2.0: 6 forward passes' worth of work against 3.
 
 The steps take turns; a ratio is the median over the rounds of (this step / the baseline of the same round).
 Memory is the most that tensors hold at one time during a step, gradients included, parameters not.
@@ -45,6 +45,8 @@ def steps_of(case: Case, device: torch.device, *, compiled: bool) -> dict[str, T
     }
     if device.type == "cuda":
         steps["fused"] = Fused(case, device)
+        steps["captured"] = captured = SaliencyStep(case, device)
+        captured.objective.compile(mode="cuda-graphs")
     if compiled:
         steps["compiled"] = step_of(dataclasses.replace(case, compiled=True), device)
     return steps
