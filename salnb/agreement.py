@@ -46,6 +46,7 @@ def agreement(
     target: Tensor,
     generator: torch.Generator | None = None,
     *,
+    partners: Tensor | None = None,
     num_classes: int,
     method: str = "vanilla_gradient",
     method_options: Mapping[str, Any] | None = None,
@@ -62,6 +63,7 @@ def agreement(
         images: (N, C, H, W), in [0, 1]; two at least.
         target: (N,) labels or (N, K) weights, of the originals.
         generator: source of what the augmentation draws; seeded alike, it draws alike.
+        partners: (N, C, H, W), images to augment in the place of `images`; see `salnb.Objective`.
         num_classes: K.
         method: a key of `salnb.saliency.METHODS`.
         method_options: its keyword arguments.
@@ -73,7 +75,7 @@ def agreement(
     """
     with torch.no_grad():
         params = augmentation.make_params(images, generator)
-        new_images = augmentation.images(images, params)
+        new_images = augmentation.images(images if partners is None else partners, params)
         targets = both_targets(target, augmentation.targets(target, params, num_classes), num_classes)
     options = {"score": score, **(method_options or {})}
     maps = saliency.METHODS[method](model, torch.cat([images, new_images]), targets, **options)

@@ -33,6 +33,7 @@ __all__ = [
     "class_loss",
     "invariance_loss",
     "normalize_maps",
+    "outside_loss",
     "pool_maps",
     "saliency_loss",
     "with_other_images",
@@ -227,8 +228,8 @@ def pool_maps(maps: Tensor, valid: Tensor | None, size: int) -> tuple[Tensor, Te
     tensor([[[[2., 6.]]]])
     """
     _check_maps(maps, valid)
-    if not 1 <= size <= min(maps.shape[-2:]):
-        shorter = min(maps.shape[-2:])
+    shorter = min(maps.shape[2:])
+    if not 1 <= size <= shorter:
         raise ValueError(f"pool must be between 1 and the shorter side of the maps, {shorter}, got {size}")
     maps = at_least_float32(maps)
     valid = torch.ones_like(maps[:, :1], dtype=torch.bool) if valid is None else valid
@@ -300,6 +301,30 @@ def saliency_loss(
     return each.sum() / (count > 0).sum().clamp(min=1)
 
 
+def outside_loss(maps: Tensor, masks: Tensor, known: Tensor | None = None) -> Tensor:
+    """The square of the saliency maps outside the object: "right for the right reasons" (Ross et al., 2017).
+
+    Theirs are maps of the sum of all classes' log-probabilities, which do not vanish where a network is sure.
+
+    Args:
+        maps: (N, 1, H, W) or (N, C, H, W).
+        masks: (N, 1, H, W), bool: the pixels of the object.
+        known: (N,), bool: which samples count; None: all.
+
+    Returns:
+        A scalar, the sum over the pixels, and the mean over the samples that count; zero if there is none.
+
+    Raises:
+        ValueError: a shape or type is wrong.
+
+    >>> outside_loss(torch.tensor([[[[3.0, 2.0]]]]), torch.tensor([[[[True, False]]]]))
+    tensor(4.)
+    """
+    _check_maps(maps, masks, "masks")
+    each = at_least_float32(maps).masked_fill(masks, 0).square().sum((1, 2, 3))
+    return each.mean() if known is None else (each * known).sum() / known.sum().clamp(min=1)
+
+
 def with_other_images(maps: Tensor, new_maps: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Pair each map with the one before it in the batch, the first with the last: the control of eq. 7.
 
@@ -325,7 +350,7 @@ def with_other_images(maps: Tensor, new_maps: Tensor, valid: Tensor) -> tuple[Te
     return maps, new_maps.roll(1, 0), valid & valid.roll(1, 0)
 
 
-def _check_maps(maps: Tensor, valid: Tensor | None) -> None:
+def _check_maps(maps: Tensor, valid: Tensor | None, name: str = "valid") -> None:
     if maps.ndim != 4 or not maps.is_floating_point():
         raise ValueError(f"maps must be floating-point (N, C, H, W), got {tuple(maps.shape)} of {maps.dtype}")
     if valid is None:
@@ -333,7 +358,7 @@ def _check_maps(maps: Tensor, valid: Tensor | None) -> None:
     n, _, *size = maps.shape
     if valid.dtype is not torch.bool or valid.shape not in (maps.shape, (n, 1, *size)):
         raise ValueError(
-            f"valid must be bool of {(n, 1, *size)} or of the shape of maps {tuple(maps.shape)}, "
+            f"{name} must be bool of {(n, 1, *size)} or of the shape of maps {tuple(maps.shape)}, "
             f"got {tuple(valid.shape)} of {valid.dtype}"
         )
 

@@ -68,6 +68,7 @@ _SCENES = Source(10, (32, 64, 96, 224), 6000)
 DATA = {
     "digit-scenes": _SCENES,
     "digit-scenes-shifted": _SCENES,
+    "digit-scenes-shortcut": _SCENES,
     "cifar10": Source(10),
     "cifar100": Source(100),
     "svhn": Source(10),
@@ -139,10 +140,12 @@ def check_balance(balance: float, alpha: float, gamma: float) -> None:
         )
 
 
-def check_confidence(confidence: float, consistency: float) -> None:
+def check_confidence(confidence: float, consistency: float, originals_only: bool) -> None:
     """Raise a ValueError unless `confidence` is a probability, which `consistency` needs."""
     if not 0 <= confidence <= 1:
         raise ValueError(f"confidence must be a probability, from 0 to 1, got {confidence}")
+    if confidence and originals_only:
+        raise ValueError(f"originals_only and confidence do not go together, got confidence={confidence}")
     if consistency and not confidence:
         raise ValueError(
             f"consistency is for images without labels, which confidence > 0 allows, got {consistency} "

@@ -27,8 +27,8 @@ def load(name: str, size: int, *, workers: int = 4, test_scenes: int = 1000) -> 
     """A data set by its name.
 
     Args:
-        name: "digit-scenes", "digit-scenes-shifted", "cifar10", "cifar100", "svhn", "imagenet" (from
-            disk) or "imagenet-streamed" (over the network).
+        name: "digit-scenes", "digit-scenes-shifted", "digit-scenes-shortcut", "cifar10", "cifar100", "svhn",
+            "imagenet" (from disk) or "imagenet-streamed" (over the network).
         size: height and width of the digit scenes and of ImageNet's photographs; the others stay as they
             are stored, and `batches` resizes them.
         workers: processes that decode ImageNet's photographs.
@@ -41,7 +41,7 @@ def load(name: str, size: int, *, workers: int = 4, test_scenes: int = 1000) -> 
         raise unknown("data", name, DATA)
     if name == "folder":
         raise ValueError("data 'folder' is loaded by image_folder(root, size)")
-    if name in PHOTOGRAPHS:
+    if DATA[name].sizes is not None:
         return digit_scenes(size, name=name, test_scenes=test_scenes)
     plain = name.removesuffix("-streamed")
     return load_paper(plain, size, workers=workers, streamed=plain != name)

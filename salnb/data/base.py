@@ -78,12 +78,16 @@ class Dataset:
         validation: to look at while learning.
         test: to look at once.
         classes: the name of each class.
+        families: by split, (N,) the class whose background each image has; None: backgrounds belong to none.
+        backgrounds: (M, 3, H, W), uint8, that objects can be put on; None: there is none.
     """
 
     train: Split
     validation: Split
     test: Split
     classes: list[str]
+    families: dict[str, Tensor] | None = None
+    backgrounds: Tensor | None = None
 
 
 @dataclass

@@ -231,7 +231,7 @@ class _ModelState:
 
     def __init__(self, model: nn.Module):
         self.model = model
-        self.copies: dict[Tensor, tuple[int | None, Tensor]] = {}  # of buffers: version and values
+        self.copies: dict[Tensor, tuple[int, Tensor]] = {}  # of whole numbers: version and values
         self.scratch: dict[tuple, Tensor] = {}
 
     def at_entry(self) -> Context:
@@ -256,9 +256,11 @@ class _ModelState:
 
     def _buffer(self, buffer: Tensor) -> Callable[[], Tensor]:
         # batch norm changes its statistics without a new version; large tables are of indices
-        version = None if buffer.is_floating_point() or buffer.is_inference() else buffer._version
-        if version is None or version != self.copies.get(buffer, (None,))[0]:
-            self.copies[buffer] = version, buffer.detach().clone()
+        if buffer.is_floating_point() or buffer.is_complex() or buffer.is_inference():
+            copy, requires_grad = buffer.detach().clone(), buffer.requires_grad
+            return lambda: copy.clone().requires_grad_(requires_grad)
+        if buffer._version != self.copies.get(buffer, (None,))[0]:
+            self.copies[buffer] = buffer._version, buffer.clone()
         return self.copies[buffer][1].clone
 
 

@@ -70,6 +70,7 @@ class Objective(nn.Module):
             class is the one whose maps are compared. 0: every image has a label.
         consistency: weight, for those images, of the cross-entropy between that class and the prediction on
             the augmented image; `balance` counts it to the class loss.
+        originals_only: the class loss is that of the originals; the augmented images have maps only.
         num_classes: K; None reads it from the logits.
         class_loss: takes the place of the cross-entropy of eq. 5: a function or module from logits (2N, K),
             in float32 at least, and targets of both halves to a scalar, such as
@@ -83,6 +84,12 @@ class Objective(nn.Module):
     row) and optionally a `generator` for the augmentation, it returns `Losses`. The values of a target on a
     GPU are looked at in the first call only, as they would have to be waited for. `model_kwargs` are given to
     the model beside the images; tensors (N, ...) among them are given for both halves, unaugmented.
+
+    Two more arguments, for data that know more than labels. `partners`, (N, C, H, W), are augmented in the
+    originals' place: images of the same classes, whose maps are to agree with the originals' pixel by pixel.
+    `masks`, (N, 1, H, W) booleans, say where the objects are: the saliency term is then the square of the
+    originals' maps outside them (`salnb.losses.outside_loss`) instead of eq. 7, and the maps are those of the
+    sum of all classes' scores: log-probabilities, if `score` says so.
 
     A `class_loss` gets labels (2N,) as they are, or weights (2N, K) where the target has them, and always
     from MixUp, CutMix and sequences with them, so that it must take weights there, as PyTorch's cross-entropy
@@ -143,6 +150,7 @@ class Objective(nn.Module):
         shuffle_pairs: bool = False,
         confidence: float = 0.0,
         consistency: float = 0.0,
+        originals_only: bool = False,
         num_classes: int | None = None,
         class_loss: Callable[[Tensor, Tensor], Tensor] | None = None,
         output: Callable[[Any], Tensor] | None = None,
@@ -157,10 +165,9 @@ class Objective(nn.Module):
         self.normalize, self.distance, self.pool = normalize, distance, pool
         self.every, self.warmup = every, warmup
         self.detach_original, self.shuffle_pairs = detach_original, shuffle_pairs
-        self.confidence, self.consistency = confidence, consistency
+        self.confidence, self.consistency, self.originals_only = confidence, consistency, originals_only
         self.num_classes, self.output = num_classes, output
-        self.class_term = ClassTerm(class_loss)
-        self.steps_done = 0
+        self.class_term, self.steps_done = ClassTerm(class_loss), 0
         # for float16: of the score whose gradient makes the maps, and of the total in a compiled step
         self.score_scale, self.gradient_scale = LossScale(12, top=12), LossScale(14, top=24)
         self.balance = Balance(balance)
@@ -228,26 +235,29 @@ class Objective(nn.Module):
         *,
         step: int | None = None,
         model_kwargs: Mapping[str, Any] | None = None,
+        partners: Tensor | None = None,
+        masks: Tensor | None = None,
     ) -> Losses:
         """The losses of a batch; see the class."""
         self._check_call(images, target)
+        _check_pairs(images, partners, masks)
         step = self.steps_done if step is None else check_integer("step", step, 0, 2**62)
         keep_graph = torch.is_grad_enabled()
         with torch.inference_mode(False), torch.set_grad_enabled(keep_graph):
             # what inference mode made can take part in no graph
-            images = images.clone() if images.is_inference() else images
+            images, target, partners, masks = map(_normal, (images, target, partners, masks))
             self._place_buffers(images)
-            target = target.clone() if target.is_inference() else target
             with full_precision(images):
                 params = self.augmentation.make_params(images, generator)
-                new_images = self.augmentation.images(images, params)
+                new_images = self.augmentation.images(images if partners is None else partners, params)
             if is_channels_last(images):  # here, so that none of the graphs of compile() has to change it
                 new_images = new_images.contiguous(memory_format=torch.channels_last)
             scales = (self.score_scale, self.gradient_scale)
             modules = StepModules(self.model, self.augmentation, *scales, self.balance, self.class_term)
             kwargs = given_twice(model_kwargs or {}, len(images))
             tensors = {name: value for name, value in kwargs.items() if isinstance(value, Tensor)}
-            inputs = StepInputs(images, new_images, target, params, tensors)
+            given_masks = () if masks is None else (masks,)
+            inputs = StepInputs(images, new_images, target, params, tensors, given_masks)
             weights = (self.alpha, self.beta, self._scheduled_gamma(step))
             settings = self._term_settings(step, kwargs)
             if self._compiled and keep_graph and self._compiled.applies(images):
@@ -305,6 +315,7 @@ class Objective(nn.Module):
             shuffle_pairs=self.shuffle_pairs,
             confidence=self.confidence,
             consistency=self.consistency,
+            originals_only=self.originals_only,
             num_classes=self.num_classes,
             output=self.output,
             model_kwargs=tuple(plain.items()),
@@ -325,7 +336,7 @@ class Objective(nn.Module):
         for name, weight in (weights | others).items():
             if not 0 <= weight < float("inf"):
                 raise ValueError(f"{name} must be a finite number of at least 0, got {weight}")
-        check_confidence(self.confidence, self.consistency)
+        check_confidence(self.confidence, self.consistency, self.originals_only)
         if self.confidence and self.class_term.own is not None:
             raise ValueError(
                 "confidence and class_loss do not go together: leave images without a label out of a loss "
@@ -371,3 +382,17 @@ class Objective(nn.Module):
             check_no_transform()
         if self.gamma and torch.is_grad_enabled():
             check_parallel(self, training=self.training, balanced=bool(self.balance.share))
+
+
+def _check_pairs(images: Tensor, partners: Tensor | None, masks: Tensor | None) -> None:
+    if partners is not None and partners.shape != images.shape:
+        raise ValueError(
+            f"partners must have the shape of images, {tuple(images.shape)}, got {tuple(partners.shape)}"
+        )
+    shape = (len(images), 1, *images.shape[-2:])
+    if masks is not None and (masks.dtype is not torch.bool or masks.shape != shape):
+        raise ValueError(f"masks must be bool of {shape}, got {tuple(masks.shape)} of {masks.dtype}")
+
+
+def _normal(tensor: Any) -> Any:
+    return tensor.clone() if tensor is not None and tensor.is_inference() else tensor

@@ -22,7 +22,7 @@ from salnb.augment import Augmentation
 from salnb.double_backward.functions import check_second_derivative
 from salnb.double_backward.mode import differentiable_twice
 from salnb.double_backward.recomputation import model_of_the_forward_pass
-from salnb.losses import invariance_loss, saliency_loss, with_other_images
+from salnb.losses import invariance_loss, outside_loss, saliency_loss, with_other_images
 from salnb.objective.balance import Balance
 from salnb.objective.class_terms import ClassTerm
 from salnb.objective.precision import LossScale, autocast_dtype, full_precision
@@ -96,6 +96,7 @@ class StepInputs(NamedTuple):
     target: Tensor  # (N,) labels or (N, K) weights, of the originals
     params: Any  # what the augmentation drew
     model_kwargs: dict[str, Tensor]  # what the model gets beside the 2N images
+    masks: tuple[Tensor, ...] = ()  # (N, 1, H, W), where the objects are, if maps are to be there
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,7 @@ class TermSettings:
     shuffle_pairs: bool
     confidence: float
     consistency: float
+    originals_only: bool
     num_classes: int | None
     output: Callable[[Any], Tensor] | None = None
     model_kwargs: tuple[tuple[str, Any], ...] = ()  # those that are no tensors
@@ -166,7 +168,7 @@ def step_losses(
         settings: which terms there are, and how they are computed.
         check_derivative: raise if an operation of the model has no second derivative.
     """
-    images, new_images, target, params, model_kwargs = inputs
+    images, new_images, target, params, model_kwargs, _ = inputs
     model, augmentation, class_term = modules.model, modules.augmentation, modules.class_term
     call = settings.call(model_kwargs)
     n, keep_graph = len(images), torch.is_grad_enabled()
@@ -190,18 +192,21 @@ def step_losses(
         if settings.has_saliency:
             explained, known = class_term.explained(targets, k)
             known = own.known if own else known
+            if inputs.masks:  # as in the paper that this is from, of all classes at once
+                explained = torch.ones_like(logits)
             maps = _maps(
                 modules, recorder, pixels, logits, explained, settings, call, create_graph=keep_graph
             )
             if keep_graph and check_derivative:
                 check_second_derivative(maps)
     with full_precision(images):
+        seen = n if settings.originals_only else 2 * n
         zero = logits.new_zeros((), dtype=at_least_float32_dtype(logits.dtype))
         classes, consistent = (
-            class_and_consistency(logits, own) if own else (class_term(logits, targets), zero)
+            class_and_consistency(logits, own) if own else (class_term(logits[:seen], targets[:seen]), zero)
         )
         invariance = _invariance(features, n, settings) if settings.has_invariance else zero
-        salience = _saliency(augmentation, maps, params, known, settings) if settings.has_saliency else zero
+        salience = _saliency(augmentation, maps, inputs, known, settings) if settings.has_saliency else zero
         losses = weighted_sum(modules, (classes, consistent, invariance, salience), weights, logits, settings)
     return losses if keep_graph else losses.detach()
 
@@ -316,12 +321,14 @@ def _invariance(features: dict[str, Tensor], n: int, settings: TermSettings) -> 
 
 
 def _saliency(
-    augmentation: Augmentation, maps: Tensor, params: Any, known: Tensor | None, settings: TermSettings
+    augmentation: Augmentation, maps: Tensor, inputs: StepInputs, known: Tensor | None, settings: TermSettings
 ) -> Tensor:
     """The loss of eq. 7 of the 2N maps, of the pairs (N,) whose class is known; None: all."""
     n = len(maps) // 2
+    if inputs.masks:
+        return outside_loss(maps[:n], inputs.masks[0], known)
     first = maps[:n].detach() if settings.detach_original else maps[:n]
-    first, second, valid = augmentation.align(first, maps[n:], params)
+    first, second, valid = augmentation.align(first, maps[n:], inputs.params)
     if known is not None:  # a pair without a class has no valid pixel, and so no part in the mean
         valid = valid & known.view(-1, 1, 1, 1)
     if settings.shuffle_pairs:

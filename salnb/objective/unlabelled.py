@@ -46,7 +46,7 @@ def own_classes(logits: Tensor, target: Tensor, confidence: float) -> OwnClasses
     """
     if target.ndim != 1:
         raise ValueError(f"target must be labels (N,) with confidence > 0, got weights {tuple(target.shape)}")
-    probability, own = at_least_float32(logits.detach()).softmax(1).max(1)
+    probability, own = at_least_float32(logits).softmax(1).max(1)
     labelled = target >= 0
     return OwnClasses(target.where(labelled, own), labelled, ~labelled & (probability >= confidence))
 

@@ -205,7 +205,7 @@ class ForwardRecorder:
 
     @reentrant_explained()
     def maps(
-        self, images: Tensor, scores: Tensor, *, create_graph: bool = False, reduce: str | None = "max"
+        self, images: Tensor, scores: Tensor, *, create_graph: bool, reduce: str | None = "max"
     ) -> Tensor:
         """The maps of `scores` (N,) with respect to `images`, both from the pass that was recorded."""
         score = scores.sum()

@@ -47,7 +47,7 @@ def _relu6(input: Tensor, inplace: bool = False) -> ReLUCall | None:
 def _hardtanh(
     input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False
 ) -> ReLUCall | None:
-    return ReLUCall(input, max_val, inplace) if min_val == 0 and max_val > 0 else None
+    return ReLUCall(input, max_val, inplace) if min_val == 0 else None
 
 
 def _threshold(input: Tensor, threshold: float, value: float, inplace: bool = False) -> ReLUCall | None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from salnb._common import catalog
-from salnb.study.plans import load_plan, twin_of
+from salnb.study.plans import Plan, load_plan, twin_of
 from salnb.study.scale import PLANNED, TUNING, Scale, check_known
 from salnb.train.config import PRACTICAL, Config
 
@@ -217,9 +217,15 @@ def _training_images(config: Config) -> int:
 
 def _planned(study: str, scale: Scale, gammas: Gammas, match: Match) -> Cells:
     """The arms of a plan; `gammas` has the share of the gradient of each that is tuned."""
-    for data, (name, arm) in itertools.product(scale.data, load_plan(study).arms.items()):
+    plan = load_plan(study)
+    for data, (name, arm) in itertools.product(_data(plan, scale), plan.arms.items()):
         tuned = {"balance": gammas[name.removesuffix(twin_of(""))]} if arm.tuned else {}
         yield {"data": data, "arm": name}, {**arm.settings, **tuned}
+
+
+def _data(plan: Plan, scale: Scale) -> tuple[str, ...]:
+    """The data sets of a plan: the one that its question is about, at any scale, or those of the scale."""
+    return (plan.settings["data"],) if "data" in plan.settings else scale.data
 
 
 def _tuning(study: str, scale: Scale, gammas: Gammas, match: Match) -> Cells:
@@ -227,7 +233,7 @@ def _tuning(study: str, scale: Scale, gammas: Gammas, match: Match) -> Cells:
     plan = load_plan(study)
     for name, balances in plan.candidates().items():
         for balance in balances:
-            factors = {"data": scale.data[0], "arm": name, "balance": f"{balance:g}"}
+            factors = {"data": _data(plan, scale)[0], "arm": name, "balance": f"{balance:g}"}
             share = {"balance": balance} if balance else {}
             yield factors, {**plan.arms[name].settings, **share}
 
@@ -242,6 +248,7 @@ REFERENCES = {
     **dict.fromkeys(TUNING, ("balance", "0", "validation_accuracy")),
     "treated": ("arm", "silu", "test_accuracy"),
     "few-labels": ("arm", "labels", "test_accuracy"),
+    "shortcut": ("arm", "reference", "test_worst_group_accuracy"),
 }
 
 STUDIES: dict[str, Callable[[Scale, Gammas, Match], Cells]] = {

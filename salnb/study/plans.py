@@ -47,6 +47,7 @@ class Arm:
         tuned: whether its `balance` is chosen among those of the plan, on the tuning seeds.
         twin: whether there is an arm "NAME, shuffled" with the same settings and pairs of different images.
         primary: whether the plan's question is answered by this arm.
+        gated: whether its maps have to agree; a control that is not about agreement only must not collapse.
         is_twin: whether it is such an arm itself.
     """
 
@@ -55,6 +56,7 @@ class Arm:
     tuned: bool = False
     twin: bool = False
     primary: bool = False
+    gated: bool = True
     is_twin: bool = False
 
 
@@ -73,6 +75,7 @@ class Plan:
         balances: to choose from for the arms that are tuned: the largest with which no run collapses.
         gate: what an arm must have reached.
         negligible: a difference this small, or smaller, does not matter.
+        valid_if: the arm, a positive control, that has to help if the others are to say anything; None: none.
     """
 
     study: str
@@ -85,6 +88,7 @@ class Plan:
     balances: tuple[float, ...] = ()
     gate: Gate = field(default_factory=Gate)
     negligible: float = 0.01
+    valid_if: str | None = None
 
     def candidates(self) -> dict[str, tuple[float, ...]]:
         """The shares to choose from, for each arm that is tuned; a single 0 for each of their references."""
@@ -130,6 +134,8 @@ def load_plan(study: str) -> Plan:
         for name, arm in arms.items()
         if arm.twin
     }
+    if (control := values.get("valid_if")) is not None and control not in arms:
+        raise catalog.unknown(f"valid_if in the plan of {study}:", control, arms)
     gate = Gate(**values.pop("gate", {}))
     balances = tuple(values.pop("balances", ()))
     return Plan(study=study, arms={**arms, **twins}, gate=gate, balances=balances, **values)

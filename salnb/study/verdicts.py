@@ -38,6 +38,7 @@ class Verdict:
         treated: whether the arm has passed the gate.
         primary: whether the plan's question is answered by it.
         negligible: how small a difference does not matter.
+        valid: whether the plan's positive control, if it has one, helps.
     """
 
     comparison: Comparison
@@ -47,10 +48,13 @@ class Verdict:
     treated: bool
     primary: bool
     negligible: float
+    valid: bool = True
 
     @property
     def verdict(self) -> str:
-        """One of "not treated", "helps", "hurts", "negligible" and "cannot tell"."""
+        """One of "task invalid", "not treated", "helps", "hurts", "negligible" and "cannot tell"."""
+        if not self.valid:
+            return "task invalid"
         if not self.treated:
             return "not treated"
         if self.comparison.verdict != "cannot tell":
@@ -68,7 +72,8 @@ def judge(plan: Plan, records: Sequence[Record]) -> list[Verdict]:
             on one side are left out.
 
     Returns:
-        The primary ones first, then in the order of the plan.
+        The primary ones first, then in the order of the plan. Unless the plan's positive control helps, the
+        task cannot show what the plan asks, and all others are "task invalid".
     """
     found = []
     for name, arm in plan.arms.items():
@@ -84,7 +89,16 @@ def judge(plan: Plan, records: Sequence[Record]) -> list[Verdict]:
                         Verdict(comparison, other, inner, rise, treated, arm.primary, plan.negligible)
                     )
     primary, others = ([v for v in found if v.primary is which] for which in (True, False))
-    return [*_adjusted(primary), *_adjusted(others)]
+    return _valid(plan, [*_adjusted(primary), *_adjusted(others)])
+
+
+def _valid(plan: Plan, verdicts: Sequence[Verdict]) -> list[Verdict]:
+    """The same, invalid on data where the positive control does not help."""
+    if plan.valid_if is None:
+        return list(verdicts)
+    controls = [v for v in verdicts if v.comparison.what == plan.valid_if]
+    proved = [v.comparison.where for v in controls if v.verdict == "helps"]
+    return [v if v in controls else replace(v, valid=v.comparison.where in proved) for v in verdicts]
 
 
 def _compared(records: Sequence[Record], name: str, other: str, metric: str) -> list[Comparison]:
@@ -93,14 +107,15 @@ def _compared(records: Sequence[Record], name: str, other: str, metric: str) -> 
 
 
 def _gate(plan: Plan, records: Sequence[Record], name: str, reference: str) -> tuple[float, bool]:
-    """The rise of the gate's metric, and whether the arm has passed."""
+    """The rise of the gate's metric, and whether the arm has passed; without a gate it must not collapse."""
     rises = _compared(records, name, reference, plan.gate.metric)
     learnt = _compared(records, name, reference, "train_accuracy")
     if not rises or not learnt:
         return 0.0, False
     failed = any(r["status"] == "failed" and r["factors"]["arm"] == name for r in records)
     sound = learnt[0].value >= plan.gate.accuracy * learnt[0].reference
-    return rises[0].difference, not failed and sound and rises[0].difference >= plan.gate.rise
+    rise = rises[0].difference
+    return rise, not failed and sound and (rise >= plan.gate.rise or not plan.arms[name].gated)
 
 
 def _adjusted(verdicts: Sequence[Verdict]) -> list[Verdict]:

@@ -78,6 +78,9 @@ class Config:
     balance: float = setting(0.0, "gradient of the saliency loss over the class loss's; 0: gamma", least=0)
     detach_original: bool = setting(False, "hold the originals' maps fixed")
     shuffle_pairs: bool = setting(False, "compare each map with another image's, as a control")
+    swap: bool = setting(False, "pair each scene with its digit on another photograph, and augment that one")
+    originals_only: bool = setting(False, "leave the augmented images out of the class loss")
+    right_reasons: bool = setting(False, "in place of eq. 7, the squared gradient outside the object")
     labels_per_class: int | None = setting(None, "keep only so many labels of each class", least=1)
     confidence: float = setting(0.0, "probability from which the network's class serves as a label", least=0)
     consistency: float = setting(0.0, "weight of consistent predictions on images without labels", least=0)
@@ -117,7 +120,7 @@ class Config:
         check_device_name(self.device)
         if self.device == "cpu" and self.precision in ("tf32", "fp16"):
             raise ValueError(f"precision {self.precision} is for GPUs: with device cpu, take 32 or bf16")
-        catalog.check_confidence(self.confidence, self.consistency)
+        catalog.check_confidence(self.confidence, self.consistency, self.originals_only)
         if (self.labels_per_class is None) != (self.confidence == 0):
             raise ValueError(
                 "labels_per_class and confidence go together, got "
@@ -146,6 +149,13 @@ class Config:
         if (self.data == "folder") != (self.data_dir is not None):
             raise ValueError(
                 f"data_dir and data folder go together, got {self.data_dir!r} with {self.data!r}"
+            )
+        if self.swap and self.data != "digit-scenes-shortcut":
+            raise ValueError(f"swap is for digit-scenes-shortcut, got data {self.data}")
+        if self.right_reasons and (source.sizes is None or not self.gamma):
+            raise ValueError(
+                "right_reasons is a saliency loss, with gamma > 0, for digit scenes, whose masks are known, "
+                f"got gamma={self.gamma} with {self.data}"
             )
         if self.test_scenes % 1000 or (self.test_scenes != 1000 and source.sizes is None):
             raise ValueError(

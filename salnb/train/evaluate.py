@@ -15,7 +15,7 @@ from salnb.agreement import Agreement, agreement
 from salnb.augment import AUGMENTATIONS, Rotation
 from salnb.train.run import AHEAD, Run
 
-__all__ = ["agreement_text", "evaluate", "evaluate_maps", "evaluate_turned"]
+__all__ = ["agreement_text", "evaluate", "evaluate_groups", "evaluate_maps", "evaluate_turned"]
 
 # how many images the agreement of maps is measured on, in batches of this size
 _CHECKED, _BATCH = 1000, 100
@@ -72,7 +72,8 @@ def evaluate_maps(run: Run, split: data.Split) -> dict[str, Any]:
     """How far the maps of a split's first 1,000 images agree with those of the same images augmented.
 
     The transformations are the same for all runs with an augmentation, whatever their seed; a run without
-    one is measured under affine transformations. Maps are those of method and score that are trained with,
+    one is measured under affine transformations. Where objects can be put on other photographs, all runs are
+    measured under that swap alone. Maps are those of method and score that are trained with,
     in eval mode and in float32, of the true class. With several processes each measures all of it.
 
     Returns:
@@ -81,21 +82,24 @@ def evaluate_maps(run: Run, split: data.Split) -> dict[str, Any]:
     """
     config, device = run.config, run.fabric.device
     name = "affine" if config.augmentation == "identity" else config.augmentation
+    name = name if run.dataset.backgrounds is None else "swap"
+    augmentation = AUGMENTATIONS["identity" if name == "swap" else name]()
     repeats = catalog.METHODS[config.method].repeats
     sums, count, failure = torch.zeros(len(Agreement._fields), dtype=torch.float64), 0, None
     run.objective.model.eval()
     whole = data.batches(split.first(_CHECKED), config.size, device, batch_size=_BATCH)
     try:
-        for number, (images, labels, _) in enumerate(whole):
+        for number, (images, labels, masks) in enumerate(whole):
             if len(images) < 2:
                 continue  # there is no other image to compare it with
             generator = torch.Generator(device).manual_seed(number)
             found = agreement(
                 run.objective.model,
-                AUGMENTATIONS[name](),
+                augmentation,
                 images,
                 labels,
                 generator,
+                partners=run.swapped(images, masks, generator),
                 num_classes=len(run.dataset.classes),
                 method=config.method,
                 method_options={repeats: config.samples, "generator": generator} if repeats else None,
@@ -129,6 +133,29 @@ def evaluate_turned(run: Run, split: data.Split) -> dict[str, float]:
                 right += (model(rotation.images(images, params)).argmax(1) == labels).sum()
         found[f"accuracy_turned_{angle:g}"] = right.item() / len(split)
     return found
+
+
+def evaluate_groups(run: Run, split: data.Split) -> dict[str, float]:
+    """Accuracy on test images with the background of their class, on those without, and the lesser.
+
+    Nothing where backgrounds belong to no class.
+    """
+    if run.dataset.families is None:
+        return {}
+    config, device, model = run.config, run.fabric.device, run.objective.model.eval()
+    right, labels = [], []
+    for images, of_batch, _ in data.batches(split, config.size, device, batch_size=_BATCH):
+        with torch.no_grad(), run.fabric.autocast():
+            right.append(model(images).argmax(1) == of_batch)
+        labels.append(of_batch)
+    hits, matched = torch.cat(right).cpu(), run.dataset.families["test"] == torch.cat(labels).cpu()
+    groups = {
+        name: hits[group].double().mean().item()
+        for name, group in (("matched", matched), ("unmatched", ~matched))
+    }
+    return {f"{name}_accuracy": value for name, value in groups.items()} | {
+        "worst_group_accuracy": min(groups.values())
+    }
 
 
 def agreement_text(summary: Mapping[str, Any]) -> str:

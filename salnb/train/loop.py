@@ -24,7 +24,7 @@ from salnb._common.progress import log_line, progress
 from salnb.train import setup
 from salnb.train.config import Config
 from salnb.train.epoch_sums import TERMS, EpochSums, StepTerms
-from salnb.train.evaluate import evaluate, evaluate_maps, evaluate_turned
+from salnb.train.evaluate import evaluate, evaluate_groups, evaluate_maps, evaluate_turned
 from salnb.train.run import AHEAD, Interrupted, NonFiniteError, Run
 from salnb.train.signals import noticed_signals
 
@@ -81,6 +81,7 @@ def fit(
             finish_epoch(run, evaluate(run, run.dataset.validation))
         test = run.dataset.test
         found = evaluate(run, test) | evaluate_maps(run, test) | evaluate_turned(run, test)
+        found |= evaluate_groups(run, test)
         summary = run.summary(found)
         if fabric.is_global_zero:
             with run.explained():
@@ -106,7 +107,7 @@ def train_epoch(run: Run) -> None:
         bar_format="{desc}:{percentage:3.0f}%|{bar:8}| {remaining}{postfix}",  # leaves room for the losses
         disable=None if run.bar else True,
     ) as bar:
-        for images, labels, _ in data.batches(
+        for images, labels, masks in data.batches(
             run.dataset.train,
             config.size,
             fabric.device,
@@ -115,7 +116,9 @@ def train_epoch(run: Run) -> None:
             start=run.batch,
             share=run.share,
         ):
-            losses = run.forward(images, labels, step_generator(run))
+            generator = step_generator(run)
+            known = run.known_of(images, masks, generator)
+            losses = run.forward(images, labels, generator, **known)
             pending.append(StepTerms.of(run.step + 1, losses, labels))
             looked = len(pending) == look_every or (bool(run.signals) and run.share.of == 1)
             stop = looked and run.stop_requested()

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 import torch
 from lightning_fabric import Fabric
+from torch import Tensor
 
 from salnb import data, results
 from salnb._common.files import remove_drafts, write_atomic
@@ -80,6 +81,22 @@ class Run:
         }
         self.share = data.Share(fabric.global_rank, fabric.world_size)  # of each batch
         self.checkpoints = Path(config.out) / "checkpoints"
+
+    def known_of(self, images: Tensor, masks: Tensor | None, generator: torch.Generator) -> dict[str, Any]:
+        """What a step is given beside images and labels: their swapped scenes, and where the objects are."""
+        given: dict[str, Any] = {"masks": masks} if self.config.right_reasons else {}
+        if self.config.swap:
+            given["partners"] = self.swapped(images, masks, generator, self.share)
+        return given
+
+    def swapped(
+        self, images: Tensor, masks: Tensor | None, generator: torch.Generator, share: data.Share = data.WHOLE
+    ) -> Tensor | None:
+        """The same objects on other photographs; None where the data set has none."""
+        backgrounds = self.dataset.backgrounds
+        if backgrounds is None or masks is None:
+            return None
+        return data.on_other_photographs(images, masks, backgrounds, generator, share)
 
     def lap(self) -> None:
         """Count the time since the last lap."""

@@ -1,6 +1,7 @@
 """What a training run is put together from: device, images, network with its losses, optimiser, seeds."""
 
 import contextlib
+import dataclasses
 import hashlib
 import warnings
 from collections.abc import Callable, Iterator
@@ -70,7 +71,14 @@ def make_dataset(config: Config, fabric: Fabric) -> data.Dataset:
         raise ValueError(
             f"batch_size must be at most {len(train)}, the number of training images, got {config.batch_size}"
         )
-    return data.Dataset(placed(train), placed(dataset.validation), placed(dataset.test), dataset.classes)
+    backgrounds = dataset.backgrounds
+    return dataclasses.replace(
+        dataset,
+        train=placed(train),
+        validation=placed(dataset.validation),
+        test=placed(dataset.test),
+        backgrounds=None if backgrounds is None else backgrounds.to(fabric.device),
+    )
 
 
 def _load(config: Config, first: bool) -> data.Dataset:
@@ -124,6 +132,7 @@ class SharedDraw(Augmentation[Any]):
 _OF_OBJECTIVE = [
     *("alpha", "beta", "gamma", "method", "score", "normalize", "distance", "pool", "every", "warmup"),
     *("balance", "detach_original", "shuffle_pairs", "layer_relative", "confidence", "consistency"),
+    "originals_only",
 ]
 
 

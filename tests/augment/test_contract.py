@@ -1,10 +1,13 @@
 """What every augmentation promises, checked for each of them."""
 
+from unittest import mock
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from salnb import augment
@@ -207,6 +210,42 @@ def test_large_batches_in_pieces_give_the_same(name, monkeypatch):
     monkeypatch.setattr(augment_base, "PIECE", 4 * images[0].numel())
     for actual, wanted in zip(everything(aug, images, maps, labels, params), whole, strict=True):
         assert torch.equal(actual, wanted)
+
+
+def lengths_of_pieces(samples):
+    seen = []
+    params = augment.FlipParams(torch.ones(len(samples), dtype=torch.bool))
+    augment_base.in_pieces(lambda some, drawn: seen.append((len(some), len(drawn))) or some, samples, params)
+    assert all(samples == params for samples, params in seen)
+    return [samples for samples, _ in seen]
+
+
+def test_pieces_are_cut_of_what_is_large_on_a_cpu_and_has_values(monkeypatch):
+    images, _ = batch()
+    monkeypatch.setattr(augment_base, "PIECE", 4 * images[0].numel())
+    assert lengths_of_pieces(images) == [4, 2]
+    assert lengths_of_pieces(images[:4]) == [4]
+    assert lengths_of_pieces(images.to("meta")) == [6]
+    assert lengths_of_pieces(FakeTensorMode().from_tensor(images)) == [6]
+
+
+@pytest.mark.parametrize(
+    ("aug", "lengths"),
+    [
+        (augment.ColorJitter(), [4, 2]),
+        (augment.AugMix(), [4, 2]),
+        (augment.SimCLR(), [4, 2]),
+        (augment.Sequential(augment.HorizontalFlip(), augment.Contrast()), [6]),  # nothing takes long
+        (augment.Sequential(augment.MixUp(), augment.ColorJitter()), [6]),  # partners stay together
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, torch.nn.Module) else str(value),
+)
+def test_what_takes_many_passes_is_done_in_pieces(aug, lengths, monkeypatch):
+    images, _ = batch()
+    monkeypatch.setattr(augment_base, "PIECE", 4 * images[0].numel())
+    with mock.patch.object(aug, "_transform", wraps=aug._transform) as transform:
+        aug.images(images, aug.make_params(images))
+    assert [len(call.args[0]) for call in transform.call_args_list] == lengths
 
 
 @every

@@ -23,6 +23,7 @@ def described(dataset):
 NAMES = [
     "digit-scenes",
     "digit-scenes-shifted",
+    "digit-scenes-shortcut",
     "cifar10",
     "cifar100",
     "svhn",

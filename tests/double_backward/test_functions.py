@@ -1,5 +1,7 @@
 """The fast double backward is PyTorch's own, faster: values, first and second derivatives of each operator."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -47,6 +49,7 @@ CONVOLUTIONS = {
     "depthwise": {"groups": 4, "padding": 1, "stride": 2},
     "same": {"padding": "same"},
     "same, even kernel": {"padding": "same", "kernel": (2, 4)},
+    "same, even and odd kernel": {"padding": "same", "kernel": (3, 2)},
     "same, dilated": {"padding": "same", "dilation": 2, "kernel": (2, 3)},
     "valid": {"padding": "valid"},
     "pointwise": {"kernel": (1, 1)},
@@ -228,6 +231,18 @@ def test_relu(relu, random):
 
     check(lambda x: function(x).sum(), (random(2, 3, 4, 4),))
     assert torch.equal(*changed)  # an in-place ReLU still changes its input, the others do not
+
+
+@pytest.mark.parametrize(
+    "function", [F.relu, partial(F.max_pool2d, kernel_size=2)], ids=["relu", "max pooling"]
+)
+def test_a_gradient_that_depends_on_the_input_by_steps_has_no_graph_to_it(function, random):
+    """Zeros would be handed to the input otherwise, and added to what it gets."""
+    x = random(2, 3, 4, 4)
+    with fast_double_backward():
+        y = function(x)
+    (gradient,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    assert not gradient.requires_grad
 
 
 @pytest.mark.parametrize("inplace", [False, True], ids=["new", "in-place"])

@@ -58,6 +58,30 @@ class Smoothed(nn.Module):
         return x * self.mean
 
 
+class Counts(nn.Module):
+    """Whole numbers in buffers: one that moves, and a table."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.tensor(0))
+        self.register_buffer("order", torch.arange(5, -1, -1))
+
+    def forward(self, x):
+        self.calls += 1
+        return x[:, self.order] * self.calls
+
+
+class Differentiable(nn.Module):
+    """A buffer that has a gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("scale", torch.ones(6, 1, 1, dtype=torch.float64, requires_grad=True))
+
+    def forward(self, x):
+        return x * self.scale
+
+
 class Functional(nn.Module):
     """Statistics without a module of their own."""
 
@@ -84,6 +108,8 @@ LAYERS = {
     "dropout": lambda: [nn.Conv2d(6, 6, 1), nn.Dropout(0.4), nn.ReLU()],
     "spectral norm": lambda: [nn.utils.parametrizations.spectral_norm(nn.Conv2d(6, 6, 3, padding=1)), nn.Tanh()],
     "its own buffer": lambda: [nn.Conv2d(6, 6, 1), Smoothed(), nn.Tanh()],
+    "whole numbers": lambda: [nn.Conv2d(6, 6, 1), Counts(), nn.Tanh()],
+    "differentiable buffer": lambda: [nn.Conv2d(6, 6, 1), Differentiable(), nn.Tanh()],
     "functional norm": lambda: [nn.Conv2d(6, 6, 1), Functional(), nn.ReLU()],
     "nested": lambda: [Segment(nn.Conv2d(6, 6, 1), nn.BatchNorm2d(6), nn.ReLU()), nn.Conv2d(6, 6, 1), nn.ReLU()],
     "hard sigmoid": lambda: [nn.Conv2d(6, 6, 1), nn.Hardsigmoid(), nn.Hardswish()],

@@ -23,6 +23,8 @@ def compare(shape, memory_format, dtype, training, weighted):
     # more channels than a block has, an odd number of pixels, and a mean that is not small
     x, gy, vx, more = (torch.randn(shape).to(dtype).contiguous(memory_format=memory_format) for _ in range(4))
     x = x + 3
+    if memory_format is torch.contiguous_format and not weighted:
+        x = torch.stack([x, x], -1)[..., 0]  # with gaps: in neither of the two layouts, and brought into this
     wide = torch.promote_types(dtype, torch.float32)
     w = torch.randn(shape[1], dtype=wide) if weighted else None
     over = [0, *range(2, len(shape))]

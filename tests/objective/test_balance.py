@@ -177,6 +177,8 @@ def test_a_term_without_a_gradient_gets_no_huge_weight():
     for losses in trained(objective, 2):
         assert 0 < float(losses.gamma) <= 1e4
     assert all(p.isfinite().all() for p in objective.parameters())
+    objective.balance.lengths.copy_(torch.tensor([1.0, 1e-9]))
+    assert objective.balance.weight == 1e4
 
 
 def test_frozen_parameters_take_no_part():

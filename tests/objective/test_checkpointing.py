@@ -4,8 +4,11 @@ Every test compares a network with a copy of itself that stores its activations.
 """
 
 import copy
+import gc
 import threading
+import weakref
 from functools import partial
+from unittest import mock
 
 import pytest
 import torch
@@ -23,6 +26,8 @@ from torchvision import models
 
 from salnb import Objective, saliency
 from salnb.augment import HorizontalFlip, Rotation
+from salnb.double_backward import recomputation
+from salnb.saliency.recording import recorded_outputs
 from tests.helpers.checkpointing import LAYERS, Segment, network, stored
 from tests.helpers.methods import cheap
 from tests.helpers.tolerances import assert_close
@@ -64,6 +69,15 @@ def test_what_a_segment_may_be_made_of(kind):
     assert_same(model, stored(model))
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_a_segment_behind_scripted_code():
+    """Of which nothing can be swapped."""
+    plain = network(torch.jit.script(nn.Tanh()), Segment(*LAYERS["its own buffer"](), recompute=False))
+    model = copy.deepcopy(plain)
+    model[3].recompute = True
+    assert_same(model, plain)
+
+
 @pytest.mark.parametrize("options", [{"preserve_rng_state": False}, {"early_stop": False}, {"determinism_check": "none"}],
                          ids=str)  # fmt: skip
 def test_options_of_checkpoint(options):
@@ -84,6 +98,14 @@ def test_every_method_and_layers_inside_a_segment(method, layer):
     assert_same(
         model, stored(model), method=method, method_options=options, beta=0.7, layers=[layer, "3.layers.0"]
     )
+
+
+def test_a_repetition_is_not_looked_at():
+    model, x = network(Segment(*LAYERS["convolution"]())), images().requires_grad_()
+    accept = mock.Mock(side_effect=lambda name, output: output)
+    with recorded_outputs({"layer": model[2].layers[0]}, accept):
+        torch.autograd.grad(model(x).sum(), x)
+    assert accept.call_count == 1
 
 
 @pytest.mark.parametrize("create_graph", [False, True])
@@ -267,6 +289,35 @@ def test_parameters_of_the_moment():
     assert_close(*gradients, 1e-12)
 
 
+class Remembers(nn.Module):
+    """Keeps a mean of this pass, with its graph, in a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("last", torch.zeros(()))
+
+    def forward(self, x):
+        self.last = x.mean()
+        return x
+
+
+def test_graphs_of_former_passes_are_let_go():
+    """Also where no backward pass frees what was saved in them."""
+    model = network(Segment(*LAYERS["linear"]()), Remembers(), Segment(*LAYERS["linear"]()))
+    objective = Objective(model, HorizontalFlip())
+    objective(images(), TARGET)
+
+    def of_this_graph(gradient):
+        return None
+
+    model[3].last.register_hook(of_this_graph)
+    reference = weakref.ref(of_this_graph)
+    del of_this_graph
+    objective(images(), TARGET)
+    gc.collect()
+    assert reference() is None
+
+
 def test_pytorch_is_left_as_it_was():
     model, before = network(Segment(*LAYERS["nested"]())), vars(saved_tensors_hooks).copy()
     objective = Objective(model, HorizontalFlip())
@@ -296,6 +347,7 @@ def test_compiled(kind, monkeypatch):
         assert_close(gradient, expected_gradient, 1e-12)
         for buffer, other in zip(compiled.buffers(), plain.buffers(), strict=True):
             assert_close(buffer.double(), other.double(), 1e-12)
+    assert not recomputation._thread.not_entered  # hooks, which would keep what a segment was given
 
 
 # --- what cannot work says so -------------------------------------------------------------------------------

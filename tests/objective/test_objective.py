@@ -270,6 +270,33 @@ def test_validation_without_a_graph(method, context):
     assert expected.total.requires_grad
 
 
+def test_batches_made_in_inference_mode_can_be_trained_on():
+    x = images()
+    with torch.inference_mode():
+        made, target = x.clone(), TARGET.clone()
+    gradients = []
+    for batch in ((x, TARGET), (made, target)):
+        torch.manual_seed(0)
+        objective = objective_of()
+        objective(*batch).total.backward()
+        gradients.append([p.grad for p in objective.parameters()])
+    for expected, found in zip(*gradients, strict=True):
+        assert_close(found, expected)
+
+
+def test_a_second_derivative_is_looked_for_once(monkeypatch):
+    """To go through the graph takes a moment, and it is the same in each step."""
+    looked = mock.Mock()
+    monkeypatch.setattr("salnb.objective.terms.check_second_derivative", looked)
+    objective = objective_of()
+    with torch.no_grad():
+        objective(images(), TARGET)
+    assert looked.call_count == 0
+    for _ in range(3):
+        objective(images(), TARGET)
+    assert looked.call_count == 1
+
+
 # --- when the saliency term enters --------------------------------------------------------------------------
 
 

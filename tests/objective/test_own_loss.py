@@ -86,7 +86,7 @@ def test_several_labels_of_an_image(step):
 
 
 @pytest.mark.parametrize("method", ["vanilla_gradient", "smoothgrad"])
-@pytest.mark.parametrize("ignored", [-100, 255])
+@pytest.mark.parametrize("ignored", [-100, 4, 255])
 def test_what_the_loss_ignores_has_no_map(ignored, method, step):
     net, x = model(), images()
     loss = nn.CrossEntropyLoss(ignore_index=ignored)
@@ -285,8 +285,11 @@ def test_the_schedule_counts_the_steps_that_it_is_told():
     assert found == [[False] * 2, [True] * 2, [False] * 2, [True] * 2, [False] * 2]
     assert objective.steps_done == 5
     assert objective(images(), TARGET).has_saliency  # goes on from there
-    with pytest.raises(ValueError, match="step must lie in"):
-        objective(images(), TARGET, step=-1)
+    objective(images(), TARGET, step=2**62)
+    assert objective.steps_done == 2**62 + 1
+    for step in (-1, 2**62 + 1):
+        with pytest.raises(ValueError, match="step must lie in"):
+            objective(images(), TARGET, step=step)
 
 
 def test_lbfgs_sees_one_function_in_a_step():

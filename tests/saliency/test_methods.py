@@ -81,6 +81,18 @@ def test_the_catalogue_knows_what_a_method_takes(method):
     assert ("layer" in options) == spec.layer
 
 
+DEFAULTS = {"target": None, "create_graph": False, "reduce": "max", "score": "logit", "output": None}
+DEFAULTS |= {"model_kwargs": None, "layer": None, "reshape": None, "generator": None}
+DEFAULTS |= {"n_samples": 25, "noise_level": 0.15}
+
+
+@pytest.mark.parametrize("method", saliency.METHODS)
+def test_what_is_not_given_has_the_value_that_users_rely_on(method):
+    given = {name: p.default for name, p in parameters(method).items() if p.default is not p.empty}
+    assert given == {name: DEFAULTS[name] for name in given}
+    assert set(parameters(method)) - set(given) == {"model", "images"}
+
+
 # --- against others -----------------------------------------------------------------------------------------
 
 
@@ -337,8 +349,9 @@ def test_grad_cam_uses_values_from_before_an_inplace_relu():
 def test_smoothgrad_repeats_with_a_generator_and_without_noise_is_the_gradient():
     model, x = conv_bn().double().eval(), images(2, 12)
     assert torch.equal(explain("smoothgrad", model, x, 1), explain("smoothgrad", model, x, 1))
-    still = saliency.smoothgrad(model, x, 1, n_samples=2, noise_level=0.0)
-    assert_close(still, saliency.vanilla_gradient(model, x, 1))
+    for reduce in ("max", None):
+        still = saliency.smoothgrad(model, x, 1, n_samples=2, noise_level=0.0, reduce=reduce)
+        assert_close(still, saliency.vanilla_gradient(model, x, 1, reduce=reduce))
 
 
 @pytest.mark.parametrize("method", WITH_RULE)

@@ -12,7 +12,7 @@ from salnb.statistics import holm_levels, interval, p_value
 from salnb.study import plans, verdicts
 from salnb.study.grids import UNCHOSEN, trainings
 from salnb.study.plans import Arm, Gate, Plan, load_plan, twin_of
-from salnb.study.scale import PLANNED
+from salnb.study.scale import PLANNED, load_scale
 from salnb.study.weights import choose_balances
 
 PLAN = Plan(
@@ -99,6 +99,38 @@ def test_an_arm_with_a_failed_run_is_not_treated():
 
 def test_nothing_is_said_of_arms_without_records():
     assert verdicts.judge(PLAN, study_of(plain=([0.5], {}))) == []
+
+
+# --- controls ----------------------------------------------------------------------------------------------
+
+
+def with_control(shift, special=None):
+    """The verdicts of a plan that says something only if "other", which need not agree, helps."""
+    arms = PLAN.arms | {"other": dataclasses.replace(PLAN.arms["other"], gated=False)}
+    plan = dataclasses.replace(PLAN, arms=arms, valid_if="other")
+    records = study_of(
+        plain=(0.5 + SPREAD[::-1], {}),
+        maps=(0.55 + SPREAD[::-1] + 0.1 * SPREAD, TREATED),
+        other=(0.5 + SPREAD[::-1] + shift + 0.1 * SPREAD, special or {}),
+    )
+    return {v.comparison.what: v.verdict for v in verdicts.judge(plan, records)}
+
+
+def test_a_task_is_invalid_unless_the_positive_control_helps():
+    assert with_control(0.05) == {"maps": "helps", "other": "helps"}
+    assert with_control(0.0) == {"maps": "task invalid", "other": "negligible"}
+    assert with_control(-0.05) == {"maps": "task invalid", "other": "hurts"}
+
+
+def test_a_control_without_a_gate_must_not_collapse():
+    assert with_control(0.05, {"correlation": -1.0})["other"] == "helps"
+    assert with_control(0.05, {"train": 0.5}) == {"maps": "task invalid", "other": "not treated"}
+
+
+def test_without_its_control_nothing_is_said():
+    plan = dataclasses.replace(PLAN, valid_if="other")
+    records = study_of(plain=(0.5 + SPREAD, {}), maps=(0.6 + 1.1 * SPREAD, TREATED))
+    assert [v.verdict for v in verdicts.judge(plan, records)] == ["task invalid"]
 
 
 # --- Holm's procedure --------------------------------------------------------------------------------------
@@ -228,6 +260,17 @@ def test_every_plan_is_sound(study):
     for name, arm in plan.arms.items():
         if arm.twin:
             assert settings[twin_of(name)] == settings[name] | {"shuffle_pairs": True}
+
+
+@pytest.mark.parametrize("scale", ["plan", "smoke", "gpu"])
+def test_the_plan_of_shortcut_is_about_its_own_data_at_any_scale(scale):
+    plan = load_plan("shortcut")
+    scale = plan.own_scale() if scale == "plan" else load_scale(scale)
+    for study in ("shortcut", "shortcut-tuning"):
+        planned = trainings(study, scale, *UNCHOSEN)
+        assert {t.factors["data"] for t in planned} == {"digit-scenes-shortcut"}
+        assert {t.settings["data"] for t in planned} == {"digit-scenes-shortcut"}
+    assert plan.arms[plan.valid_if].settings["right_reasons"]
 
 
 def test_a_twin_has_the_share_of_its_arm():

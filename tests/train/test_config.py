@@ -30,7 +30,7 @@ def test_catalogue_names_what_there_is():
     assert list(catalog.METHODS) == list(saliency.METHODS)
     assert set(catalog.NORMALIZATIONS) == losses.NORMALIZATIONS
     assert set(catalog.DISTANCES) == losses.DISTANCES
-    known = {*data.PHOTOGRAPHS, *data.paper.HUB, "folder"}
+    known = {*data.PHOTOGRAPHS, "digit-scenes-shortcut", *data.paper.HUB, "folder"}
     assert {name.removesuffix("-streamed") for name in catalog.DATA} == known
 
 
@@ -111,6 +111,10 @@ MISTAKES = [
     ({"size": [10**5000]}, TypeError, "size must be of type int, got a value of type list"),
     ({"seed": 2**64}, ValueError, r"seed must be less than 2\*\*64, got a number of 65 bits"),
     ({"epochs": 10**5000}, ValueError, r"epochs must be less than 2\*\*64, got a number of 16610 bits"),
+    ({"swap": True}, ValueError, "swap is for digit-scenes-shortcut, got data digit-scenes"),
+    ({"right_reasons": True, "data": "svhn"}, ValueError, r"right_reasons is a saliency loss, .*, got gamma=1.0 with svhn"),
+    ({"right_reasons": True, "gamma": 0}, ValueError, r"right_reasons is a saliency loss, .*, got gamma=0.0 with digit"),
+    ({"originals_only": True, "confidence": 0.9}, ValueError, "originals_only and confidence do not go together"),
     ({"device": "cuda:01"}, ValueError, "device must be auto, cpu, cuda, cuda:N or mps, got 'cuda:01'"),
 ]  # fmt: skip
 
