@@ -1,20 +1,18 @@
 """What a training step with the saliency loss costs, over a step without it on the same batch.
 
 `baseline` is forward, cross-entropy and backward on a batch of originals and augmented images; `plain` is a
-step of `Objective` with PyTorch's own second derivatives; `eager` is `Objective` as it is; `fused` (on GPUs)
-is after `use_fused_batch_norm()`; `compiled` (on request: compiling takes minutes) is after
-`Objective.compile()`. The steps are those of `salnb time`, whose images are augmented beforehand. Arithmetic
-allows a ratio of 2.0: 6 forward passes' worth of work against 3.
+step of `Objective` with PyTorch's own second derivatives; `eager` is `Objective` as it is; on GPUs `fused` is
+after `use_fused_batch_norm()`, `captured` after `compile(mode="cuda-graphs")`; `compiled` (on request:
+compiling takes minutes) is after `Objective.compile()`. The steps are those of `salnb time`, whose images are
+augmented beforehand. Arithmetic allows a ratio of 2.0: 6 forward passes' worth of work against 3.
 
 The steps take turns; a ratio is the median over the rounds of (this step / the baseline of the same round).
 Memory is the most that tensors hold at one time during a step, gradients included, parameters not.
 """
 
 import argparse
-import contextlib
 import dataclasses
 import statistics
-from unittest import mock
 
 import torch
 
@@ -32,11 +30,6 @@ GPU_SIZE = (32, 224)
 def steps_of(case: Case, device: torch.device, *, compiled: bool) -> dict[str, TimedStep]:
     """One step of each kind, on models of their own."""
 
-    class Plain(SaliencyStep):
-        def __call__(self) -> None:
-            with mock.patch("salnb.double_backward.mode.fast_double_backward", contextlib.nullcontext):
-                super().__call__()
-
     class Fused(SaliencyStep):
         def __call__(self) -> None:
             use_fused_batch_norm()
@@ -47,11 +40,13 @@ def steps_of(case: Case, device: torch.device, *, compiled: bool) -> dict[str, T
 
     steps = {
         "baseline": step_of(case.baseline, device),
-        "plain": Plain(case, device),
+        "plain": step_of(dataclasses.replace(case, plain=True), device),
         "eager": step_of(case, device),
     }
     if device.type == "cuda":
         steps["fused"] = Fused(case, device)
+        steps["captured"] = captured = SaliencyStep(case, device)
+        captured.objective.compile(mode="cuda-graphs")
     if compiled:
         steps["compiled"] = step_of(dataclasses.replace(case, compiled=True), device)
     return steps

@@ -28,6 +28,11 @@ def is_traced(tensor: Tensor) -> bool:
     )
 
 
+def is_channels_last(tensor: Tensor) -> bool:
+    """Whether a tensor (N, C, H, W) lies in memory as (N, H, W, C), and not as (N, C, H, W) besides."""
+    return not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)
+
+
 def _is_batched(tensor: Tensor) -> bool:
     """Whether the tensor is one of `vmap`, alone or with other transforms of `torch.func` around it."""
     functorch = torch._C._functorch

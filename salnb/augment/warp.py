@@ -48,22 +48,21 @@ def affine_warp(angle: Tensor, scale: Tensor, shift: Tensor, shear: Tensor) -> W
         shear: `(N, 2)` degrees along x and y.
     """
     turn = angle.deg2rad()
-    cos, sin = scale * turn.cos(), scale * turn.sin()
+    cos, sin = turn.cos() / scale, turn.sin() / scale
     along_x, along_y = shear.deg2rad().tan().unbind(-1)
-    both = 1 + along_x * along_y
-    right, down = shift.unbind(-1)
-    forward = matrix(
-        *(cos - sin * along_y, sin * both - cos * along_x, right),
-        *(-sin - cos * along_y, cos * both + sin * along_x, down),
-    )
-    return Warp(invert(forward))
+    # of the way back: shear, whose determinant is one, behind turn and scale
+    c, d = torch.addcmul(sin, along_y, cos), torch.addcmul(cos, along_y, sin, value=-1)
+    a, b = torch.addcmul(cos, along_x, c), torch.addcmul(-sin, along_x, d)
+    linear = torch.stack([a, b, c, d], -1).unflatten(-1, (2, 2))
+    return Warp(torch.cat([linear, -(linear * shift[:, None]).sum(-1, keepdim=True)], -1))
 
 
 def invert(affine: Tensor) -> Tensor:
     """The inverse of each affine matrix `(N, 2, 3)`."""
     a, b, x, c, d, y = affine.flatten(1).unbind(-1)
-    determinant = a * d - b * c
-    return matrix(d, -b, b * y - d * x, -c, a, c * x - a * y) / determinant[:, None, None]
+    determinant = torch.addcmul(a * d, b, c, value=-1)
+    right, down = torch.addcmul(b * y, d, x, value=-1), torch.addcmul(c * x, a, y, value=-1)
+    return matrix(d, -b, right, -c, a, down) / determinant[:, None, None]
 
 
 def compose(outer: Tensor, inner: Tensor) -> Tensor:
@@ -86,9 +85,11 @@ def merge(first: Warp, second: Warp) -> Warp:
 
 def coordinates(affine: Tensor, height: int, width: int) -> Tensor:
     """Where a matrix `(N, 2, 3)` takes each pixel of a frame: `(N, 2, H, W)`, x first."""
-    x = torch.arange(width, dtype=affine.dtype, device=affine.device) - (width - 1) / 2
-    y = torch.arange(height, dtype=affine.dtype, device=affine.device) - (height - 1) / 2
-    along = affine[:, :, :1] * x + affine[:, :, 2:]
+    # counted from the middle, in whole or half numbers, which are exact
+    x, y = (
+        torch.arange(-(n - 1) / 2, n / 2, dtype=affine.dtype, device=affine.device) for n in (width, height)
+    )
+    along = torch.addcmul(affine[:, :, 2:], affine[:, :, :1], x)
     down = affine[:, :, 1:2] * y
     return along[:, :, None] + down[..., None]
 
@@ -126,17 +127,15 @@ def valid_mask(warp: Warp, size: Sequence[int], valid: Tensor | None = None) -> 
         valid: `(N, 1, H, W)` booleans, where the old image is real; None is everywhere.
     """
     height, width = size
-    # each number by itself: a GPU would have to be waited for while a list is copied to it
-    edge = torch.stack([warp.backward.new_full((1,), (length - 1) / 2) for length in (width, height)])
-    box = torch.cat([-edge, edge], -1).expand(len(warp.backward), 2, 2)
-    if warp.box is not None:
-        box = torch.stack(
-            [torch.maximum(box[..., 0], warp.box[..., 0]), torch.minimum(box[..., 1], warp.box[..., 1])], -1
-        )
-    reach = box.diff(dim=-1) / 2 + slack(size, warp.backward.dtype)
+    edges, more = [(length - 1) / 2 for length in (width, height)], slack(size, warp.backward.dtype)
     # counted from the middle of the box in units of its reach, inside is one comparison for both axes
-    middle = torch.cat([warp.backward[..., :2], warp.backward[..., 2:] - box.mean(-1, keepdim=True)], -1)
-    x, y = coordinates(middle / reach, height, width).abs_().split(1, 1)
+    if warp.box is None:
+        scaled = torch.stack([warp.backward[:, i] / (edge + more) for i, edge in enumerate(edges)], 1)
+    else:
+        box = torch.stack([warp.box[:, i].clamp(-edge, edge) for i, edge in enumerate(edges)], 1)
+        middle = torch.cat([warp.backward[..., :2], warp.backward[..., 2:] - box.mean(-1, keepdim=True)], -1)
+        scaled = middle / (box.diff(dim=-1) / 2 + more)
+    x, y = coordinates(scaled, height, width).abs_().split(1, 1)
     inside = torch.maximum(x, y) <= 1
     if valid is None:
         return inside

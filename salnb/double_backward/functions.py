@@ -14,11 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
+from salnb._common.checks import is_channels_last
 from salnb.double_backward import batch_norm, fused
 from salnb.double_backward.bookkeeping import Maybe, last, save, saved, wanted
 
 __all__ = [
     "Affine",
+    "AvgPool2d",
     "BatchNorm",
     "Cat",
     "Convolution",
@@ -195,7 +197,7 @@ class _BatchNormBackward(Function):
 
 
 # ---------------------------------------------------------------------------------------------------------
-# ReLU, max pooling, concatenation: linear in their gradient, so that the cotangent simply goes forwards
+# ReLU, pooling, concatenation: linear in their gradient, so that the cotangent simply goes forwards
 
 
 class ReLU(Function):
@@ -256,8 +258,40 @@ class _MaxPool2dBackward(Function):
     @last
     def backward(ctx: Any, kept: tuple, vx: Tensor) -> tuple:
         (indices,) = kept
+        if is_channels_last(indices):  # which the derivative then is as well
+            places = indices.permute(0, 2, 3, 1)
+            pixels = vx.permute(0, 2, 3, 1).flatten(1, 2).gather(1, places.flatten(1, 2))
+            return pixels.view_as(places).permute(0, 3, 1, 2), None, None, None
         ggy = vx.flatten(-2).gather(-1, indices.flatten(-2)).view_as(indices)
         return ggy, None, None, None
+
+
+class AvgPool2d(Function):
+    """`y`, the mean of each window of `x`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, window: tuple) -> Tensor:
+        save(ctx, x)
+        ctx.window = window
+        return aten.avg_pool2d(x, *window)
+
+    @staticmethod
+    def backward(ctx: Any, gy: Tensor) -> tuple:
+        return _AvgPool2dBackward.apply(gy, saved(ctx)[0].detach(), ctx.window), None
+
+
+class _AvgPool2dBackward(Function):
+    """`gx`, to which each window hands out its `gy` in equal parts."""
+
+    @staticmethod
+    def forward(ctx: Any, gy: Tensor, x: Tensor, window: tuple) -> Tensor:
+        ctx.window = window
+        return aten.avg_pool2d_backward(gy, x, *window)
+
+    @staticmethod
+    @last
+    def backward(ctx: Any, kept: tuple, vx: Tensor) -> tuple:
+        return aten.avg_pool2d(vx, *ctx.window), None, None
 
 
 class Cat(Function):

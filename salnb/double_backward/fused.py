@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from salnb.double_backward import batch_norm, kernels
 from salnb.double_backward.batch_norm import Forward, Maybe
 
-__all__ = ["applies", "first_gradients", "second_gradients", "use_fused_batch_norm"]
+__all__ = ["applies", "first_gradients", "is_enabled", "second_gradients", "use_fused_batch_norm"]
 
 _enabled = False
 
@@ -57,6 +57,11 @@ def use_fused_batch_norm(enabled: bool = True) -> None:
             "use_fused_batch_norm() needs Triton, which PyTorch brings along on Linux: pip install triton"
         )
     _enabled = enabled
+
+
+def is_enabled() -> bool:
+    """Whether `use_fused_batch_norm` is on."""
+    return _enabled
 
 
 def applies(x: Tensor) -> bool:

@@ -9,7 +9,7 @@ second derivatives are right but slow, for reasons that have nothing to do with 
   gradient in the place of the input (the cure of StyleGAN's `conv2d_gradfix`);
 * batch norm's double backward is some thirty elementwise passes, and has a closed form with five;
 * a linear layer's two weight gradients are added in a third tensor (0.4 GB in VGG-16), not in place;
-* ReLU and max pooling hand a tensor of zeros to their input, which then has to be added;
+* ReLU and pooling hand a tensor of zeros to their input, which then has to be added;
 * concatenation cuts its gradient into slices, and the backward of each slice is a full-size tensor of zeros.
 
 `fast_double_backward` swaps these functions, while it is active, for ones whose backward is again a
@@ -31,8 +31,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from salnb.double_backward import fused
 from salnb.double_backward.functions import (
     Affine,
+    AvgPool2d,
     BatchNorm,
     Cat,
     Convolution,
@@ -46,7 +48,13 @@ Maybe = Tensor | None
 Size = int | Sequence[int]
 
 
-__all__ = ["as_written", "differentiable_twice", "fast_double_backward"]
+__all__ = [
+    "as_written",
+    "differentiable_twice",
+    "fast_double_backward",
+    "second_derivatives_of_pytorch",
+    "switches",
+]
 
 
 class fast_double_backward(RecomputedMode):  # noqa: N801 (a context manager, used like torch.no_grad)
@@ -56,7 +64,7 @@ class fast_double_backward(RecomputedMode):  # noqa: N801 (a context manager, us
     `autograd.grad` and `backward` are called later. Values, first and second derivatives and running
     statistics are PyTorch's own; differentiating a third time raises `RuntimeError`.
 
-    Replaced are `conv2d`, `linear`, `batch_norm`, `relu`, `max_pool2d` and `cat`, in every
+    Replaced are `conv2d`, `linear`, `batch_norm`, `relu`, `max_pool2d`, `avg_pool2d` and `cat`, in every
     spelling (module, functional, method, in-place), and `hardsigmoid`, which PyTorch cannot differentiate
     twice at all. Everything else goes on to PyTorch unchanged, as do calls that record no graph and inputs
     that are not batches of dense floating-point images or vectors. Another `TorchFunctionMode` with a rule
@@ -111,6 +119,28 @@ class _Shared:
                 self.variables.run(self.context.__exit__, None, None, None)
 
 
+_fast = True
+
+
+@contextmanager
+def second_derivatives_of_pytorch() -> Iterator[None]:
+    """Context in which `differentiable_twice` leaves the derivatives to PyTorch, to see what it costs.
+
+    It acts on all threads.
+    """
+    global _fast
+    before, _fast = _fast, False
+    try:
+        yield
+    finally:
+        _fast = before
+
+
+def switches() -> tuple[bool, bool]:
+    """What a step's operators depend on: whether derivatives are fast, and those of batch norm fused."""
+    return _fast, fused.is_enabled()
+
+
 _eager = _Shared(lambda: torch.compiler.set_stance("force_eager"))
 _plain_attention = _Shared(lambda: sdpa_kernel(SDPBackend.MATH))
 
@@ -120,7 +150,7 @@ def differentiable_twice() -> Iterator[None]:
     """Fast second derivatives, and neither compiled modules nor fused attention kernels, which have none."""
     with (
         _with_second_derivatives(),
-        fast_double_backward(),
+        fast_double_backward() if _fast else nullcontext(),
         again_in_recomputation(lambda: _with_second_derivatives),
     ):
         yield
@@ -252,6 +282,23 @@ def _max_pool2d(
     return MaxPool2d.apply(input, window)
 
 
+def _avg_pool2d(
+    input: Tensor,
+    kernel_size: Size,
+    stride: Size | None = None,
+    padding: Size = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+) -> Tensor:
+    """`torch.nn.functional.avg_pool2d`."""
+    if not _plain(input) or input.ndim != 4:
+        return NotImplemented
+    kernel = _pair(kernel_size)
+    sizes = kernel, _pair(stride) if stride else kernel, _pair(padding)
+    return AvgPool2d.apply(input, (*sizes, ceil_mode, count_include_pad, divisor_override))
+
+
 def _cat(tensors: Sequence[Tensor], dim: int = 0, **options: Any) -> Tensor:
     """`torch.cat` of tensors of one type."""
     if options or not _plain(*tensors) or len({(t.dtype, t.ndim) for t in tensors}) > 1:
@@ -277,5 +324,6 @@ _REPLACEMENTS: dict[Callable, Callable] = {
     **dict.fromkeys((F.relu, torch.relu, Tensor.relu), _relu),
     **dict.fromkeys((torch.relu_, Tensor.relu_), functools.partial(_relu, inplace=True)),
     **dict.fromkeys((F.max_pool2d, torch.max_pool2d), _max_pool2d),
+    F.avg_pool2d: _avg_pool2d,
     **dict.fromkeys((torch.cat, torch.concat, torch.concatenate), _cat),
 }

@@ -31,7 +31,7 @@ from salnb.objective.graph_key import changes, graph_key, refuse_what_a_graph_fo
 from salnb.objective.precision import autocast_dtype, full_precision
 from salnb.objective.terms import Losses, StepInputs, StepModules, TermSettings, step_losses
 
-__all__ = ["CompiledStep"]
+__all__ = ["CompiledStep", "Graph", "TracedStep"]
 
 
 class CompiledStep:
@@ -47,7 +47,7 @@ class CompiledStep:
 
     def __init__(self, **options: Any):
         self.options = options
-        self._graphs: dict[tuple, _Graph] = {}
+        self._graphs: dict[tuple, Graph] = {}
 
     def __reduce__(self) -> tuple:
         """A copy compiles for itself."""
@@ -69,20 +69,20 @@ class CompiledStep:
             )
         self._check_compiler(images)
         given, structure = pytree.tree_flatten(inputs)
-        step = _TracedStep(modules, settings, structure)
+        step = TracedStep(modules, settings, structure)
         state = dict(step.named_parameters()) | dict(step.named_buffers())
         # written by the device itself, which a copy from the host would have to wait for
         scalar = partial(torch.full, (), dtype=at_least_float32_dtype(images.dtype), device=images.device)
         tensors = [*map(scalar, weights), *given, *(tensor.detach() for tensor in state.values())]
 
-        key_of_the_moment = partial(graph_key, step, settings, given, structure)
+        key_of_the_moment = partial(self._key, step, settings, given, structure)
         names = key_of_the_moment()
         key = tuple(names.items())
         graph = self._graphs.get(key)
         if graph is None:
             self._warn_of_many(names)
             with refuse_what_a_graph_forgets(step, key_of_the_moment):
-                graph = _compile(step, tensors, self.options)
+                graph = self._make(step, tensors)
             self._graphs[key] = graph
         if modules.class_term.own is None:
             labels = inputs.target.clamp(min=0) if settings.confidence else inputs.target
@@ -97,6 +97,16 @@ class CompiledStep:
         total = _ReturnPrecomputedGradients.apply(value, gradients, *step.trained())
         has_saliency = settings.has_saliency
         return Losses(total, classes, invariance, salience, logits, has_saliency, gamma, consistent)
+
+    def applies(self, images: Tensor) -> bool:
+        """Whether steps on the images' device are run as graphs."""
+        return True
+
+    def _key(self, *args: Any) -> dict:
+        return graph_key(*args)
+
+    def _make(self, step: TracedStep, tensors: list[Tensor]) -> Graph:
+        return _compile(step, tensors, self.options)
 
     def _check_compiler(self, images: Tensor) -> None:
         """Refuse the C++ of an Inductor that writes more than its buffers hold (pytorch#159154)."""
@@ -119,7 +129,7 @@ class CompiledStep:
             )
 
 
-class _Graph(NamedTuple):
+class Graph(NamedTuple):
     """A compiled step."""
 
     run: Callable  # of a flat list of tensors, to another
@@ -127,7 +137,7 @@ class _Graph(NamedTuple):
     num_classes: int
 
 
-class _TracedStep(nn.ModuleDict):
+class TracedStep(nn.ModuleDict):
     """One step as a function of tensors, to be traced; its parameters and buffers are those of `modules`."""
 
     def __init__(self, modules: StepModules, settings: TermSettings, structure: pytree.TreeSpec):
@@ -179,7 +189,7 @@ class _TracedStep(nn.ModuleDict):
         return flat
 
 
-def _compile(step: _TracedStep, tensors: list[Tensor], options: dict[str, Any]) -> _Graph:
+def _compile(step: TracedStep, tensors: list[Tensor], options: dict[str, Any]) -> Graph:
     """Trace a step and hand it to the compiler."""
     try:
         # one thread: the modes that trace and that swap functions belong to it
@@ -192,7 +202,7 @@ def _compile(step: _TracedStep, tensors: list[Tensor], options: dict[str, Any]) 
             f"({error}): leave compile() out for this one"
         ) from error
     run = torch.compile(graph, **{"dynamic": False, "fullgraph": True} | options)
-    return _Graph(run, step.outputs, step.num_classes)
+    return Graph(run, step.outputs, step.num_classes)
 
 
 class _ReturnPrecomputedGradients(torch.autograd.Function):

@@ -22,6 +22,7 @@ from torch.nn.modules import module as torch_modules
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils import _pytree as pytree
 
+from salnb.double_backward.mode import switches
 from salnb.objective.precision import autocast_dtype
 
 __all__ = ["changes", "graph_key", "refuse_what_a_graph_forgets", "structure_key"]
@@ -173,6 +174,7 @@ def _switches(images: Tensor) -> Hashable:
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
         torch.backends.mha.get_fastpath_enabled(),
+        switches(),
         tuple(map(_Same, _get_current_function_mode_stack())),  # set_default_device is one
     )
 

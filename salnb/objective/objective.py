@@ -16,6 +16,7 @@ from salnb._common.checks import (
     check_no_transform,
     check_normalized,
     check_training_target,
+    is_channels_last,
     is_traced,
     unknown,
 )
@@ -24,6 +25,7 @@ from salnb._common.outputs import given_twice
 from salnb.augment import Augmentation
 from salnb.losses import DISTANCES, FEATURE_DISTANCES, NORMALIZATIONS
 from salnb.objective.balance import EVERY, Balance
+from salnb.objective.captured import CapturedStep
 from salnb.objective.class_terms import ClassTerm
 from salnb.objective.compiled import CompiledStep
 from salnb.objective.parallel import check_parallel, check_unwrapped, sharing_processes
@@ -201,7 +203,9 @@ class Objective(nn.Module):
         """Run each later step that takes gradients as one compiled graph; see `salnb.objective.compiled`.
 
         Args:
-            **options: for `torch.compile`, for example `backend` or `mode`.
+            **options: for `torch.compile`, for example `backend` or `mode`. With `mode="cuda-graphs"` alone
+                a step is not compiled: its kernels are captured as they are, in seconds, and started at once.
+                Experimental, as no GPU has run it yet; on a CPU it changes nothing.
 
         Values and gradients stay the same. The gradients are computed along with the losses and handed out by
         `losses.total.backward()`, so that gradient accumulation, `GradScaler` and `DistributedDataParallel`
@@ -215,8 +219,12 @@ class Objective(nn.Module):
         model takes from global variables, files or clocks is not noticed.
 
         Nothing is gained on a CPU. Below torch 2.9 Inductor is refused there: it writes beyond its buffers.
+        A graph has the memory format of model and images: convolutions in half precision want channels_last.
         """
-        self._compiled = CompiledStep(**options)
+        captured = options.get("mode") == "cuda-graphs"
+        if captured and len(options) > 1:
+            raise ValueError(f'mode="cuda-graphs" goes without other options, got {sorted(options)}')
+        self._compiled = CapturedStep() if captured else CompiledStep(**options)
 
     @torch.compiler.disable(recursive=True)
     def forward(
@@ -242,6 +250,8 @@ class Objective(nn.Module):
             with full_precision(images):
                 params = self.augmentation.make_params(images, generator)
                 new_images = self.augmentation.images(images if partners is None else partners, params)
+            if is_channels_last(images):  # here, so that none of the graphs of compile() has to change it
+                new_images = new_images.contiguous(memory_format=torch.channels_last)
             scales = (self.score_scale, self.gradient_scale)
             modules = StepModules(self.model, self.augmentation, *scales, self.balance, self.class_term)
             kwargs = given_twice(model_kwargs or {}, len(images))
@@ -250,7 +260,7 @@ class Objective(nn.Module):
             inputs = StepInputs(images, new_images, target, params, tensors, given_masks)
             weights = (self.alpha, self.beta, self._scheduled_gamma(step))
             settings = self._term_settings(step, kwargs)
-            if self._compiled and keep_graph:
+            if self._compiled and keep_graph and self._compiled.applies(images):
                 losses = self._compiled(modules, inputs, weights, settings)
             else:
                 check = not self._second_derivative_checked

@@ -172,7 +172,7 @@ def step_losses(
     model, augmentation, class_term = modules.model, modules.augmentation, modules.class_term
     call = settings.call(model_kwargs)
     n, keep_graph = len(images), torch.is_grad_enabled()
-    pixels = _joined(images, new_images)
+    pixels = torch.cat([images, new_images])
     with ExitStack() as stack:
         recorder = None
         if settings.has_saliency:
@@ -209,12 +209,6 @@ def step_losses(
         salience = _saliency(augmentation, maps, inputs, known, settings) if settings.has_saliency else zero
         losses = weighted_sum(modules, (classes, consistent, invariance, salience), weights, logits, settings)
     return losses if keep_graph else losses.detach()
-
-
-def _joined(images: Tensor, new_images: Tensor) -> Tensor:
-    """Originals and augmented images one behind the other, in the originals' memory format."""
-    pixels = torch.cat([images, new_images])
-    return pixels.contiguous(memory_format=torch.channels_last) if _is_channels_last(images) else pixels
 
 
 def weighted_sum(
@@ -358,7 +352,3 @@ def _num_classes(logits: Any, samples: int, num_classes: int | None) -> int:
         )
     check_several_classes(logits, name="model must return")
     return shape[1]
-
-
-def _is_channels_last(images: Tensor) -> bool:
-    return not images.is_contiguous() and images.is_contiguous(memory_format=torch.channels_last)

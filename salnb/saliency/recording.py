@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from salnb._common.catalog import METHODS
-from salnb._common.checks import at_least_float32, is_traced
+from salnb._common.checks import at_least_float32, is_channels_last, is_traced
 from salnb._common.outputs import AS_IT_IS, ModelCall, described
 from salnb.double_backward.recomputation import (
     again_in_recomputation,
@@ -91,6 +91,8 @@ def reduce_channels(gradient: Tensor, reduce: str | None = "max") -> Tensor:
     magnitude = gradient.abs()
     # max passes its gradient to one channel; amax, which is faster, would split it among ties
     if magnitude.requires_grad:
+        if is_channels_last(magnitude):  # whose gradient is to lie in memory as it does
+            return magnitude.permute(0, 2, 3, 1).max(-1).values.unsqueeze(1)
         return magnitude.max(1, keepdim=True).values  # eq. 2
     return magnitude.amax(1, keepdim=True)  # eq. 2
 

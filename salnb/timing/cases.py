@@ -41,6 +41,8 @@ class Case:
         batch: originals in a step; there are as many augmented images.
         size: height and width of the images.
         samples: noisy copies, for SmoothGrad only; 0 with the other methods.
+        plain: with the second derivatives that PyTorch has, instead of those of `salnb.double_backward`.
+        originals_only: a baseline whose batch lacks the augmented images.
     """
 
     network: str
@@ -52,11 +54,13 @@ class Case:
     batch: int = 32
     size: int = 224
     samples: int = 0
+    plain: bool = False
+    originals_only: bool = False
 
     @property
     def baseline(self) -> "Case":
         """The step that this one is compared with."""
-        return replace(self, method=None, every=1, samples=0)
+        return replace(self, method=None, every=1, samples=0, plain=False, originals_only=False)
 
     @property
     def mode(self) -> str:
@@ -75,6 +79,7 @@ class Case:
         words += ["channels_last"] * self.channels_last + [f"{self.batch}+{self.batch}"]
         words += [self.method.replace("_", " ") if self.method else "baseline"]
         words += [f"every {self.every}"] * (self.every > 1)
+        words += ["plain PyTorch"] * self.plain + ["originals only"] * self.originals_only
         return ", ".join(words)
 
     @property
@@ -167,6 +172,7 @@ def _cpu_cases(settings: Settings) -> Iterator[Case]:
     yield from _each(first, network=networks)
     yield from _each(first, every=(1, 4, 16))
     yield from _each(first, batch=[factor * first.batch for factor in (2, 4, 8)])
+    yield from _beside(first)
     *cheap, repeated = _methods(first, samples=5)
     yield from cheap
     yield replace(first, channels_last=True)
@@ -187,6 +193,8 @@ def _gpu_cases(settings: Settings) -> Iterator[Case]:
     first = Case(network, batch=settings.batch or 0, size=settings.size or 0)
     fast = replace(first, precision="bf16")
     yield from _each(first, precision=("32", "bf16", "tf32"), network=networks)
+    for case in (first, fast):
+        yield from _beside(case)
     yield from _each(fast, every=(1, 4, 16))
     yield replace(fast, channels_last=True)
     yield replace(fast, compiled=True)
@@ -194,6 +202,8 @@ def _gpu_cases(settings: Settings) -> Iterator[Case]:
     yield from _each(fast, batch=(8, 16, 32, 64, 128, 256))
     yield from _methods(fast, samples=25)
     yield from _each(fast, network=more)
+    for network in networks:
+        yield from _beside(replace(first, network=network))
     yield from _each(first, precision=("bf16", "tf32"), network=networks, compiled=[True])
     yield from _each(first, precision=("32", "tf32"), network=more)
     for precision in ("bf16", "tf32"):
@@ -208,6 +218,12 @@ def _each(case: Case, **values: Sequence[Any]) -> Iterator[Case]:
     """The case with each combination of values of some fields, the last field changing fastest."""
     for combination in itertools.product(*values.values()):
         yield replace(case, **dict(zip(values, combination, strict=True)))
+
+
+def _beside(case: Case) -> Iterator[Case]:
+    """What the paper's baseline may have been, and what its step with saliency may have been."""
+    yield replace(case.baseline, originals_only=True)
+    yield replace(case, plain=True)
 
 
 def _methods(case: Case, samples: int) -> Iterator[Case]:

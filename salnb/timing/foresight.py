@@ -59,7 +59,8 @@ def expected_seconds(case: Case, iterations: int, before: Sequence[Row]) -> floa
     compiling = max((found.first_step_seconds for found in alike), default=_COMPILING[bool(case.method)])
     base = done.get(case.baseline)
     # the arithmetic of a step with saliency is twice that of its baseline, and again for each noisy copy
-    steps = counted(iterations, case.every)[0] * (1 + max(1, case.samples) / case.every if case.method else 1)
+    share = 1 + max(1, case.samples) / case.every if case.method else 1 / (1 + case.originals_only)
+    steps = counted(iterations, case.every)[0] * share
     return case.compiled * compiling + (steps * base.seconds["mean"] if base else 0)
 
 

@@ -15,9 +15,11 @@ import torch
 
 from salnb.timing.cases import Case, counted
 from salnb.timing.clock import Stopwatch, clock_of, distribution, run_protocol
-from salnb.timing.profiler import StepProfile, clocks, peak_flops
+from salnb.timing.peaks import peak_flops, peaks_of
+from salnb.timing.profiler import StepProfile, clocks
 from salnb.timing.records import ACCESSORIES, Measured, Row
-from salnb.timing.steps import arithmetic, count_flops, step_of
+from salnb.timing.steps import arithmetic, step_of
+from salnb.timing.work import count_bytes, count_flops
 
 __all__ = ["measure", "measure_case", "reason_of"]
 
@@ -91,6 +93,8 @@ def measure_case(
             "kinds": lambda: _nanoseconds(profile.kinds) if case.every == 1 else None,
             "peak_bytes": lambda: step.held_bytes + profile.peak_bytes,
             "flops": lambda: count_flops(case),
+            "bytes": lambda: count_bytes(case),
+            "peaks": lambda: peaks_of(device, case.precision),
             "peak_share": lambda: _peak_share(case, device, measured, profile),
         }
         for name, find in accessories.items():
@@ -100,7 +104,7 @@ def measure_case(
 
 
 # what takes about as long as a few steps
-_SLOW = ("kinds", "peak_bytes", "flops")
+_SLOW = ("kinds", "peak_bytes", "flops", "bytes", "peaks")
 
 
 def _with(case: Case, measured: Measured, name: str, find: Callable[[], Any]) -> Measured:

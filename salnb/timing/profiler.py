@@ -13,10 +13,9 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from salnb.timing.cases import PRECISIONS
 from salnb.timing.steps import TimedStep
 
-__all__ = ["KINDS", "StepProfile", "clocks", "device_facts", "kind_of", "peak_flops", "seconds_by_kind"]
+__all__ = ["KINDS", "StepProfile", "clocks", "device_facts", "kind_of", "seconds_by_kind"]
 
 KINDS = ("convolution", "batch norm", "matrix product", "other")
 
@@ -26,31 +25,6 @@ _WORDS = {
     "convolution": re.compile(r"convolution|conv2d", re.IGNORECASE),
     "matrix product": re.compile(r"::(mm|addmm|bmm|baddbmm|matmul|linear)$|attention"),
 }
-
-# dense peaks in 10^12 operations a second, from the makers' data sheets: by torch's name of the device,
-# in fp32 (without tensor cores), tf32 and bf16; None where it has none
-_PEAKS: dict[str, tuple[float, float | None, float | None]] = {
-    r"H100 PCIe": (51.2, 378.0, 756.0),
-    r"H100.*HBM3|H200": (66.9, 494.7, 989.4),
-    r"A100": (19.5, 156.0, 312.0),
-    r"\bL4$": (30.3, 60.0, 121.0),
-    r"\bT4$": (8.1, None, None),
-    r"V100-SXM2": (15.7, None, None),
-    r"RTX 2080 Ti": (13.4, None, None),
-}
-
-
-def peak_flops(device_name: str, precision: str) -> float | None:
-    """Operations a second that a device can do at most; None where that is not known.
-
-    >>> peak_flops("NVIDIA H100 80GB HBM3", "bf16"), peak_flops("Tesla T4", "bf16")
-    (989400000000000.0, None)
-    """
-    for pattern, peaks in _PEAKS.items():
-        if re.search(pattern, device_name):
-            peak = peaks[PRECISIONS.index(precision)]
-            return peak and peak * 1e12
-    return None
 
 
 def kind_of(names: Sequence[str], kernel: str = "") -> str:

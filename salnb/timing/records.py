@@ -11,13 +11,14 @@ from salnb.timing.cases import PRECISIONS, Case
 
 __all__ = ["ACCESSORIES", "SCHEMA", "STATUSES", "Measured", "Row", "case_of", "check_record", "read_timing"]
 
-SCHEMA = "salnb timing 1"
+SCHEMA = "salnb timing 2"
 STATUSES = ("ok", "out of memory", "failed", "not run", "not available")
 _RATIOS = ("ratio", "flops_ratio")
 # what a row that has its times can do without: the name of each in `lacks`, and the fields that are null then
 ACCESSORIES = {
-    name: (name,) for name in ("parts", "kinds", "held_bytes", "peak_bytes", "peak_share", "clocks_mhz")
-} | {"flops": ("flops", "convolution_flops"), "ratio": _RATIOS}
+    name: (name,)
+    for name in ("parts", "kinds", "held_bytes", "peak_bytes", "bytes", "peak_share", "clocks_mhz")
+} | {"flops": ("flops", "convolution_flops"), "peaks": ("peaks", "peaks_source"), "ratio": _RATIOS}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +38,9 @@ class Measured:
         peak_bytes: the most memory in use during a step, with what is held.
         flops: floating-point operations of a step on average.
         convolution_flops: those of its convolutions.
+        bytes: that the operators of a step read and write on average, by kind of operation.
+        peaks: the device's peaks in the case's precision, `flops` and `bytes` a second.
+        peaks_source: where the peaks come from.
         peak_share: speed of its convolutions over the device's peak; None where that is not known.
         clocks_mhz: of the device just after the last step; None where they cannot be read.
         time: when, in UTC.
@@ -53,6 +57,9 @@ class Measured:
     peak_bytes: int | None = None
     flops: int | None = None
     convolution_flops: int | None = None
+    bytes: Mapping[str, float] | None = None
+    peaks: Mapping[str, float] | None = None
+    peaks_source: str | None = None
     peak_share: float | None = None
     clocks_mhz: Mapping[str, float | None] | None = None
     time: str
@@ -120,7 +127,7 @@ _UNMEASURED = (*_FOUND[:-2], *_RATIOS, *_FOUND[-2:])
 
 def case_of(row: Mapping[str, Any]) -> Case:
     """What a row of a record measures."""
-    return Case(**{name: row[name] for name in _CASE})
+    return Case(**{name: row[name] for name in _CASE if name in row})
 
 
 def read_timing(path: str | Path) -> dict[str, Any]:
@@ -167,7 +174,7 @@ _TESTS: dict[Any, tuple[str, Callable[[Any], Any]]] = {
         lambda value: _are_numbers(value) and value.keys() == set(_MEANS) and all(value.values()),
     ),
     Mapping[str, float] | None: (
-        "null or seconds by name",
+        "null or numbers by name",
         lambda value: value is None or _are_numbers(value),
     ),
     Mapping[str, float | None] | None: (
@@ -236,6 +243,8 @@ def _check_row(row: Any, place: str) -> None:
     ordered = [seconds[name] for name in ("min", "p5", "median", "p95", "max")]
     inside = seconds["min"] <= seconds["mean"] * (1 + 1e-9) and seconds["mean"] <= seconds["max"] * (1 + 1e-9)
     expect("seconds", ordered == sorted(ordered) and inside, "in order")
+    peaks = row["peaks"] or {"flops": 1, "bytes": 1}
+    expect("peaks", peaks.keys() == {"flops", "bytes"} and all(peaks.values()), "positive flops and bytes")
     total = sum((row["parts"] or {"all": seconds["mean"]}).values())
     expect("parts", math.isclose(total, seconds["mean"], rel_tol=1e-3), "as long as the mean", total)
 

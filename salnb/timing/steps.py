@@ -2,26 +2,21 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
-from functools import cache
+from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from salnb import models
 from salnb.augment import AUGMENTATIONS, Augmentation
+from salnb.double_backward.mode import second_derivatives_of_pytorch
 from salnb.objective import Objective
 from salnb.objective.precision import tf32
 from salnb.timing.cases import Case
 
-__all__ = ["AUGMENTATION", "NUM_CLASSES", "SaliencyStep", "TimedStep", "arithmetic", "count_flops", "step_of"]
+__all__ = ["AUGMENTATION", "NUM_CLASSES", "SaliencyStep", "TimedStep", "arithmetic", "step_of"]
 
 NUM_CLASSES = 1000
 AUGMENTATION = "affine"  # that of the paper's ImageNet experiments
@@ -111,17 +106,22 @@ class TimedStep(ABC):
 
 
 class BaselineStep(TimedStep):
-    """The paper's baseline: cross-entropy over originals and augmented images, which lie in one tensor."""
+    """The paper's baseline: cross-entropy over originals and augmented images, which lie in one tensor.
+
+    Or over the originals alone, where the case says so.
+    """
 
     after_forward = "loss"
 
     def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, **options)
-        pixels = torch.cat([self.images, self.prepared.new_images])
-        if self.case.channels_last:
-            pixels = pixels.contiguous(memory_format=torch.channels_last)
-        labels = self.prepared.targets(self.target, self.prepared.params)
-        self.batch = pixels, torch.cat([self.target, labels])
+        self.batch = self.images, self.target
+        if not self.case.originals_only:
+            pixels = torch.cat([self.images, self.prepared.new_images])
+            if self.case.channels_last:
+                pixels = pixels.contiguous(memory_format=torch.channels_last)
+            labels = self.prepared.targets(self.target, self.prepared.params)
+            self.batch = pixels, torch.cat([self.target, labels])
         self.network = torch.compile(self.model, dynamic=False) if self.case.compiled else self.model
 
     def loss(self) -> Tensor:
@@ -131,7 +131,7 @@ class BaselineStep(TimedStep):
 
 
 class SaliencyStep(TimedStep):
-    """A step of `Objective` with the case's saliency method."""
+    """A step of `Objective` with the case's saliency method; plain, by the derivatives of PyTorch."""
 
     after_forward = "input gradient"
 
@@ -153,7 +153,8 @@ class SaliencyStep(TimedStep):
 
     def loss(self) -> Tensor:
         """The objective."""
-        return self.objective(self.images, self.target).total
+        with second_derivatives_of_pytorch() if self.case.plain else nullcontext():
+            return self.objective(self.images, self.target).total
 
 
 def step_of(
@@ -173,54 +174,3 @@ def arithmetic(case: Case, device: torch.device) -> Iterator[None]:
             yield
     finally:
         torch.backends.cudnn.benchmark = before
-
-
-def count_flops(case: Case) -> tuple[int, int]:
-    """Floating-point operations of a step on average, and those of its convolutions, by torch's formulas.
-
-    Products of matrices and convolutions are counted, two operations for each multiplication with addition.
-    Nothing is computed: tensors have shapes only.
-    """
-    plain = Case(case.network, case.method, batch=2, size=case.size, samples=min(case.samples, 1))
-
-    def per_step(part: int) -> int:
-        base, each = _count(plain.baseline)[part], _count(plain)[part]
-        if case.samples > 1:  # every further noisy copy takes as much again
-            each += (case.samples - 1) * (_count(replace(plain, samples=2))[part] - each)
-        return case.batch * (each + (case.every - 1) * base) // (2 * case.every)
-
-    return per_step(0), per_step(1)
-
-
-class _FlopCounter(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.total = self.convolutions = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        formula = flop_registry.get(func.overloadpacket)
-        if formula is not None:
-            flops = formula(*args, **(kwargs or {}), out_val=out)
-            self.total += flops
-            self.convolutions += flops * ("convolution" in str(func))
-        return out
-
-
-def _without_values(model: nn.Module) -> nn.Module:
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            module.register_parameter(name, nn.Parameter(torch.empty(parameter.shape)))
-        for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
-    return model
-
-
-@cache
-def _count(case: Case) -> tuple[int, int]:
-    with torch.device("meta"):  # some draw their weights in ways that fake tensors do not bear
-        model = models.build(case.network, NUM_CLASSES)
-    # of the attention kernels only the one that is written out is counted whole
-    with FakeTensorMode(), sdpa_kernel(SDPBackend.MATH), _FlopCounter() as counter:
-        step_of(case, torch.device("cpu"), model=_without_values(model))()
-    return counter.total, counter.convolutions

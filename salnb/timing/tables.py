@@ -23,6 +23,8 @@ __all__ = [
     "paper_table",
     "part_table",
     "ratio_series",
+    "roofline",
+    "roofline_table",
     "rows_of",
     "unfinished_batches",
 ]
@@ -44,7 +46,29 @@ def describe(row: TimingRow) -> str:
     words += [f"{row['peak_bytes'] / 2**20:.0f} MiB"] if row["peak_bytes"] else []
     words += [f"{row['ratio']:.2f} times the baseline"] if row["ratio"] else []
     words += [f"{row['flops_ratio']:.2f} its arithmetic"] if row["flops_ratio"] else []
+    if limit := roofline(row):
+        words += [f"{row['seconds']['mean'] / limit[0]:.2f} times its roofline ({limit[1]})"]
     return ", ".join(words + [f"without {name} ({why})" for name, why in row.get("lacks", {}).items()])
+
+
+def roofline(row: TimingRow) -> tuple[float, str] | None:
+    """The least seconds that a row's work can take, and what needs them: "arithmetic" or "memory".
+
+    The larger of operations over the device's peak and bytes over its bandwidth; None where one of these is
+    not known. The bytes are those of the eager step's operators, of which fused kernels move fewer.
+    """
+    needed = _needed(row)
+    return max((seconds, name) for name, seconds in needed.items()) if needed else None
+
+
+def _needed(row: TimingRow) -> dict[str, float]:
+    if None in (row["flops"], row["bytes"], row["peaks"]):
+        return {}
+    peaks = row["peaks"]
+    return {
+        "arithmetic": row["flops"] / peaks["flops"],
+        "memory": sum(row["bytes"].values()) / peaks["bytes"],
+    }
 
 
 def compare(first: Record, second: Record) -> str:
@@ -95,7 +119,7 @@ def rows_of(record: Record, **wanted: Any) -> list[TimingRow]:
 
 
 def _matching(record: Record, **wanted: Any) -> list[TimingRow]:
-    wanted = {"channels_last": False} | wanted
+    wanted = {"channels_last": False, "plain": False, "originals_only": False} | wanted
     return [row for row in record["rows"] if wanted.items() <= row.items()]
 
 
@@ -192,6 +216,44 @@ def paper_table(records: Mapping[str, Record]) -> str:
 
 def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.2f}"
+
+
+_BESIDE: dict[str, dict[str, Any]] = {
+    "baseline, originals only": {"method": None, "originals_only": True},
+    "baseline": {"method": None},
+    "with saliency": {"method": METHOD},
+    "with saliency, plain PyTorch": {"method": METHOD, "plain": True},
+}
+
+
+def roofline_table(record: Record, **wanted: Any) -> str:
+    """What steps need for their arithmetic and for their memory, and what they take, as a Markdown table.
+
+    Beside the pair of each network stand a baseline that sees the originals only and a step with PyTorch's
+    own second derivatives, where they were measured. Times are in ms; `rows_of` says what can be wanted.
+    """
+    lines = []
+    for network in dict.fromkeys(row["network"] for row in record["rows"]):
+        rows = {name: rows_of(record, network=network, **kind | wanted) for name, kind in _BESIDE.items()}
+        known = {name: found[0] for name, found in rows.items() if found}
+        bases = [known[name]["seconds"]["mean"] if name in known else None for name in list(_BESIDE)[:2]]
+        for name, row in known.items():
+            mean, needed = row["seconds"]["mean"], _needed(row)
+            times = [needed.get(what) for what in ("arithmetic", "memory")]
+            cells = [time and 1000 * time for time in (mean, *times)]
+            cells += [mean / max(needed.values()) if needed else None]
+            cells += [base and mean / base for base in bases]
+            lines.append([f"{network}, {name}", *map(_number, cells)])
+    header = [
+        "step",
+        "measured",
+        "arithmetic",
+        "memory",
+        "over the larger",
+        "over originals",
+        "over baseline",
+    ]
+    return markdown_table(header, lines, rule="---")
 
 
 def part_table(found: Mapping[str, Pair]) -> str:

@@ -250,7 +250,7 @@ def test_the_largest_shear_is_rounded_by_no_more_than_what_valid_allows_for():
     n, size = 200, 64
     draw = torch.rand(n, 3, dtype=torch.float64, generator=generator(13))
     off = {}
-    for limit in (augment.Affine(shear=45).shear[1], 60.0):
+    for limit in (augment.Affine(shear=45).shear[1], 70.0):
         parts = (
             720 * draw[:, 0] - 360,
             torch.ones(n),
@@ -264,7 +264,7 @@ def test_the_largest_shear_is_rounded_by_no_more_than_what_valid_allows_for():
         inside = exact.abs().amax(1) <= size / 2
         off[limit] = ((exact - rounded).abs().amax(1) * inside).max().item()
     allowed = kernels.slack((size, size), torch.float32)
-    assert off[45.0] < allowed < off[60.0]
+    assert off[45.0] < allowed < off[70.0]
 
 
 def test_autocast_does_not_move_pixels():

@@ -110,6 +110,7 @@ FUNCTIONS = {
     "batch norm of vectors": (lambda x, w: F.batch_norm(x, None, None, w, None, True), (5, 3), (3,)),
     "relu": (lambda x, w: F.relu(x * w) * x, (2, 3, 4, 4), (3, 1, 1)),
     "max pooling": (lambda x, w: F.max_pool2d(x * w, 2) ** 2, (2, 3, 4, 4), (3, 1, 1)),
+    "average pooling": (lambda x, w: F.avg_pool2d(x * w, 2) ** 2, (2, 3, 4, 4), (3, 1, 1)),
     "concatenation": (lambda x, w: torch.cat([x * w, w.expand_as(x), x], 1) ** 3, (2, 3, 4, 4), (3, 1, 1)),
 }
 
@@ -160,6 +161,23 @@ POOLS = {
 @pytest.mark.parametrize("options", POOLS.values(), ids=POOLS)
 def test_max_pooling(options, random):
     check(lambda x: F.max_pool2d(x.sin(), **options), (random(2, 3, 7, 8),))
+
+
+AVERAGES = {
+    "square": {"kernel_size": 2},
+    "overlapping": {"kernel_size": 3, "stride": 2, "padding": 1},
+    "without the rim": {"kernel_size": 3, "stride": 2, "padding": 1, "count_include_pad": False},
+    "rounded up": {"kernel_size": (2, 3), "stride": [2], "ceil_mode": True},
+    "another divisor": {"kernel_size": 2, "divisor_override": 3},
+}
+
+
+@pytest.mark.parametrize("options", AVERAGES.values(), ids=AVERAGES)
+def test_average_pooling(options, random):
+    check(lambda x: F.avg_pool2d(x.sin(), **options), (random(2, 3, 7, 8),))
+    x = random(2, 3, 7, 8)
+    with fast_double_backward():
+        assert type(F.avg_pool2d(x, **options).grad_fn).__name__ == "AvgPool2dBackward"
 
 
 def test_max_pooling_with_defaults(random):

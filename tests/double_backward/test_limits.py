@@ -20,6 +20,7 @@ THIRD = {
     "batch norm, evaluation": lambda x, w: F.batch_norm(x * w.mean(), x.new_zeros(3), x.new_ones(3)) ** 4,
     "relu": lambda x, w: F.relu(x * w.mean()) ** 4,
     "max pooling": lambda x, w: F.max_pool2d(x * w.mean(), 2) ** 4,
+    "average pooling": lambda x, w: F.avg_pool2d(x * w.mean(), 2) ** 4,
     "concatenation": lambda x, w: torch.cat([x * w.mean(), x]) ** 4,
 }
 
@@ -46,12 +47,13 @@ def test_third_derivatives_are_refused(function):
         (F.instance_norm, (random(2, 3, 4, 4),)),
         (lambda x: F.batch_norm(x, None, None, training=True), (random(4, 3, 5),)),
         (lambda x: F.max_pool2d(x, 2), (random(3, 4, 4),)),
+        (lambda x: F.avg_pool2d(x, 2), (random(3, 4, 4),)),
         (lambda x: F.max_pool2d(x, 2, return_indices=True)[0], (random(2, 3, 4, 4),)),
         (lambda x, y: torch.cat([x, y]), (random(2, 3), random(2, 3, dtype=torch.float32))),
         (lambda x: torch.cat([x, x.new_zeros(0)], axis=1), (random(2, 3),)),
     ],
     ids=["conv1d", "conv3d", "unbatched", "sequences", "transposed", "instance norm", "3-d batch norm",
-         "unbatched pooling", "pooling with indices", "mixed types", "empty"],
+         "unbatched pooling", "unbatched averages", "pooling with indices", "mixed types", "empty"],
 )  # fmt: skip
 def test_everything_else_is_left_alone(function, inputs):
     with fast_double_backward():

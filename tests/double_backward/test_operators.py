@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from salnb import Objective
-from salnb.augment import HorizontalFlip
+from salnb.augment import Affine, HorizontalFlip
 from salnb.double_backward import fused
 from salnb.models import build
 from tests.helpers.double_backward import Calls
@@ -50,3 +50,12 @@ def test_operators_over_the_baseline(network, written_out, in_kernels, monkeypat
     assert operators(network, with_maps=True) / baseline <= written_out
     monkeypatch.setattr(fused, "applies", lambda x: True)
     assert operators(network, with_maps=True) / baseline <= in_kernels
+
+
+def test_operators_of_affine_alignment():
+    """A seventh of ResNet-50's baseline: matrices are small, and launched all the same."""
+    maps, augmentation = torch.rand(2, 1, 32, 32), Affine()
+    params = augmentation.make_params(maps)
+    with Calls() as calls:
+        augmentation.align(maps, maps, params)
+    assert sum(computes(operator) for operator, _ in calls.seen) <= 56

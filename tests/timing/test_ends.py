@@ -195,7 +195,7 @@ def test_a_study_that_measures_nothing_says_so_in_a_line(tmp_path, monkeypatch, 
     first = "small, fp32, eager, 2+2, baseline: " + (
         "failed (Run" if failure is broken else "out of memory (Out"
     )
-    assert told.err.startswith(f"salnb: error: no row of 19 could be measured; the first: {first}")
+    assert told.err.startswith(f"salnb: error: no row of 21 could be measured; the first: {first}")
     assert told.err.count("\n") == 1
     assert path.read_bytes() == before, "an older record stays"
     assert os.listdir(tmp_path) == ["record.json"]

@@ -23,6 +23,8 @@ FAILURES = {
     "the kinds": (profiler, "seconds_by_kind", {"kinds"}),
     "the memory": (profiler, "_most_memory", {"peak_bytes"}),
     "the counter": (measurement, "count_flops", {"flops"}),
+    "the bytes": (measurement, "count_bytes", {"bytes"}),
+    "the peaks": (measurement, "peaks_of", {"peaks"}),
     "the peak": (measurement, "peak_flops", {"peak_share"}),
     "the ratio": (Row, "over", {"ratio"}),
 }
@@ -60,6 +62,8 @@ def test_a_row_that_lacks_nothing_says_nothing_of_it(tmp_path, two_rows):
     [
         ("count_flops", (0, 0), "flops"),
         ("count_flops", (float("nan"), 1), "flops"),
+        ("count_bytes", {"other": -1}, "bytes"),
+        ("peaks_of", ({"flops": 1e9, "bytes": 0.0}, "a guess"), "peaks"),
         ("clocks", {"sm": float("nan"), "memory": None}, "clocks_mhz"),
         ("_parts", {"forward": 1e9}, "parts"),
         ("_peak_share", float("inf"), "peak_share"),
@@ -112,6 +116,7 @@ def test_tables_and_figures_bear_what_is_lacking(accessory, rows):
         tables.paper_table(records),
         tables.part_table(pairs),
         tables.memory_table(pairs),
+        tables.roofline_table(record),
         timing.compare(whole, record),
     ]
     texts += [timing.describe(row) for row in record["rows"]]

@@ -11,8 +11,8 @@ import torch
 
 from salnb import results, timing
 from salnb.__main__ import main
+from salnb.timing import peaks, runner
 from salnb.timing import profiler as profile
-from salnb.timing import runner
 from salnb.timing.records import Row
 from tests.helpers.timing_records import made_up, settings, silent, without_waiting
 
@@ -29,7 +29,7 @@ def record(tmp_path_factory):
 # --- damaged records ---------------------------------------------------------------------------------------
 
 DAMAGES = {
-    "schema": (lambda r: r.update(schema="salnb timing 0"), "schema must be 'salnb timing 1'"),
+    "schema": (lambda r: r.update(schema="salnb timing 0"), "schema must be 'salnb timing 2'"),
     "no rows": (lambda r: r.update(rows=[]), "rows must be a list that is not empty"),
     "no device": (lambda r: r["provenance"].pop("device_name"), "provenance.device_name must be there"),
     "no driver": (lambda r: r["facts"].pop("driver"), "facts.driver must be there"),
@@ -52,6 +52,8 @@ DAMAGES = {
     "no ratio": (lambda r: r["rows"][1].update(ratio=None), "ratio of small"),
     "arithmetic": (lambda r: r["rows"][1].update(flops=7), "flops_ratio of small"),
     "no arithmetic": (lambda r: r["rows"][1].update(flops=0), r"rows\[1\].flops must be a positive integer, got 0"),
+    "peaks": (lambda r: r["rows"][1]["peaks"].update(bytes=0), r"rows\[1\].peaks must be positive flops and bytes"),
+    "bytes": (lambda r: r["rows"][1]["bytes"].update(other=-1), r"rows\[1\].bytes must be null or numbers by name"),
     "memory": (lambda r: r["rows"][1].update(peak_bytes=1.5), r"rows\[1\].peak_bytes must be a positive integer"),
 }  # fmt: skip
 
@@ -179,7 +181,7 @@ def test_on_a_gpu_kernels_count_and_each_once():
     ],
 )
 def test_peaks_are_those_of_the_very_device(name, precision, peak):
-    assert profile.peak_flops(name, precision) == peak
+    assert peaks.peak_flops(name, precision) == peak
 
 
 @pytest.mark.parametrize(

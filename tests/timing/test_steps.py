@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from salnb import timing
-from salnb.timing import Case, steps
+from salnb.timing import Case, steps, work
 from tests.helpers.timing_records import settings
 
 
@@ -103,7 +103,7 @@ def test_tf32_is_allowed_where_it_is_asked_for_and_only_there():
 
 def test_arithmetic_is_counted_without_computing():
     """By hand: a network's multiplications, forward, and twice as many for its gradients."""
-    total, convolutions = steps.count_flops(Case("resnet18", None, batch=4, size=64))
+    total, convolutions = work.count_flops(Case("resnet18", None, batch=4, size=64))
     model = steps.models.build("resnet18", steps.NUM_CLASSES)
     products = []
 
