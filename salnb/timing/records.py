@@ -12,6 +12,7 @@ from salnb.timing.cases import PRECISIONS, Case
 __all__ = ["ACCESSORIES", "SCHEMA", "STATUSES", "Measured", "Row", "case_of", "check_record", "read_timing"]
 
 SCHEMA = "salnb timing 2"
+_BEFORE_BYTES = "salnb timing 1"
 STATUSES = ("ok", "out of memory", "failed", "not run", "not available")
 _RATIOS = ("ratio", "flops_ratio")
 # what a row that has its times can do without: the name of each in `lacks`, and the fields that are null then
@@ -131,7 +132,7 @@ def case_of(row: Mapping[str, Any]) -> Case:
 
 
 def read_timing(path: str | Path) -> dict[str, Any]:
-    """Read a record of the timing study.
+    """Read a record of the timing study; one of the first schema says what it lacks.
 
     Raises:
         FileNotFoundError: there is none.
@@ -140,10 +141,21 @@ def read_timing(path: str | Path) -> dict[str, Any]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no timing record {path}")
     record = read_record(path)
+    if record.get("schema") == _BEFORE_BYTES and isinstance(record.get("rows"), list):
+        record |= {"schema": SCHEMA, "rows": [_with_bytes(row) for row in record["rows"]]}
     try:
         return check_record(record)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def _with_bytes(row: Any) -> Any:
+    """A row of the first schema in the form of today's."""
+    if not isinstance(row, dict):
+        return row
+    lacks = dict.fromkeys(("bytes", "peaks"), "it was not asked for when this was recorded")
+    new = {"plain": False, "originals_only": False, **dict.fromkeys(("bytes", "peaks", "peaks_source"))}
+    return {**row, **new} | ({"lacks": row.get("lacks", {}) | lacks} if row.get("status") == "ok" else {})
 
 
 def _is_number(value: Any) -> bool:

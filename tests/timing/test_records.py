@@ -71,6 +71,22 @@ def test_a_damaged_record_is_refused_with_the_place(tmp_path, record, damage):
         timing.read_timing(tmp_path / "record.json")
 
 
+def test_a_record_of_the_first_schema_is_read_and_says_what_it_lacks(tmp_path, record):
+    old, new = copy.deepcopy(record), ("plain", "originals_only", "bytes", "peaks", "peaks_source", "lacks")
+    old["schema"] = "salnb timing 1"
+    old["rows"] = [
+        {name: value for name, value in row.items() if name not in new}
+        for row in old["rows"]
+        if not row["plain"] and not row["originals_only"]
+    ]
+    results.write_record(tmp_path / "old.json", old)
+    read = timing.read_timing(tmp_path / "old.json")
+    for before, after in zip(old["rows"], read["rows"], strict=True):
+        assert after["seconds"] == before["seconds"]
+        assert after["bytes"] is None
+        assert set(after["lacks"]) == {"bytes", "peaks"}
+
+
 def test_a_file_that_was_cut_is_refused(tmp_path, record):
     path = tmp_path / "record.json"
     results.write_record(path, record)
