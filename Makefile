@@ -22,7 +22,7 @@ READS := $(NOTEBOOKS:notebooks/%.ipynb=_build/reads/%.d)
 PACKAGE := $(shell find salnb -name '*.py')
 PAGES := _config.yml _toc.yml $(wildcard CHANGELOG.md LICENSE) $(shell find book -type f -not -path '*/__pycache__/*')
 
-.PHONY: help env book test test-unit test-notebooks test-pages test-slow test-oldest test-oldest-quick test-colab test-gpu
+.PHONY: help env book test test-unit test-notebooks test-pages test-slow test-oldest test-oldest-quick test-colab test-recipes test-gpu
 .PHONY: lint serve pdf notebook notebooks bench mutants clean
 
 CHECK_PYTHON = command -v $(PYTHON) >/dev/null || { echo "there is no $(PYTHON): make PYTHON=…"; exit 1; }; \
@@ -144,6 +144,15 @@ test-colab:  ## run every chapter from a wheel, in an environment that holds wha
 	$(COLAB)/bin/pip wheel --quiet --no-deps --wheel-dir _build/colab .; \
 	$(PYTHON) tools/install.py $(COLAB) "$$(echo _build/colab/*.whl)[chapters]"; \
 	$(COLAB)/bin/python -P tools/elsewhere.py $(NOTEBOOKS) --outputs _build/colab
+
+# the recipes of chapter 17 in the libraries that the book's environment does not have
+RECIPES := .venv-recipes
+
+test-recipes:  ## run the recipes of chapter 17 with transformers, Accelerate and PEFT
+	@$(CHECK_PYTHON)
+	@trap 'rm -rf $(RECIPES)' EXIT; \
+	$(PYTHON) tools/install.py $(RECIPES) --editable '.[chapters,recipes]' hypothesis pytest; \
+	$(RECIPES)/bin/python -m pytest -rs -p no:cacheprovider tests/objective/test_recipes.py
 
 # with the Python at hand, as a machine with a GPU may have no network: nothing is installed
 DEVICE := cuda

@@ -51,6 +51,6 @@ def test_the_targets_exist():
     named |= set(re.findall(r"run make ([a-z-]+)", (ROOT / ".ci" / "run").read_text()))
     named |= {entry["target"] for entry in JOBS["ci-versions"]["strategy"]["matrix"]["include"]}
     named |= {target.split()[0] for target in JOBS["weekly-newest"]["strategy"]["matrix"]["target"]}
-    assert named >= {"lint", "test", "book", "test-oldest", "test-colab"}
+    assert named >= {"lint", "test", "book", "test-oldest", "test-colab", "test-recipes"}
     for target in named:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
