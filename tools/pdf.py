@@ -7,6 +7,7 @@ Expects the site in `_build/html` and Chromium; writes `_build/html/salnb.pdf`, 
 
 import functools
 import http.server
+import io
 import shutil
 import sys
 import threading
@@ -74,6 +75,7 @@ def main() -> int:
     if browser is None or not (HTML / FIRST).exists():
         print("make pdf needs the built site (make book) and Chromium: apt-get install chromium")
         return 1
+    import pikepdf
     from playwright.sync_api import sync_playwright
 
     handler = functools.partial(_Quiet, directory=str(HTML))
@@ -90,8 +92,7 @@ def main() -> int:
         page.goto(start, wait_until="load")
         page.evaluate("html => { document.body.innerHTML = html; }", whole)
         page.wait_for_function("[...document.images].every(image => image.complete)")
-        page.pdf(
-            path=HTML / "salnb.pdf",
+        printed = page.pdf(
             format="A4",
             margin={"top": "16mm", "bottom": "16mm", "left": "16mm", "right": "16mm"},
             outline=True,
@@ -99,6 +100,8 @@ def main() -> int:
         )
         chromium.close()
         server.shutdown()
+    with pikepdf.open(io.BytesIO(printed)) as pdf:  # the browser writes its thousands of objects uncompressed
+        pdf.save(HTML / "salnb.pdf", object_stream_mode=pikepdf.ObjectStreamMode.generate)
     front = HTML / FIRST
     link = '<a href="../salnb.pdf">The whole book as a PDF</a>'
     front.write_text(front.read_text(encoding="utf-8").replace(PLACE, link), encoding="utf-8")
