@@ -23,13 +23,18 @@ _BORROWED = re.compile(r"figures/([\w-]+)/([\w-]+)\.jpeg")
 
 
 def assemble() -> None:
-    """Copy prose and configuration to `_build/source` and drop chapters that no longer exist."""
+    """Copy prose and configuration to `_build/source` and drop chapters that no longer exist.
+
+    Folders among the chapters are what runs left that were killed.
+    """
     for name in ("_config.yml", "_toc.yml", "CHANGELOG.md", "LICENSE"):
         shutil.copy(ROOT / name, SOURCE / name)
     shutil.rmtree(SOURCE / "book", ignore_errors=True)
     shutil.copytree(ROOT / "book", SOURCE / "book", ignore=shutil.ignore_patterns("__pycache__"))
     for executed in (SOURCE / "notebooks").iterdir():
-        if not (ROOT / "notebooks" / executed.name).exists():
+        if executed.is_dir():
+            shutil.rmtree(executed)
+        elif not (ROOT / "notebooks" / executed.name).exists():
             executed.unlink()
     for page in (SOURCE / "book").glob("*.md"):
         for chapter, cell in _BORROWED.findall(page.read_text()):
