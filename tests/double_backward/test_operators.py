@@ -53,7 +53,7 @@ def test_operators_over_the_baseline(network, written_out, in_kernels, monkeypat
 
 
 def test_operators_of_affine_alignment():
-    """A seventh of ResNet-50's baseline: matrices are small, and launched all the same."""
+    """Matrices are small, and launched all the same."""
     maps, augmentation = torch.rand(2, 1, 32, 32), Affine()
     params = augmentation.make_params(maps)
     with Calls() as calls:
