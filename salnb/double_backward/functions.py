@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
+from salnb._common.autograd import nodes_of
 from salnb._common.checks import is_channels_last
 from salnb.double_backward import batch_norm, fused
 from salnb.double_backward.bookkeeping import Maybe, last, save, saved, wanted
@@ -336,16 +337,10 @@ def check_second_derivative(
     PyTorch would say so in the backward pass, in words that do not tell why; asked for the gradients of given
     tensors only, it may leave the operation's share out without a word.
     """
-    seen, ahead = set(), [maps.grad_fn]
-    while ahead:
-        node = ahead.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        ahead += [following for following, _ in node.next_functions]
+    for node in nodes_of(maps):
         if node.name() in ("torch::autograd::Error", "torch::autograd::NotImplemented"):
             try:
-                node(*[None] * len(node._input_metadata))  # type: ignore[operator]
+                node(*[None] * len(node._input_metadata))
             except RuntimeError as error:
                 raise RuntimeError(
                     f"{what} differentiates the model twice, and one of its operations has no "

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from salnb._common.autograd import nodes_of
 from salnb.double_backward.recomputation import RecomputedMode
 from salnb.saliency.relu_spellings import SIGNS, SPELLINGS, ReLUCall, note_sign
 
@@ -135,14 +136,9 @@ def relus_unreached(scores: Tensor) -> list[str]:
     `autograd.Function` of the user's, which is known by its name only.
     """
     found: Counter[str] = Counter()
-    seen, ahead = set(), [scores.grad_fn]
-    while ahead:
-        node = ahead.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            ahead += [following for following, _ in node.next_functions]
-            if words := _is_unreached(node):
-                found[words] += 1
+    for node in nodes_of(scores):
+        if words := _is_unreached(node):
+            found[words] += 1
     return [f"{words} ({count}×)" for words, count in found.items()]
 
 

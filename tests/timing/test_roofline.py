@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from salnb import timing
+from salnb._common.autograd import nodes_of
 from salnb.timing import Case, peaks, steps, tables, work
 from salnb.timing.cases import Settings, plan
 from tests.helpers.timing_records import made_up_record
@@ -67,23 +68,12 @@ def test_bytes_are_those_of_the_batch_and_of_the_parameters():
     assert five == one + 4 * (two - one)
 
 
-def nodes(loss):
-    """The graph of a loss."""
-    seen, ahead = set(), [loss.grad_fn]
-    while ahead:
-        node = ahead.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            ahead += [following for following, _ in node.next_functions]
-    return seen
-
-
 def test_a_plain_step_has_the_same_gradient_by_other_functions():
     found = []
     for plain in (False, True):
         step = steps.step_of(dataclasses.replace(CASE, plain=plain), torch.device("cpu"))
         loss = step.loss()
-        names = {node.name() for node in nodes(loss)}
+        names = {node.name() for node in nodes_of(loss)}
         loss.backward()
         assert ("_BatchNormBackwardBackward" in names) != plain
         found.append(torch.cat([p.grad.flatten() for p in step.model.parameters()]))
