@@ -191,7 +191,11 @@ class DiskImages:
         try:
             yield from ready
         except DamagedFileError as error:  # from another process with its traceback, of which this is the end
-            raise DamagedFileError(str(error).rpartition("DamagedFileError: ")[2].strip()) from error
+            message = str(error).rpartition("DamagedFileError: ")[2].strip()
+            # its frames hold the loader, whose processes would wait until they are collected
+            raise DamagedFileError(message) from error.with_traceback(None)
+        finally:
+            del ready
 
 
 @dataclass

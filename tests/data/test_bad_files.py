@@ -1,6 +1,8 @@
 """Files that are not what they should be: the error names the file and the row."""
 
+import gc
 import io
+import multiprocessing
 import re
 
 import numpy as np
@@ -117,6 +119,17 @@ def test_a_label_out_of_range_is_named(label, how):
     message = rf"^row 7 of {folder}/train-1\.parquet: the label must be from 0 to {highest}, got {str(label).capitalize()}$"
     with pytest.raises(data.DamagedFileError, match=message):
         load_and_pass(how)
+
+
+def test_the_processes_that_read_end_with_the_error():
+    put("imagenet", spoilt({"bytes": TRUNCATED, "path": None}), rows(3))
+    gc.disable()  # it would end them, too, some time
+    try:
+        with pytest.raises(data.DamagedFileError):
+            load_and_pass("in other processes")
+        assert not multiprocessing.active_children()
+    finally:
+        gc.enable()
 
 
 def test_a_row_of_a_shuffled_stream_is_named_by_what_is_known_of_it():
