@@ -155,7 +155,7 @@ def _comparison(plot: Any, trained: Trained, image: Tensor, labels: Tensor, augm
     steps, valid, losses = compared_maps(trained, image, labels, AUGMENTATIONS[augment](), seed=5)
     title = [f"{trained.classes[int(labels)]}\nloss {losses.item():.4f}"]
     where = dict.fromkeys(list(steps)[-2:], valid)
-    return plot.show_maps(image, steps, title, rescale=False, valid=where, size=1.5)
+    return plot.show_maps(image, steps, title, rescale=False, valid=where, size=2.2, columns=3)
 
 
 def _npy(values: Tensor) -> bytes:

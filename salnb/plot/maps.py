@@ -81,6 +81,7 @@ def show_maps(
     size: float = 1.4,
     valid: Mapping[str, Tensor] | None = None,
     rescale: bool = True,
+    columns: int | None = None,
 ) -> Figure:
     """Photographs beside their maps: a grid of photographs × methods with one colour bar.
 
@@ -101,6 +102,7 @@ def show_maps(
         valid: for some of the names, booleans (N, 1, h, w): where one is false, the panel is hatched in
             grey, and the maximum does not count it.
         rescale: False draws maps as they are, so that a difference of maps keeps its size.
+        columns: panels in a row, for one photograph only; None puts all of it in one row.
 
     Returns:
         A figure with N × (1 + number of methods) axes, and one for the colour bar.
@@ -116,17 +118,16 @@ def show_maps(
     """
     titles, valid = _check_pictures(images, titles), valid or {}
     _check_maps(maps, len(images), signed, valid)
-    if across not in ("methods", "photos"):
-        raise ValueError(f"across must be 'methods' or 'photos', got {across!r}")
-    if not power > 0:
-        raise ValueError(f"power must be positive, got {power}")
-    if opacity is not None and not 0 <= opacity <= 1:
-        raise ValueError(f"opacity must lie in [0, 1], got {opacity}")
+    _check_look(across, power, opacity)
+    if columns is not None and len(images) != 1:
+        raise ValueError(f"columns is for one photograph, got {len(images)} images")
     power, photos_across = 1.0 if signed else power, across == "photos"
     height, width = images.shape[-2:]
-    columns = len(images) if photos_across else 1 + len(maps)
-    fig, axes = _panels(len(images) * (1 + len(maps)), columns, size, height / width)
-    axes = axes.reshape(-1, columns)
+    across_all = len(images) if photos_across else 1 + len(maps)
+    fig, axes = _panels(
+        len(images) * (1 + len(maps)), across_all if columns is None else columns, size, height / width
+    )
+    axes = axes.reshape(-1, across_all)
     grid = axes.T if photos_across else axes  # photographs × methods
     for ax, title, image in zip(grid[:, 0], titles, images, strict=True):
         _draw_image(ax, image)
@@ -207,6 +208,15 @@ def show_numbers(
         _draw_numbers(ax, matrix, limit, (struck or {}).get(title))
         ax.set_title(title, fontsize="small")
     return fig
+
+
+def _check_look(across: str, power: float, opacity: float | None) -> None:
+    if across not in ("methods", "photos"):
+        raise ValueError(f"across must be 'methods' or 'photos', got {across!r}")
+    if not power > 0:
+        raise ValueError(f"power must be positive, got {power}")
+    if opacity is not None and not 0 <= opacity <= 1:
+        raise ValueError(f"opacity must lie in [0, 1], got {opacity}")
 
 
 def _panels(count: int, columns: int, size: float, aspect: float) -> tuple[Figure, Any]:

@@ -105,6 +105,25 @@ def test_a_difference_of_maps_can_keep_its_size(photos):
     assert fig.axes[1].images[-1].get_clim() == (0, 1)
 
 
+@pytest.mark.parametrize("across", ["methods", "photos"])
+def test_the_maps_of_one_photograph_stand_in_several_rows(photos, maps, across):
+    fig = plot.show_maps(photos[:1], {name: one[:1] for name, one in maps.items()}, across=across, columns=2)
+    *panels, _ = fig.axes
+    fig.draw_without_rendering()
+    corners = [ax.get_position().get_points()[0].round(3).tolist() for ax in panels]
+    assert len(panels) == 1 + len(maps)
+    assert len({x for x, _ in corners}) == 2
+    assert len({y for _, y in corners}) == -(-len(panels) // 2)
+
+
+@pytest.mark.parametrize(
+    ("count", "columns", "message"), [(3, 2, "one photograph, got 3"), (1, 0, "at least 1, got 0")]
+)
+def test_columns_that_do_not_fit_are_refused(photos, count, columns, message):
+    with pytest.raises(ValueError, match=f"^columns .*{message}"):
+        plot.show_maps(photos[:count], {"one": photos[:count, :1]}, columns=columns)
+
+
 def test_overlay_lies_over_the_grey_photograph(photos, maps):
     ax = plot.overlay(photos, maps, opacity=0.3).axes[1]
     below, above = ax.images
