@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, Self, TypeVar
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from salnb._common.checks import at_least_float32_dtype, check_images, is_traced, plain
+from salnb._common.checks import at_least_float32_dtype, check_images, is_channels_last, is_traced, plain
 
 # what the face of the package shows; the rest serves those who write an augmentation
 __all__ = ["Augmentation", "Batch", "Draw", "NotInvertibleError", "Params"]
@@ -147,8 +148,22 @@ def in_pieces(function: Callable[..., Any], samples: Tensor, params: P) -> Any:
     if length >= len(samples) or not on_cpu(samples):
         return function(samples, params)
     pieces = [slice(start, start + length) for start in range(0, len(samples), length)]
-    results = [function(samples[piece], params[piece]) for piece in pieces]
-    return pytree.tree_map(lambda *parts: torch.cat(parts), *results)
+    results = (function(samples[piece], params[piece]) for piece in pieces)
+    first = next(results)
+    if any(part.requires_grad for part in pytree.tree_leaves(first)):
+        return pytree.tree_map(lambda *parts: torch.cat(parts), first, *results)
+    whole = pytree.tree_map(lambda part: _room(part, len(samples)), first)
+    for piece, result in zip(pieces, itertools.chain([first], results), strict=True):
+        pytree.tree_map(lambda room, part, piece=piece: room[piece].copy_(part), whole, result)
+    return whole
+
+
+def _room(part: Tensor, samples: int) -> Tensor:
+    """An empty tensor like a piece, in its memory format, for so many samples."""
+    memory_format = torch.channels_last if is_channels_last(part) else torch.contiguous_format
+    return torch.empty(
+        samples, *part.shape[1:], dtype=part.dtype, device=part.device, memory_format=memory_format
+    )
 
 
 def column(values: Tensor, images: Tensor) -> Tensor:
@@ -202,7 +217,7 @@ class Augmentation(nn.Module, Generic[P]):
         invertible: whether `inverse` has a way back.
         unit_range: whether images must lie in [0, 1].
         least_samples: how many images it needs.
-        piecewise: whether it takes enough passes over its images to be worth doing in pieces.
+        piecewise: whether `_transform` treats each image on its own, so that it may get a batch in pieces.
     """
 
     params_class: ClassVar[type[Params]]

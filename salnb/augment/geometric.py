@@ -57,6 +57,7 @@ class Geometric(Augmentation[P]):
     """An augmentation that moves pixels and can be undone wherever they stayed in the frame."""
 
     invertible = True
+    piecewise = True
 
     def warp(self, params: P, size: Sequence[int], dtype: torch.dtype) -> Warp:
         """The movement as a warp of a frame of that height and width, computed in the given dtype."""

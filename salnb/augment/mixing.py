@@ -9,7 +9,7 @@ from torch import Tensor
 
 from salnb._common.checks import check_labels, check_labels_to_mix
 from salnb._common.limits import check_number
-from salnb.augment.base import Augmentation, Draw, Params
+from salnb.augment.base import Augmentation, Draw, Params, in_pieces
 
 __all__ = ["CutMix", "CutMixParams", "CutOut", "CutOutParams", "MixUp", "MixUpParams"]
 
@@ -72,10 +72,10 @@ def inside(box: Tensor, size: Sequence[int]) -> Tensor:
     return (rows[:, :, None] & columns[:, None])[:, None]
 
 
-def mix(samples: Tensor, partner: Tensor, weight: Tensor) -> Tensor:
-    """`weight * own + (1 - weight) * partner's` for each sample of a tensor `(N, ...)`."""
-    weight = weight.to(samples.dtype).reshape(-1, *[1] * (samples.ndim - 1))
-    return torch.lerp(samples[partner], samples, weight)
+def mix(own: Tensor, others: Tensor, weight: Tensor) -> Tensor:
+    """`weight * own + (1 - weight) * others` for each sample of tensors `(N, ...)`."""
+    weight = weight.to(own.dtype).reshape(-1, *[1] * (own.ndim - 1))
+    return torch.lerp(others, own, weight)
 
 
 def class_weights(target: Tensor, num_classes: int | None, dtype: torch.dtype) -> Tensor:
@@ -108,6 +108,7 @@ class CutOut(Augmentation[CutOutParams]):
     """
 
     params_class = CutOutParams
+    piecewise = True
 
     def __init__(self, size: float = 0.5) -> None:
         super().__init__()
@@ -135,9 +136,16 @@ class _Mixing(Augmentation[M]):
         super().__init__()
         self.alpha = check_number("alpha", alpha, *ALPHAS)
 
+    def _mixed(self, own: Tensor, others: Tensor, params: M) -> Tensor:
+        """Images or maps and those of their partners, put together."""
+        raise NotImplementedError
+
+    def _transform(self, images: Tensor, params: M) -> Tensor:
+        return in_pieces(lambda own, some: self._mixed(own, images[some.partner], some), images, params)
+
     def _relabel(self, target: Tensor, params: M, num_classes: int | None) -> Tensor:
         own = class_weights(target, num_classes, params.weight.dtype)
-        return mix(own, params.partner, params.weight)
+        return mix(own, own[params.partner], params.weight)
 
 
 class MixUp(_Mixing[MixUpParams]):
@@ -152,12 +160,12 @@ class MixUp(_Mixing[MixUpParams]):
     def _draw(self, draw: Draw) -> MixUpParams:
         return MixUpParams(draw.partners(), draw.beta(self.alpha))
 
-    def _transform(self, images: Tensor, params: MixUpParams) -> Tensor:
-        return mix(images, params.partner, params.weight)
+    def _mixed(self, own: Tensor, others: Tensor, params: MixUpParams) -> Tensor:
+        return mix(own, others, params.weight)
 
     def _carry(self, maps: Tensor, params: MixUpParams, valid: Tensor | None) -> tuple[Tensor, Tensor | None]:
         both = None if valid is None else valid & valid[params.partner]
-        return mix(maps, params.partner, params.weight), both
+        return self._transform(maps, params), both
 
 
 class CutMix(_Mixing[CutMixParams]):
@@ -177,8 +185,8 @@ class CutMix(_Mixing[CutMixParams]):
         taken = (box[:, 2:] - box[:, :2]).prod(-1).to(draw.dtype)
         return CutMixParams(draw.partners(), 1 - taken / (draw.size[0] * draw.size[1]), box)
 
-    def _transform(self, images: Tensor, params: CutMixParams) -> Tensor:
-        return torch.where(inside(params.box, images.shape[-2:]), images[params.partner], images)
+    def _mixed(self, own: Tensor, others: Tensor, params: CutMixParams) -> Tensor:
+        return torch.where(inside(params.box, own.shape[-2:]), others, own)
 
     def _carry(
         self, maps: Tensor, params: CutMixParams, valid: Tensor | None

@@ -126,6 +126,7 @@ class Contrast(Photometric[ContrastParams]):
 
     params_class = ContrastParams
     unit_range = True
+    piecewise = True
 
     def __init__(self, factor: tuple[float, float] = (0.5, 1.5), p: float = 0.5) -> None:
         super().__init__()
@@ -203,6 +204,7 @@ class Grayscale(Photometric[GrayscaleParams]):
     """Take the colour out of each image with probability p; it keeps its channels."""
 
     params_class = GrayscaleParams
+    piecewise = True
 
     def __init__(self, p: float = 0.2) -> None:
         super().__init__()

@@ -55,8 +55,7 @@ class Sequential(Augmentation[SequentialParams]):
         self.invertible = all(step.invertible for step in augmentations)
         self.unit_range = any(step.unit_range for step in augmentations)
         self.least_samples = max(step.least_samples for step in augmentations)
-        # pieces would part partners
-        self.piecewise = self.least_samples == 1 and any(step.piecewise for step in augmentations)
+        self.piecewise = all(step.piecewise for step in augmentations)
 
     def extra_repr(self) -> str:
         """Nothing: the steps are printed as submodules."""

@@ -229,23 +229,44 @@ def test_pieces_are_cut_of_what_is_large_on_a_cpu_and_has_values(monkeypatch):
     assert lengths_of_pieces(FakeTensorMode().from_tensor(images)) == [6]
 
 
+class BatchMean(augment.Identity):
+    """One of a user's own, whose images depend on the whole batch."""
+
+    def _transform(self, images, params):
+        return images.mean(0, keepdim=True).expand_as(images)
+
+
 @pytest.mark.parametrize(
     ("aug", "lengths"),
     [
         (augment.ColorJitter(), [4, 2]),
         (augment.AugMix(), [4, 2]),
         (augment.SimCLR(), [4, 2]),
-        (augment.Sequential(augment.HorizontalFlip(), augment.Contrast()), [6]),  # nothing takes long
+        (augment.Affine(), [4, 2]),
+        (augment.Sequential(augment.HorizontalFlip(), augment.Contrast()), [4, 2]),
+        (augment.MixUp(), [6]),
         (augment.Sequential(augment.MixUp(), augment.ColorJitter()), [6]),  # partners stay together
+        (augment.Sequential(BatchMean(), augment.ColorJitter()), [6]),  # nobody knows
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, torch.nn.Module) else str(value),
 )
-def test_what_takes_many_passes_is_done_in_pieces(aug, lengths, monkeypatch):
+def test_what_treats_each_image_alone_does_so_in_pieces(aug, lengths, monkeypatch):
     images, _ = batch()
     monkeypatch.setattr(augment_base, "PIECE", 4 * images[0].numel())
     with mock.patch.object(aug, "_transform", wraps=aug._transform) as transform:
         aug.images(images, aug.make_params(images))
     assert [len(call.args[0]) for call in transform.call_args_list] == lengths
+
+
+@every
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_pieces_keep_the_memory_format(name, memory_format, monkeypatch):
+    images, _ = batch()
+    images = images.contiguous(memory_format=memory_format)
+    params = ONE[name].make_params(images)
+    whole = ONE[name].images(images, params)
+    monkeypatch.setattr(augment_base, "PIECE", 4 * images[0].numel())
+    assert ONE[name].images(images, params).stride() == whole.stride()
 
 
 @every
