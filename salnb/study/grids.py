@@ -246,7 +246,7 @@ REFERENCES = {
     "table3": ("strategy", "none", "test_accuracy"),
     "open": ("variant", "reference", "test_accuracy"),
     **dict.fromkeys(TUNING, ("balance", "0", "validation_accuracy")),
-    "treated": ("arm", "silu", "test_accuracy"),
+    **dict.fromkeys(("treated", "treated-again"), ("arm", "silu", "test_accuracy")),
     "few-labels": ("arm", "labels", "test_accuracy"),
     "shortcut": ("arm", "reference", "test_worst_group_accuracy"),
 }

@@ -20,7 +20,7 @@ __all__ = ["PLANNED", "STUDY_NAMES", "TUNING", "Scale", "check_known", "load_sca
 _OF_STUDIES = frozenset({"augmentation", "data", "gamma", "model", "out", "seed"})
 
 # those that have a plan, `results/plans/STUDY.yml`, and before each the choice of its weights
-PLANNED = ("treated", "few-labels", "shortcut")
+PLANNED = ("treated", "treated-again", "few-labels", "shortcut")
 TUNING = tuple(f"{study}-tuning" for study in PLANNED)
 STUDY_NAMES = ("gamma", "table1", "table2", "table3", "open", *TUNING, *PLANNED)
 
