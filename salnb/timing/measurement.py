@@ -72,6 +72,8 @@ def measure_case(
     """
     wanted, averaged = counted(iterations, case.every)
     watch = Stopwatch(clock_of(device))
+    if device.type == "cpu":
+        _let_memory_be_kept()
     with arithmetic(case, device):
         step = step_of(case, device, watch.mark)
         iterations, averaged = run_protocol(step, watch, wanted, averaged, left, shrink=shrink)
@@ -105,6 +107,15 @@ def measure_case(
 
 # what takes about as long as a few steps
 _SLOW = ("kinds", "peak_bytes", "flops", "bytes", "peaks")
+
+
+def _let_memory_be_kept() -> None:
+    """Have glibc keep the memory that is freed, as it does anyway once a large block has been freed.
+
+    Until then it gives memory back and fetches it anew in every step, which takes a quarter of a small step:
+    the rows that happen to be measured first would look slow.
+    """
+    torch.empty(31 * 2**20, dtype=torch.uint8)  # 32 MiB is as far as its threshold goes
 
 
 def _with(case: Case, measured: Measured, name: str, find: Callable[[], Any]) -> Measured:
