@@ -62,13 +62,9 @@ class CompiledStep:
     ) -> Losses:
         """What `step_losses` returns, but that only the total can be called `backward()` on."""
         images = inputs.images
-        if images.requires_grad or any(value.requires_grad for value in inputs.model_kwargs.values()):
-            raise ValueError(
-                "images must not require a gradient after compile(), nor must model_kwargs: "
-                "only the parameters' are computed"
-            )
         self._check_compiler(images)
         given, structure = pytree.tree_flatten(inputs)
+        _check_constant(inputs)
         step = TracedStep(modules, settings, structure)
         state = dict(step.named_parameters()) | dict(step.named_buffers())
         # written by the device itself, which a copy from the host would have to wait for
@@ -135,6 +131,18 @@ class Graph(NamedTuple):
     run: Callable  # of a flat list of tensors, to another
     outputs: pytree.TreeSpec  # the structure of what it returns
     num_classes: int
+
+
+def _check_constant(inputs: StepInputs) -> None:
+    """Check that nothing of a batch is to be differentiated: a graph has the parameters' gradients only."""
+    names = {"new_images": "what the augmentation returns", "params": "what the augmentation draws"}
+    for field in ("images", "target", "model_kwargs", *names):
+        values = pytree.tree_leaves(getattr(inputs, field))
+        if any(isinstance(value, Tensor) and value.requires_grad for value in values):
+            raise ValueError(
+                f"{names.get(field, field)} must not require a gradient after compile(): only those of the "
+                "parameters of the model are computed; leave compile() out for others"
+            )
 
 
 class TracedStep(nn.ModuleDict):

@@ -257,6 +257,6 @@ STUDIES: dict[str, Callable[[Scale, Gammas, Match], Cells]] = {
     "table2": functools.partial(_with_and_without, ("simclr",)),
     "table3": _table3,
     "open": _open,
-    **{name: functools.partial(_tuning, study) for name, study in zip(TUNING, PLANNED, strict=True)},
+    **{name: functools.partial(_tuning, name.removesuffix("-tuning")) for name in TUNING},
     **{study: functools.partial(_planned, study) for study in PLANNED},
 }

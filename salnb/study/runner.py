@@ -22,7 +22,7 @@ from salnb._common.files import locked, remove_drafts
 from salnb.study.grids import UNCHOSEN, Training, trainings
 from salnb.study.plans import identity, load_plan
 from salnb.study.progress import Progress
-from salnb.study.scale import PLANNED, Scale
+from salnb.study.scale import PLANNED, TUNING, Scale
 from salnb.study.values import read_one
 from salnb.study.weights import choose_balances, choose_gammas, match_weight
 from salnb.train import fit
@@ -83,7 +83,8 @@ def run(
     with locked(folder):
         own = scale.for_study(study)
         if study in PLANNED:
-            chosen = _run(f"{study}-tuning", own, folder, {}, execute, display)
+            choice = f"{study}-tuning"
+            chosen = _run(choice, own, folder, {}, execute, display) if choice in TUNING else []
             return _run(study, scale, folder, choose_balances(load_plan(study), chosen), execute, display)
         gammas = dict.fromkeys(own.data, float(own.gammas[0]))
         if study not in ("gamma", "table3") and len(own.gammas) > 1:

@@ -46,8 +46,9 @@ def guaranteed(case: Case, before: Sequence[Row], left: float) -> bool:
     The plan begins with a pair; another takes its place while there is time. What has to be compiled may take
     minutes, in which nothing is gained by fewer iterations.
     """
-    paired = any(row.measured and row.case.method for row in before)
-    return not (paired or case.compiled) and (left > 0 or len(before) < 2)
+    paired = any(row.measured and row.case.method and not row.case.plain for row in before)
+    beside = case.plain or case.originals_only
+    return not (paired or beside or case.compiled) and (left > 0 or len(before) < 2)
 
 
 def expected_seconds(case: Case, iterations: int, before: Sequence[Row]) -> float:

@@ -13,7 +13,7 @@ from torch import nn
 from torch.torch_version import TorchVersion
 
 from salnb import Objective, saliency
-from salnb.augment import AUGMENTATIONS, Rotation
+from salnb.augment import AUGMENTATIONS, Identity, Rotation
 from tests.helpers.methods import cheap
 from tests.helpers.networks import conv_bn
 from tests.helpers.tolerances import assert_close, relative_difference
@@ -292,6 +292,17 @@ class Data(nn.Sequential):
         return super().forward(x if x.sum() > 0 else -x)
 
 
+class Shifted(Identity):
+    """An augmentation with a parameter of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.shift = nn.Parameter(torch.zeros(()))
+
+    def _transform(self, images, params):
+        return images + self.shift
+
+
 @pytest.mark.usefixtures("traced")
 def test_what_cannot_be_compiled_says_so():
     x = images(dtype=torch.float32)
@@ -303,7 +314,12 @@ def test_what_cannot_be_compiled_says_so():
     _, compiled = pair(model=conv_bn())
     with pytest.raises(ValueError, match="images must not require a gradient after compile"):
         compiled(x.requires_grad_(), TARGET)
+    for given, name in [(x.detach(), "what the augmentation returns"), (x, "images")]:
+        _, compiled = pair(model=conv_bn(), augmentation=Shifted())
+        with pytest.raises(ValueError, match=f"^{name} must not require a gradient after compile"):
+            compiled(given, TARGET)
     x = images(dtype=torch.float32)
+    _, compiled = pair(model=conv_bn())
     for _ in range(2):  # when the graph is new, and when it is not
         with pytest.raises(ValueError, match="target must lie in 0 … 3, got 4"):
             compiled(x, TARGET + 1)

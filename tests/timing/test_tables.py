@@ -76,7 +76,7 @@ def test_fewer_steps_come_before_the_methods(record):
     assert [row["every"] for row in rows][:3] == [4, 16, 1]
     assert {row["network"] for row in rows} == {"resnet18"}
     assert tables.method_table(rows).splitlines()[0] == (
-        "every 4th step           4.20 measured   2.00 arithmetic"
+        "every 4th step           4.80 measured   2.00 arithmetic"
     )
     copies = rows[-1] | {"method": "smoothgrad", "samples": 5}
     assert tables.method_label(copies) == "smoothgrad, 5 copies"
@@ -96,7 +96,7 @@ def test_each_record_stands_below_the_paper(record, changed):
     at = next(i for i, line in enumerate(lines) if line.startswith("resnet50"))
     assert lines[at : at + 3] == [
         "resnet50         307.6 ms      2156.1 ms    7.01            the paper",
-        "                  24.0 ms        78.0 ms    3.25      2.00  cpu",
+        "                  28.0 ms        90.0 ms    3.21      2.00  cpu",
         "                                              not measured      other",
     ]
     assert len(lines) == 1 + 3 * len(timing.PAPER)
