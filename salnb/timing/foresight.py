@@ -34,6 +34,8 @@ def foreseen(
         n = row.case.batch
         if row.status == "out of memory" and n < case.batch and replace(row.case, batch=case.batch) == case:
             return "out of memory", f"a batch of {n}+{n} was too large already"
+    if _beside(case) and not _paired(before):  # a pair has to come first
+        return "not run", "no step with saliency was measured that it could stand beside"
     needed = expected_seconds(case, iterations, before)
     if left <= 0 or needed > left:
         return "not run", f"about {needed:.0f} s were needed, {max(left, 0):.0f} s were left"
@@ -46,9 +48,15 @@ def guaranteed(case: Case, before: Sequence[Row], left: float) -> bool:
     The plan begins with a pair; another takes its place while there is time. What has to be compiled may take
     minutes, in which nothing is gained by fewer iterations.
     """
-    paired = any(row.measured and row.case.method and not row.case.plain for row in before)
-    beside = case.plain or case.originals_only
-    return not (paired or beside or case.compiled) and (left > 0 or len(before) < 2)
+    return not (_paired(before) or _beside(case) or case.compiled) and (left > 0 or len(before) < 2)
+
+
+def _paired(before: Sequence[Row]) -> bool:
+    return any(row.measured and row.case.method and not row.case.plain for row in before)
+
+
+def _beside(case: Case) -> bool:
+    return case.plain or case.originals_only
 
 
 def expected_seconds(case: Case, iterations: int, before: Sequence[Row]) -> float:

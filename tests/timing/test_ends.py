@@ -264,16 +264,17 @@ def test_there_is_a_pair_however_slow_the_machine_is(tmp_path, monkeypatch, seco
 def test_another_pair_takes_the_place_of_one_that_failed(tmp_path, monkeypatch):
     slow = Slow(monkeypatch, 0.5)
     slow.failing = timing.Case("resnet18", batch=2, size=64)
-    rows = slow.study(tmp_path, budget=25)["rows"]
-    of = {
-        (row["network"], row["method"], row["plain"]): row["status"]
-        for row in rows[:6]
-        if not row["originals_only"]
-    }
-    assert of["resnet18", None, False] == "ok"
-    assert of["resnet18", "vanilla_gradient", False] == "out of memory"
-    assert of["resnet18", "vanilla_gradient", True] == "not run"  # which would be no pair
-    assert of["resnet50", None, False] == of["resnet50", "vanilla_gradient", False] == "ok"
+    rows = slow.study(tmp_path, budget=15)["rows"]
+    assert [row["plain"] or row["originals_only"] for row in rows[:6]] == [
+        False,
+        False,
+        True,
+        True,
+        False,
+        False,
+    ]
+    assert [row["status"] for row in rows[:6]] == ["ok", "out of memory", "not run", "not run", "ok", "ok"]
+    assert "stand beside" in rows[2]["reason"]
     assert "ok" not in {row["status"] for row in rows[6:]}
 
 
