@@ -60,10 +60,15 @@ class ReLURule(RecomputedMode):
                 note_sign(SIGNS[func], result, *args, *kwargs.values())
             return result
         self.relu_count += 1
-        if call.in_place and call.input._is_view():  # the rest of its base has a history to be kept
-            out = Rectifier.apply(call.input, partial(call.out_of_place, call.input), call, False, self)
-            return call.input.copy_(out)
-        return Rectifier.apply(call.input, partial(func, *args, **kwargs), call, call.in_place, self)
+        x, written = call.input, call.input if call.into is None else call.into
+        # the rest of a view's base has a history to be kept
+        apart = call.cap is not None or written is not x or (call.in_place and x._is_view())
+        if not apart:
+            return Rectifier.apply(x, partial(func, *args, **kwargs), call, call.in_place, self)
+        out = Rectifier.apply(x, partial(call.out_of_place, x), call, False, self)
+        if call.cap is not None:
+            out = out.clamp(max=call.cap)
+        return written.copy_(out) if call.in_place else out
 
 
 class Rectifier(torch.autograd.Function):

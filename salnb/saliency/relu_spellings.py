@@ -17,7 +17,9 @@ class ReLUCall(NamedTuple):
     Attributes:
         input: x.
         upper: the upper bound; None is infinity.
-        in_place: whether the input is overwritten.
+        in_place: whether a tensor is overwritten, which is the input or `into`.
+        into: a tensor that the result is written to instead of the input: the mask of `mask *= x`.
+        cap: a tensor with a gradient of its own that bounds the result, which the rules leave alone.
         plain: the same, not in place, for the spellings whose derivative on the bounds depends on the version
             of PyTorch; for the others, None, it is zero.
     """
@@ -25,6 +27,8 @@ class ReLUCall(NamedTuple):
     input: Tensor
     upper: float | None = None
     in_place: bool = False
+    into: Tensor | None = None
+    cap: Tensor | None = None
     plain: Callable[[Tensor], Tensor] | None = None
 
     def out_of_place(self, x: Tensor) -> Tensor:
@@ -75,6 +79,8 @@ def _prelu(input: Tensor, weight: Tensor) -> ReLUCall | None:
 def _clamp(input: Tensor, min: Any = None, max: Any = None) -> ReLUCall | None:
     if min is None or not _is_zero(min):
         return None
+    if isinstance(max, Tensor) and max.requires_grad:
+        return ReLUCall(input, cap=max, plain=lambda x: x.clamp(min))
     return ReLUCall(input, plain=lambda x: x.clamp(min, max))
 
 
@@ -129,22 +135,23 @@ class _Sign(NamedTuple):
 
     tensor: Tensor
     version: int
+    made: int  # the version of the mask itself
     positive: bool  # whether it is true where the tensor is positive; zero may belong to either side
 
 
 def note_sign(name: str, result: Any, *args: Any) -> None:
     """Remember of a mask that it is the sign of a tensor, so that `x * (x > 0)` is known for what it is."""
-    if not isinstance(result, Tensor) or result is args[0]:
+    if not isinstance(result, Tensor) or result is args[0] or result.is_inference():
         return
     if name in _COMPARISONS:
         (x, zero), positive = args[:2], _COMPARISONS[name]
         if not isinstance(x, Tensor) or (isinstance(zero, Tensor) and zero.requires_grad):
             x, zero, positive = zero, x, not positive
-        if isinstance(x, Tensor) and _is_zero(zero):
-            result._sign = _Sign(x, x._version, positive)  # type: ignore[attr-defined]
-    elif isinstance(sign := getattr(args[0], "_sign", None), _Sign):
+        if isinstance(x, Tensor) and not x.is_inference() and _is_zero(zero):
+            result._sign = _Sign(x, x._version, result._version, positive)  # type: ignore[attr-defined]
+    elif isinstance(sign := getattr(args[0], "_sign", None), _Sign) and args[0]._version == sign.made:
         positive = sign.positive is not (name in _NEGATIONS)
-        result._sign = sign._replace(positive=positive)  # type: ignore[attr-defined]
+        result._sign = sign._replace(made=result._version, positive=positive)  # type: ignore[attr-defined]
 
 
 def _is_sign(mask: Any, x: Any, *, positive: bool) -> bool:
@@ -152,7 +159,8 @@ def _is_sign(mask: Any, x: Any, *, positive: bool) -> bool:
     sign = getattr(mask, "_sign", None)
     if not isinstance(sign, _Sign) or not isinstance(x, Tensor) or sign.positive is not positive:
         return False
-    t, unchanged = sign.tensor, sign.tensor._version == sign.version
+    t = sign.tensor
+    unchanged = t._version == sign.version and mask._version == sign.made
     same = t is x or (t.shape == x.shape and t.stride() == x.stride() and t.is_set_to(x.detach()))
     return same and unchanged
 
@@ -197,7 +205,14 @@ def _reader(parse: Callable[..., ReLUCall | None], *, in_place: bool) -> Callabl
         call = parse(*args, **kwargs)
         if call is None or not call.input.requires_grad:
             return None
-        return call._replace(in_place=True) if in_place else call
+        if not in_place:
+            return call
+        written = args[0] if args else kwargs["input"]
+        if written is call.input:
+            return call._replace(in_place=True)
+        if not torch.can_cast(torch.result_type(call.input, written), written.dtype):
+            return None  # for PyTorch's own error
+        return call._replace(in_place=True, into=written)
 
     return read
 
