@@ -11,7 +11,7 @@ from torch import Tensor
 
 from salnb._common.autograd import nodes_of
 from salnb.double_backward.recomputation import RecomputedMode
-from salnb.saliency.relu_spellings import SIGNS, SPELLINGS, ReLUCall, note_sign
+from salnb.saliency.relu_spellings import SIGNS, SPELLINGS, ReLUCall, is_zero, note_sign
 
 __all__ = ["ReLURule", "Rectifier", "relus_unreached"]
 
@@ -162,8 +162,7 @@ def _is_unreached(node: Any) -> str | None:
     if kind not in _NODES:
         return None
     bound = getattr(node, attribute) if (attribute := _NODES[kind]) else 0
-    at_zero = not bound.any() if isinstance(bound, Tensor) else bound == 0
-    return name if at_zero else None
+    return name if is_zero(bound) else None
 
 
 def _sounds_like_relu(name: str) -> bool:
