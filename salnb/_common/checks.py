@@ -24,7 +24,7 @@ def is_traced(tensor: Tensor) -> bool:
         or isinstance(tensor, FakeTensor | FunctionalTensor)
         or tensor.is_meta
         or torch._is_functional_tensor(tensor)
-        or _is_batched(tensor)
+        or is_batched(tensor)
     )
 
 
@@ -33,7 +33,7 @@ def is_channels_last(tensor: Tensor) -> bool:
     return not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)
 
 
-def _is_batched(tensor: Tensor) -> bool:
+def is_batched(tensor: Tensor) -> bool:
     """Whether the tensor is one of `vmap`, alone or with other transforms of `torch.func` around it."""
     functorch = torch._C._functorch
     while functorch.is_functorch_wrapped_tensor(tensor):

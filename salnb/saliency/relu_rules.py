@@ -11,7 +11,7 @@ from torch import Tensor
 
 from salnb._common.autograd import nodes_of
 from salnb.double_backward.recomputation import RecomputedMode
-from salnb.saliency.relu_spellings import SIGNS, SPELLINGS, ReLUCall, note_sign
+from salnb.saliency.relu_spellings import SIGNS, SPELLINGS, ReLUCall, is_zero, note_sign
 
 __all__ = ["ReLURule", "Rectifier", "relus_unreached"]
 
@@ -60,10 +60,15 @@ class ReLURule(RecomputedMode):
                 note_sign(SIGNS[func], result, *args, *kwargs.values())
             return result
         self.relu_count += 1
-        if call.in_place and call.input._is_view():  # the rest of its base has a history to be kept
-            out = Rectifier.apply(call.input, partial(call.out_of_place, call.input), call, False, self)
-            return call.input.copy_(out)
-        return Rectifier.apply(call.input, partial(func, *args, **kwargs), call, call.in_place, self)
+        x, written = call.input, call.input if call.into is None else call.into
+        # the rest of a view's base has a history to be kept
+        apart = call.cap is not None or written is not x or (call.in_place and x._is_view())
+        if not apart:
+            return Rectifier.apply(x, partial(func, *args, **kwargs), call, call.in_place, self)
+        out = Rectifier.apply(x, partial(call.out_of_place, x), call, False, self)
+        if call.cap is not None:
+            out = out.clamp(max=call.cap)
+        return written.copy_(out) if call.in_place else out
 
 
 class Rectifier(torch.autograd.Function):
@@ -157,8 +162,7 @@ def _is_unreached(node: Any) -> str | None:
     if kind not in _NODES:
         return None
     bound = getattr(node, attribute) if (attribute := _NODES[kind]) else 0
-    at_zero = not bound.any() if isinstance(bound, Tensor) else bound == 0
-    return name if at_zero else None
+    return name if is_zero(bound) else None
 
 
 def _sounds_like_relu(name: str) -> bool:

@@ -2,13 +2,19 @@
 
 import inspect
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_mode
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
-__all__ = ["SIGNS", "SPELLINGS", "ReLUCall", "note_sign"]
+from salnb._common.checks import is_batched
+
+__all__ = ["SIGNS", "SPELLINGS", "ReLUCall", "is_zero", "note_sign"]
 
 
 class ReLUCall(NamedTuple):
@@ -17,7 +23,10 @@ class ReLUCall(NamedTuple):
     Attributes:
         input: x.
         upper: the upper bound; None is infinity.
-        in_place: whether the input is overwritten.
+        in_place: whether a tensor is overwritten, which is the input or `into`.
+        into: a tensor that the result is written to instead of the input: the mask of `mask *= x`.
+        zero: what has to be zero, if it may be: a number, or a tensor, whose values are looked at last.
+        cap: a tensor with a gradient of its own that bounds the result, which the rules leave alone.
         plain: the same, not in place, for the spellings whose derivative on the bounds depends on the version
             of PyTorch; for the others, None, it is zero.
     """
@@ -25,6 +34,9 @@ class ReLUCall(NamedTuple):
     input: Tensor
     upper: float | None = None
     in_place: bool = False
+    into: Tensor | None = None
+    zero: Any = 0
+    cap: Tensor | None = None
     plain: Callable[[Tensor], Tensor] | None = None
 
     def out_of_place(self, x: Tensor) -> Tensor:
@@ -69,32 +81,34 @@ def _elu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> ReLUCall |
 
 
 def _prelu(input: Tensor, weight: Tensor) -> ReLUCall | None:
-    return ReLUCall(input) if _is_zero(weight) else None  # one that is trained is no ReLU, even at zero
+    return ReLUCall(input, zero=weight)  # one that is trained is no ReLU, even at zero
 
 
 def _clamp(input: Tensor, min: Any = None, max: Any = None) -> ReLUCall | None:
-    if min is None or not _is_zero(min):
+    if min is None:
         return None
-    return ReLUCall(input, plain=lambda x: x.clamp(min, max))
+    if isinstance(max, Tensor) and max.requires_grad:
+        return ReLUCall(input, zero=min, cap=max, plain=lambda x: x.clamp(min))
+    return ReLUCall(input, zero=min, plain=lambda x: x.clamp(min, max))
 
 
 def _maximum(input: Tensor, other: Any) -> ReLUCall | None:
     if not isinstance(other, Tensor):  # a dimension
         return None
     x, zero = (input, other) if input.requires_grad else (other, input)
-    return ReLUCall(x, plain=lambda x: torch.maximum(x, zero)) if _is_zero(zero) else None
+    return ReLUCall(x, zero=zero, plain=lambda x: torch.maximum(x, zero))
 
 
 def _fmax(input: Tensor, other: Tensor) -> ReLUCall | None:
     x, zero = (input, other) if input.requires_grad else (other, input)
-    return ReLUCall(x, plain=lambda x: torch.fmax(x, zero)) if _is_zero(zero) else None
+    return ReLUCall(x, zero=zero, plain=lambda x: torch.fmax(x, zero))
 
 
 def _where(condition: Tensor, input: Any, other: Any) -> ReLUCall | None:
-    if _is_zero(other) and _is_sign(condition, input, positive=True):
-        return ReLUCall(input, plain=lambda x: torch.where(condition, x, 0))
-    if _is_zero(input) and _is_sign(condition, other, positive=False):
-        return ReLUCall(other, plain=lambda x: torch.where(condition, 0, x))
+    if _is_sign(condition, input, positive=True):
+        return ReLUCall(input, zero=other, plain=lambda x: torch.where(condition, x, 0))
+    if _is_sign(condition, other, positive=False):
+        return ReLUCall(other, zero=input, plain=lambda x: torch.where(condition, 0, x))
     return None
 
 
@@ -108,20 +122,31 @@ def _multiply(input: Any, other: Any) -> ReLUCall | None:
 
 
 def _masked_fill(input: Tensor, mask: Tensor, value: Any) -> ReLUCall | None:
-    if not _is_sign(mask, input, positive=False) or not _is_zero(value):
+    if not _is_sign(mask, input, positive=False):
         return None
-    return ReLUCall(input, plain=lambda x: x.masked_fill(mask, 0))
+    return ReLUCall(input, zero=value, plain=lambda x: x.masked_fill(mask, 0))
 
 
 def _set_item(input: Tensor, index: Any, value: Any) -> ReLUCall | None:
     return _masked_fill(input, index, value) if isinstance(index, Tensor) else None
 
 
-def _is_zero(value: Any) -> bool:
-    """Whether this is a zero, or a tensor of zeros that stay zeros."""
-    if isinstance(value, Tensor):
-        return not value.requires_grad and not value.any()
-    return isinstance(value, int | float) and value == 0
+def is_zero(value: Any) -> bool | None:
+    """Whether this is a zero, or a tensor of zeros that stay zeros; None of what has no values to look at."""
+    if not isinstance(value, Tensor):
+        return isinstance(value, int | float) and value == 0
+    if value.requires_grad or value.is_meta or is_batched(value):
+        return False
+    try:
+        return not value.any()
+    except (DataDependentOutputException, GuardOnDataDependentSymNode):
+        return None
+
+
+def _certainly_zero(value: Any) -> bool:
+    if (zero := is_zero(value)) is None:
+        raise _UnknownError
+    return zero
 
 
 class _Sign(NamedTuple):
@@ -129,22 +154,29 @@ class _Sign(NamedTuple):
 
     tensor: Tensor
     version: int
+    made: int  # the version of the mask itself
     positive: bool  # whether it is true where the tensor is positive; zero may belong to either side
+    known: bool  # false where a traced graph has no values that would tell whether it is zero
 
 
 def note_sign(name: str, result: Any, *args: Any) -> None:
     """Remember of a mask that it is the sign of a tensor, so that `x * (x > 0)` is known for what it is."""
-    if not isinstance(result, Tensor) or result is args[0]:
+    if not isinstance(result, Tensor) or result is args[0] or result.is_inference():
         return
     if name in _COMPARISONS:
         (x, zero), positive = args[:2], _COMPARISONS[name]
         if not isinstance(x, Tensor) or (isinstance(zero, Tensor) and zero.requires_grad):
             x, zero, positive = zero, x, not positive
-        if isinstance(x, Tensor) and _is_zero(zero):
-            result._sign = _Sign(x, x._version, positive)  # type: ignore[attr-defined]
-    elif isinstance(sign := getattr(args[0], "_sign", None), _Sign):
+        if not isinstance(x, Tensor) or x.is_inference() or (known := is_zero(zero)) is False:
+            return
+        result._sign = _Sign(x, x._version, result._version, positive, bool(known))  # type: ignore[attr-defined]
+    elif isinstance(sign := getattr(args[0], "_sign", None), _Sign) and args[0]._version == sign.made:
         positive = sign.positive is not (name in _NEGATIONS)
-        result._sign = sign._replace(positive=positive)  # type: ignore[attr-defined]
+        result._sign = sign._replace(made=result._version, positive=positive)  # type: ignore[attr-defined]
+
+
+class _UnknownError(Exception):
+    """Whether a call is a ReLU depends on values that a traced graph does not have."""
 
 
 def _is_sign(mask: Any, x: Any, *, positive: bool) -> bool:
@@ -152,9 +184,20 @@ def _is_sign(mask: Any, x: Any, *, positive: bool) -> bool:
     sign = getattr(mask, "_sign", None)
     if not isinstance(sign, _Sign) or not isinstance(x, Tensor) or sign.positive is not positive:
         return False
-    t, unchanged = sign.tensor, sign.tensor._version == sign.version
-    same = t is x or (t.shape == x.shape and t.stride() == x.stride() and t.is_set_to(x.detach()))
+    t = sign.tensor
+    unchanged = t._version == sign.version and mask._version == sign.made
+    same = t is x or (t.shape == x.shape and t.stride() == x.stride() and _are_one(t, x))
+    if same and unchanged and x.requires_grad and not sign.known:
+        raise _UnknownError
     return same and unchanged
+
+
+def _are_one(x: Tensor, y: Tensor) -> bool:
+    """Whether two tensors of one shape have the same memory."""
+    if is_batched(x) or is_batched(y):
+        return False  # which do not say
+    with disable_proxy_modes_tracing() if get_proxy_mode() is not None else nullcontext():
+        return x.is_set_to(y.detach())
 
 
 _BY_NAME: dict[str, Callable[..., ReLUCall | None]] = {
@@ -183,6 +226,13 @@ _BY_NAME: dict[str, Callable[..., ReLUCall | None]] = {
 }
 
 
+_UNKNOWN = (
+    "compile() has no values that would tell whether a tensor is zero, and with it whether this call ({}) is "
+    "a ReLU, for which the saliency method has a rule: give a number instead of the tensor (F.relu(x), "
+    "x.clamp(min=0.1), F.leaky_relu(x, 0.25), x > 0), or leave compile() out"
+)
+
+
 def _reader(parse: Callable[..., ReLUCall | None], *, in_place: bool) -> Callable[..., ReLUCall | None]:
     """What makes a `ReLUCall` of a call's arguments, or None of those that are of another kind."""
     signature = inspect.signature(parse)
@@ -194,10 +244,20 @@ def _reader(parse: Callable[..., ReLUCall | None], *, in_place: bool) -> Callabl
             signature.bind(*args, **kwargs)
         except TypeError:
             return None
-        call = parse(*args, **kwargs)
-        if call is None or not call.input.requires_grad:
-            return None
-        return call._replace(in_place=True) if in_place else call
+        try:
+            call = parse(*args, **kwargs)
+            if call is None or not call.input.requires_grad or not _certainly_zero(call.zero):
+                return None
+        except _UnknownError:
+            raise RuntimeError(_UNKNOWN.format(parse.__name__.strip("_"))) from None
+        if not in_place:
+            return call
+        written = args[0] if args else kwargs["input"]
+        if written is call.input:
+            return call._replace(in_place=True)
+        if not torch.can_cast(torch.result_type(call.input, written), written.dtype):
+            return None  # for PyTorch's own error
+        return call._replace(in_place=True, into=written)
 
     return read
 

@@ -1,5 +1,6 @@
 """Every spelling of a ReLU follows its rule; those that no rule reaches are named."""
 
+import contextlib
 import threading
 
 import pytest
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from salnb import saliency
+from salnb.saliency.recording import ForwardRecorder
 from salnb.saliency.relu_rules import ReLURule
 from tests.helpers.finite_differences import assert_gradient
 from tests.helpers.methods import WITH_RULE
@@ -26,6 +28,24 @@ def setitem(x):
 def times_in_place(x):
     x *= x > 0
     return x
+
+
+def mask_times_in_place(x):
+    mask = (x > 0).to(x.dtype)
+    mask *= x
+    return mask
+
+
+def mask_turned(x):
+    mask = x > 0
+    mask.logical_not_()
+    return x * mask
+
+
+def mask_of_inference(x):
+    with torch.inference_mode():
+        mask = x > 0
+    return x * 1 if mask.any() else x
 
 
 def half_in_place(x):
@@ -85,6 +105,9 @@ SPELLINGS = {
     "x * mask.float": (lambda x: torch.mul(x, (x.detach() > 0).to(x.dtype)), INF),
     "x *= x > 0": (times_in_place, INF),
     "mul_": (lambda x: x.mul_(torch.gt(x, other=0).type_as(x)), INF),
+    "mask *= x": (mask_times_in_place, INF),
+    "mask.mul_(x)": (lambda x: (x > 0).type_as(x).mul_(x), INF),
+    "mask.multiply_(x)": (lambda x: (x > 0).type_as(x).multiply_(other=x), INF),
     "masked_fill": (lambda x: x.masked_fill(x < 0, 0), INF),
     "masked_fill_": (lambda x: x.masked_fill_(torch.le(x, 0), 0.0), INF),
     "x[x < 0] = 0": (setitem, INF),
@@ -110,6 +133,8 @@ OTHERS = {
     "where else": lambda x: torch.where(x > 0, x, x * 0.1),
     "mask": lambda x: x * torch.ones_like(x),
     "mask of another": lambda x: x * (x - 0.1 > 0),
+    "mask turned": mask_turned,
+    "mask of inference": mask_of_inference,
     "masked_fill": lambda x: x.masked_fill(x > 0.5, 0),
     "dimension": lambda x: x.max(1, keepdim=True).values + x,
     "dimension 0": lambda x: torch.max(x, 0).values + x,
@@ -217,6 +242,48 @@ def test_what_is_no_relu_is_left_alone(other, method):
         found = saliency.METHODS[method](model, x, 1)
     plain = saliency.vanilla_gradient(model, x, 1)
     assert_close(found, plain * saliency.grad_cam(model, x, 1) if "cam" in method else plain)
+
+
+@pytest.mark.parametrize("method", WITH_RULE)
+@pytest.mark.parametrize(
+    "act", [torch.relu, lambda x: (x > 0).type_as(x).mul_(x), mask_times_in_place], ids=["relu", "mul_", "*="]
+)
+def test_rules_leave_the_logits_alone(act, method):
+    model = Rectified(act)
+    with ForwardRecorder(model, method):
+        found = model(x := images().requires_grad_())
+    assert torch.equal(found, model(x))
+
+
+def clipped_in_place(x, alpha):
+    return (x * 1).clamp_(torch.zeros(()), alpha)
+
+
+@pytest.mark.parametrize("method", ["vanilla_gradient", "deconvnet", "guided_backprop"])
+@pytest.mark.parametrize(
+    "clip",
+    [
+        lambda x, alpha: torch.clamp(x, torch.zeros(()), alpha),
+        lambda x, alpha: x.clip(min=torch.zeros(()), max=alpha),
+        lambda x, alpha: torch.minimum(F.relu(x), alpha),
+        clipped_in_place,
+    ],
+    ids=["clamp", "clip", "minimum", "clamp_"],
+)
+@pytest.mark.parametrize("bound", [0.5, -0.5])
+def test_a_bound_that_is_learned_keeps_its_gradient(clip, method, bound):
+    x = torch.randn(2, 4, 6, 6, dtype=torch.float64, requires_grad=True)
+    alpha = torch.tensor(bound, dtype=torch.float64, requires_grad=True)
+    weights = torch.randn_like(x)
+    expected = (weights * torch.minimum(torch.relu(x), alpha)).sum()
+    rule = ReLURule(method) if method in WITH_RULE else contextlib.nullcontext()
+    with rule:
+        found = (weights * clip(x, alpha)).sum()
+    assert torch.equal(found, expected)
+    expected, found = (torch.autograd.grad(y, (x, alpha), retain_graph=True) for y in (expected, found))
+    for a, b in zip(found, expected, strict=True):
+        assert_close(a, b)
+    assert found[1] != 0
 
 
 # --- those that no rule reaches -----------------------------------------------------------------------------
