@@ -236,10 +236,12 @@ def _own(cls: type) -> list[type]:
     return [c for c in cls.__mro__ if c.__module__.split(".")[0] not in _FIXED]
 
 
-@functools.lru_cache(maxsize=1024)
-def _slots(cls: type) -> tuple[types.MemberDescriptorType, ...]:
+def _members(cls: type) -> tuple[types.MemberDescriptorType, ...]:
     members = [member for c in _own(cls) for member in vars(c).values()]
     return tuple(member for member in members if isinstance(member, types.MemberDescriptorType))
+
+
+_slots: Any = functools.lru_cache(maxsize=1024)(_members)
 
 
 def _slot_items(value: Any, slot: types.MemberDescriptorType) -> list[tuple[str, Any]]:
