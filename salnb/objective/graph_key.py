@@ -3,17 +3,22 @@
 Python runs while a step is traced, and not again. So whatever it may look at belongs to the key of the graph:
 the tree of modules, their hyper-parameters and other attributes, hooks, train and eval modes, the kinds of
 all tensors and which of them are one, and PyTorch's global switches. For ResNet-50 this takes about a
-millisecond. What it cannot see: global variables of a model's code, files, clocks.
+millisecond. Of an object that a method is bound to, it is what the method's code names. What it cannot see:
+global variables of a model's code, files, clocks, and what lies deep within objects.
 """
 
 import functools
+import itertools
 import pickle
 import random
 import sys
+import threading
 import types
-from collections import OrderedDict
+from array import array
+from collections import OrderedDict, deque
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from enum import Enum
 from typing import Any
 
 import torch
@@ -34,10 +39,18 @@ _SKIPPED = {"_parameters", "_buffers", "_modules", "_state_dict_hooks", "_state_
 _SKIPPED |= {"_load_state_dict_pre_hooks", "_load_state_dict_post_hooks", "_non_persistent_buffers_set"}
 _GLOBAL_HOOKS = [name for name in vars(torch_modules) if name.startswith("_global_") and "_hooks" in name]
 _DEPTH = 4  # of objects within objects: what lies deeper is told by its identity
-
+_MANY = 200  # classes and modules of Python within one attribute, and values within one of these
 
 # whose objects a model may hold, and which lead to all the rest of a program
 _OUTSIDE = {"logging", "threading", "weakref", "lightning", "pytorch_lightning", "lightning_fabric"}
+# whose classes and modules do not change
+_FIXED = {*sys.stdlib_module_names, *_OUTSIDE, "torch", "numpy"} - {"__main__"}
+
+
+class _Seen(dict[int, tuple[int, Any]]):
+    """By an object's address: its number, and itself, so that no other one gets the address."""
+
+    namespaces = 0  # classes and modules among them
 
 
 class _Same:
@@ -78,16 +91,18 @@ def graph_key(step: nn.Module, settings: Any, given: list[Tensor], structure: py
     }
     classes: dict[type, None] = {}
     tensors: dict[Any, int] = {}  # which keeps them: an address may be taken again
-    for name, module in step.named_modules(remove_duplicate=False):
-        if name:
-            classes[type(module)] = None
-            key[name] = _Entries(_entries(module, tensors))
+    modules = [(name, module) for name, module in step.named_modules(remove_duplicate=False) if name]
+    # what an attribute leads to and is of the tree has its own entries
+    tree: _Seen = _Seen({id(module): (number, module) for number, (_, module) in enumerate(modules)})
+    for name, module in modules:
+        classes[type(module)] = None
+        key[name] = _Entries(_entries(module, tensors, tree))
     for cls in classes:
-        key[f"the class {cls.__name__}"] = cls, _frozen_class(cls)
+        key[f"the class {cls.__name__}"] = cls, _frozen_class(cls, _Seen(tree), 1)
     return key
 
 
-def _entries(module: nn.Module, tensors: dict[Any, int]) -> list[tuple]:
+def _entries(module: nn.Module, tensors: dict[Any, int], tree: _Seen) -> list[tuple]:
     entries: list[tuple] = [("", type(module))]
     # what pruning, weight_norm and spectral_norm set anew in each pass, before it is looked at
     hooks = module._forward_pre_hooks.values()
@@ -99,7 +114,10 @@ def _entries(module: nn.Module, tensors: dict[Any, int]) -> list[tuple]:
         elif kind is OrderedDict and not value:  # no hooks
             continue
         elif name not in _SKIPPED and name not in set_anew:
-            entries.append((name, _frozen_hooks(value) if name.endswith("_hooks") else _frozen(value)))
+            hooks_or_value = _frozen_hooks(value, tree) if name.endswith("_hooks") else _frozen(value, tree)
+            entries.append((name, hooks_or_value))
+    for slot in _slots(type(module)):
+        entries += [(name, _frozen(value, tree)) for name, value in _slot_items(module, slot)]
     for store in (module._parameters, module._buffers):
         for name, tensor in store.items():
             # tied ones have one number
@@ -136,8 +154,9 @@ def refuse_what_a_graph_forgets(step: nn.Module, key_of_the_moment: Any) -> Iter
     """
     before, drawn = key_of_the_moment(), _python_random()
     attributes = [(module, module.__dict__.copy()) for module in step.modules()]
-    yield
-    if drawn != _python_random():
+    with _system_entropy_counted() as drawn_of_system:
+        yield
+    if drawn_of_system or drawn != _python_random():
         raise RuntimeError(
             "compile() needs a model that draws its random numbers with PyTorch, and this one (or its "
             "augmentation) uses Python's or NumPy's, which a graph would draw only once: leave compile() out"
@@ -150,8 +169,28 @@ def refuse_what_a_graph_forgets(step: nn.Module, key_of_the_moment: Any) -> Iter
         raise RuntimeError(
             f"compile() needs a model that leaves its attributes alone, but a forward pass changes "
             f"{', '.join(changed[:5])}: make it a buffer, or leave compile() out (where it is a cache that "
-            "is filled once, run the model once before)"
+            "is filled once, run the model once before; a generator counts as "
+            "changed)"
         )
+
+
+@contextmanager
+def _system_entropy_counted() -> Iterator[list[int]]:
+    """A list of how many bytes this thread draws inside for SystemRandom and for NumPy's new generators."""
+    drawn: list[int] = []
+    source: Any = random
+    thread, original = threading.get_ident(), source._urandom
+
+    def counting(size: int) -> bytes:
+        if threading.get_ident() == thread:
+            drawn.append(size)
+        return original(size)
+
+    source._urandom = counting
+    try:
+        yield drawn
+    finally:
+        source._urandom = original
 
 
 def _python_random() -> Hashable:
@@ -183,21 +222,49 @@ def _tensor_kind(tensor: Tensor) -> tuple:
     return type(tensor), tensor.shape, tensor.dtype, tensor.device, tensor.stride(), tensor.requires_grad
 
 
-def _frozen_class(cls: type) -> Hashable:
-    """Attributes of the classes that are not PyTorch's, and the forward pass of any."""
-    own = [c for c in cls.__mro__ if c.__module__.split(".")[0] not in ("torch", "builtins", "typing", "abc")]
-    items = [(name, value) for c in own for name, value in vars(c).items() if name[:2] != "__"]
+def _frozen_class(cls: type, seen: _Seen, depth: int, names: set[str] | None = None) -> Hashable:
+    """Attributes (those of the names) of the classes that may change, and the forward pass of any."""
+    items = [(name, value) for c in _own(cls) for name, value in vars(c).items() if name[:2] != "__"]
+    items = [(name, value) for name, value in items if names is None or name in names]
     # functions and descriptors are told by their identity: what they lead to has no end
-    frozen = [(name, _Same(v) if hasattr(v, "__get__") else _frozen(v, depth=1)) for name, v in items]
+    frozen = [(name, _Same(v) if hasattr(v, "__get__") else _frozen(v, seen, depth)) for name, v in items]
     return _Same(getattr(cls, "forward", None)), tuple(frozen)
 
 
-def _frozen_hooks(hooks: Any) -> Hashable:
+def _own(cls: type) -> list[type]:
+    """The classes of the method resolution order that may change."""
+    return [c for c in cls.__mro__ if c.__module__.split(".")[0] not in _FIXED]
+
+
+def _members(cls: type) -> tuple[types.MemberDescriptorType, ...]:
+    members = [member for c in _own(cls) for member in vars(c).values()]
+    return tuple(member for member in members if isinstance(member, types.MemberDescriptorType))
+
+
+_slots: Any = functools.lru_cache(maxsize=1024)(_members)
+
+
+def _slot_items(value: Any, slot: types.MemberDescriptorType) -> list[tuple[str, Any]]:
+    try:
+        return [(slot.__name__, slot.__get__(value))]
+    except AttributeError:  # not set
+        return []
+
+
+def _attributes(value: Any) -> list[tuple[str, Any]]:
+    """An object's attributes of its own."""
+    slots = [item for slot in _slots(type(value)) for item in _slot_items(value, slot)]
+    return [*getattr(value, "__dict__", {}).items(), *slots]
+
+
+def _frozen_hooks(hooks: Any, tree: _Seen | None = None) -> Hashable:
     """Hooks in their order; what a handle is numbered does not matter."""
-    return tuple(map(_frozen, hooks.values())) if isinstance(hooks, Mapping) else _frozen(hooks)
+    if isinstance(hooks, Mapping):
+        return tuple(_frozen(hook, tree) for hook in hooks.values())
+    return _frozen(hooks, tree)
 
 
-def _frozen(value: Any, seen: dict[int, int] | None = None, depth: int = 0) -> Hashable:
+def _frozen(value: Any, seen: _Seen | None = None, depth: int = 0) -> Hashable:
     """A hashable stand-in, which changes when the value is changed in place, too."""
     kind = type(value)
     if kind in _PLAIN:
@@ -206,47 +273,128 @@ def _frozen(value: Any, seen: dict[int, int] | None = None, depth: int = 0) -> H
         return kind, kinds, tuple(value)
     if isinstance(value, Tensor):
         return _Same(value), None if value.is_inference() else value._version
-    seen = {} if seen is None else seen
+    if seen is None or depth == 0:
+        seen = _Seen(seen or {})
     if id(value) in seen:
-        return "again", seen[id(value)]
-    known = isinstance(value, type | types.ModuleType | types.BuiltinFunctionType)
-    if known or depth > _DEPTH or kind.__module__.split(".")[0] in _OUTSIDE:
+        return "again", seen[id(value)][0]
+    builtin = isinstance(value, types.BuiltinFunctionType)
+    if builtin or depth > _DEPTH or kind.__module__.split(".")[0] in _OUTSIDE:
         return _Same(value)
-    seen[id(value)] = len(seen)
-    return kind, _frozen_contents(value, seen, depth + 1)
+    if isinstance(value, type | types.ModuleType):
+        return _Same(value), _frozen_namespace(value, seen, depth)
+    seen[id(value)] = len(seen), value
+    return kind, _frozen_namespace(kind, seen, depth), _frozen_contents(value, seen, depth + 1)
 
 
-def _frozen_contents(value: Any, seen: dict[int, int], depth: int) -> Hashable:
+def _frozen_namespace(value: type | types.ModuleType, seen: _Seen, depth: int) -> Hashable:
+    """What a class or a module of Python holds, where that may change."""
+    name = value.__module__ if isinstance(value, type) else value.__name__
+    if name.split(".")[0] in _FIXED or id(value) in seen or seen.namespaces >= _MANY:
+        return None
+    seen.namespaces += 1
+    seen[id(value)] = len(seen), value
+    if isinstance(value, type):
+        return None if issubclass(value, Enum) else _frozen_class(value, seen, depth + 1)
+    public = [(n, v) for n, v in vars(value).items() if n[0] != "_" and type(v) in _PLAIN | {tuple}]
+    return _frozen_items(public[:_MANY], seen, depth + 1)
+
+
+def _frozen_contents(value: Any, seen: _Seen, depth: int) -> Hashable:
     """What is in a container or an object; the object itself where that cannot be told."""
     if isinstance(value, Mapping):
-        return _frozen_items(value.items(), seen, depth)
-    if isinstance(value, list | tuple):
-        return tuple(_frozen(item, seen, depth) for item in value)
+        contents = _frozen_items(value.items(), seen, depth)
+        return (
+            (contents, _frozen_items(_attributes(value), seen, depth))
+            if isinstance(value, dict)
+            else contents
+        )
+    if isinstance(value, list | tuple | deque):
+        contents = tuple(_frozen(item, seen, depth) for item in value)
+        return contents, getattr(value, "maxlen", None), _frozen_items(_attributes(value), seen, depth)
     if isinstance(value, set | frozenset):
-        return frozenset(_frozen(item, seen, depth) for item in value)
+        contents = frozenset(_frozen(item, seen, depth) for item in value)
+        return contents, _frozen_items(_attributes(value), seen, depth)
     if isinstance(value, types.MethodType):
-        return _Same(value.__func__), _Same(value.__self__)
+        return _Same(value.__func__), _frozen_self(value, seen, depth)
     if isinstance(value, functools.partial):
         return _frozen((value.func, value.args, value.keywords), seen, depth)
     if isinstance(value, types.FunctionType):
         cells = [cell.cell_contents for cell in value.__closure__ or () if cell != types.CellType()]
-        return _Same(value), _frozen([value.__defaults__, value.__kwdefaults__, *cells], seen, depth)
-    if hasattr(value, "__dict__") and not isinstance(value, random.Random):
+        inner = [value.__defaults__, value.__kwdefaults__, *cells, vars(value)]
+        return _Same(value), _frozen(inner, seen, depth)
+    if (memory := _frozen_memory(value, seen, depth)) is not None:
+        return memory
+    if hasattr(value, "__dict__") or _slots(type(value)):
         # a module that is no submodule: its parameters are no inputs of the graph
-        return _frozen_items(vars(value).items(), seen, depth)
-    return _frozen_memory(value)
-
-
-def _frozen_memory(value: Any) -> Hashable:
-    """Sources of random numbers, and NumPy's arrays and numbers."""
-    if isinstance(value, random.Random):
-        return value.getstate()
-    if hasattr(value, "bit_generator"):
-        return pickle.dumps(value.bit_generator.state)
-    if type(value).__module__ == "numpy" and hasattr(value, "tobytes"):
-        return value.dtype.str, value.shape, value.tobytes()
+        return _frozen_items(_attributes(value), seen, depth)
     return _Same(value)
 
 
-def _frozen_items(items: Iterable[tuple], seen: dict[int, int], depth: int) -> Hashable:
+def _frozen_self(method: types.MethodType, seen: _Seen, depth: int) -> Hashable:
+    """Of the object that a method is bound to, what the method may look at."""
+    owner = method.__self__
+    names = _names_looked_at(method.__func__, type(owner))
+    outside = type(owner).__module__.split(".")[0] in _OUTSIDE
+    if isinstance(owner, type) or id(owner) in seen or outside or names is None:
+        return _frozen(owner, seen, depth)
+    items = [(name, value) for name, value in _attributes(owner) if name in names]
+    of_class = _frozen_class(type(owner), seen, depth, names)
+    return _Same(owner), _frozen_items(items, seen, depth), of_class
+
+
+def _names_looked_at(function: Any, cls: type) -> set[str] | None:
+    """The names in the code of a method and of those that it calls; None where there may be others."""
+    own = _own(cls)
+    names: set[str] = set()
+    dynamic = any(name in vars(c) for c in own for name in ("__getattr__", "__getattribute__"))
+    if dynamic or not isinstance(function, types.FunctionType):
+        return None
+    todo, done = [function], set()
+    while todo:
+        part = todo.pop()
+        if id(part) in done:
+            continue
+        done.add(id(part))
+        if isinstance(part, types.CodeType):
+            todo += [*part.co_names, *part.co_consts]
+        elif isinstance(part, tuple):
+            todo += part
+        elif isinstance(part, str):  # of an attribute, or for getattr
+            names.add(part)
+            todo += [vars(c)[part] for c in own if part in vars(c)]
+        elif isinstance(part, types.FunctionType | property | classmethod | staticmethod) or (
+            type(part).__module__ == "functools"
+        ):
+            inner = ("__code__", "__wrapped__", "__func__", "fget", "func")
+            todo += [getattr(part, name) for name in inner if hasattr(part, name)]
+    return None if names & {"vars", "__dict__"} else names
+
+
+def _frozen_memory(value: Any, seen: _Seen, depth: int) -> Hashable:
+    """Sources of random numbers, iterators, arrays and NumPy's numbers; None of anything else."""
+    of = type(value).__module__
+    if isinstance(value, random.SystemRandom):
+        return _Same(value)  # it has no state: what it draws is seen by itself
+    if isinstance(value, random.Random):
+        return value.getstate()
+    if of.startswith("numpy.random"):
+        has_state = hasattr(value, "get_state")
+        source = getattr(value, "bit_generator", value)
+        return pickle.dumps(value.get_state() if has_state else getattr(source, "state", None))
+    if of == "numpy" and hasattr(value, "tobytes"):
+        contents = _frozen(value.tolist(), seen, depth) if value.dtype.hasobject else value.tobytes()
+        return value.dtype.str, value.shape, contents
+    if isinstance(value, bytearray | array):
+        return getattr(value, "typecode", None), bytes(value)
+    if isinstance(value, itertools.count | itertools.repeat):
+        return repr(value)
+    if of in ("builtins", "itertools") and hasattr(value, "__next__"):
+        try:
+            return _frozen(value.__reduce__(), seen, depth) if of == "builtins" else _Same(object())
+        except TypeError:  # a generator
+            return _Same(object())
+    return None
+
+
+def _frozen_items(items: Iterable[tuple], seen: _Seen, depth: int) -> Hashable:
     return tuple((_frozen(name, seen, depth), _frozen(value, seen, depth)) for name, value in items)

@@ -1,13 +1,31 @@
 """What the key of a compiled step's graph tells apart."""
 
+import array
+import collections
 import copy
+import itertools
+import random
+import types
+from dataclasses import dataclass
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from salnb.objective.graph_key import graph_key
+from salnb.objective.graph_key import graph_key, refuse_what_a_graph_forgets
+
+
+def key_of(step):
+    return graph_key(step, None, [torch.zeros(4, 3, 8, 8)], pytree.tree_flatten([])[1])
+
+
+def step_with(value):
+    step = nn.ModuleDict({"model": nn.Sequential(nn.Linear(2, 2))})
+    step["model"].looked_at = value
+    return step
 
 
 @pytest.mark.parametrize(("levels", "seen"), [(1, True), (5, True), (6, False)])
@@ -16,16 +34,193 @@ def test_how_deep_an_object_is_looked_into(levels, seen):
     innermost = value = {"scale": 1.0}
     for _ in range(levels - 1):
         value = {"inner": value}
-    step = nn.ModuleDict({"model": nn.Identity()})
-    step["model"].settings = value
-
-    def key():
-        structure = pytree.tree_flatten([])[1]
-        return graph_key(step, None, [torch.rand(4, 3, 8, 8)], structure)
-
-    before = key()
+    step = step_with(value)
+    before = key_of(step)
     innermost["scale"] = 2.0
-    assert (key() != before) == seen
+    assert (key_of(step) != before) == seen
     innermost["scale"] = 1.0
-    step["model"].settings = copy.deepcopy(value)
-    assert (key() == before) == seen
+    step["model"].looked_at = copy.deepcopy(value)
+    assert (key_of(step) == before) == seen
+
+
+def config():
+    class Config:
+        scale = 1.0
+        sizes = (1, 2)
+
+        class Inner:
+            depth = 1
+
+    Config.itself = Config()  # a cycle
+    return Config
+
+
+@dataclass(slots=True)
+class Slots:
+    scale: float = 1.0
+
+
+class Dict(dict):
+    pass
+
+
+class Steer:
+    """Something of a program's own, with a method that a model calls."""
+
+    k = 1.0
+
+    def __init__(self):
+        self.eps, self.by_name, self.steps, self.models = 0.1, 0.2, 0, [nn.Linear(2, 2)]
+
+    @property
+    def strength(self):
+        return self.eps
+
+    def inner(self, x):
+        return x * self.strength + getattr(self, "by_name")  # noqa: B009
+
+    def hook(self, module, args, output):
+        return [self.inner(x) * self.k for x in output]
+
+
+def with_scale(value):
+    value.scale = 1.0
+    return value
+
+
+def changed(value, name="scale"):
+    setattr(value, name, 2.0)
+
+
+def objects():
+    held = np.empty(1, dtype=object)
+    held[0] = [1.0]
+    return held
+
+
+def hooked():
+    steer = Steer()
+    module = nn.Tanh()
+    module.register_forward_hook(steer.hook)
+    return module
+
+
+CHANGES = {
+    "class of an object": (lambda: config()(), lambda v: changed(type(v))),
+    "class": (config, changed),
+    "class in a class": (config, lambda v: changed(v.Inner, "depth")),
+    "module of Python": (lambda: with_scale(types.ModuleType("settings")), changed),
+    "function": (lambda: with_scale(lambda x: x), changed),
+    "slots": (Slots, changed),
+    "attribute of a dict": (lambda: with_scale(Dict(a=1)), changed),
+    "method": (lambda: Steer().hook, lambda v: changed(v.__self__, "k")),
+    "method's class": (
+        lambda: type("Own", (Steer,), {"k": 3.0})().hook,
+        lambda v: changed(type(v.__self__), "k"),
+    ),
+    "method in a method": (lambda: Steer().hook, lambda v: changed(v.__self__, "eps")),
+    "by name": (lambda: Steer().hook, lambda v: changed(v.__self__, "by_name")),
+    "hook": (hooked, lambda v: changed(next(iter(v._forward_hooks.values())).__self__, "eps")),
+    "partial of a method": (lambda: partial(Steer().hook), lambda v: changed(v.func.__self__, "eps")),
+    "deque": (lambda: collections.deque([1.0]), lambda v: v.append(2.0)),
+    "bytearray": (lambda: bytearray([1]), lambda v: v.append(2)),
+    "array": (lambda: array.array("d", [1.0]), lambda v: v.append(2.0)),
+    "array of objects": (objects, lambda v: v[0].append(2.0)),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_an_attribute_leads_to(name):
+    make, change = CHANGES[name]
+    value = make()
+    step = step_with(value)
+    before = key_of(step)
+    assert key_of(step) == before
+    change(value)
+    assert key_of(step) != before
+
+
+def test_slots_of_a_module():
+    class Part(nn.Module):
+        __slots__ = ("scale", "unset")
+
+    part = with_scale(Part())
+    step = nn.ModuleDict({"model": part})
+    before = key_of(step)
+    assert key_of(step) == before
+    part.scale = 2.0
+    assert key_of(step) != before
+
+
+def test_what_a_method_does_not_look_at():
+    """A trainer counts its steps and trains the model; for its loss no new graph is needed."""
+    step = step_with(None)
+    steer = Steer()
+    step["model"].looked_at, step["model"].layers, steer.eps = steer.hook, [step["model"][0]], step["model"]
+    before = key_of(step)
+    steer.steps += 1
+    with torch.no_grad():
+        step["model"][0].weight.add_(1)
+        steer.models[0].weight.add_(1)
+    assert key_of(step) == before
+
+
+def generator():
+    yield from (1.0, 2.0, 3.0)
+
+
+FORGOTTEN = {
+    "RandomState": (lambda: np.random.RandomState(1), lambda v: v.randn()),
+    "the second of two normal numbers": (lambda: drawn_once(), lambda v: v.randn()),
+    "BitGenerator": (lambda: np.random.PCG64(1), lambda v: v.random_raw()),
+    "count": (itertools.count, next),
+    "iterator": (lambda: iter([1.0, 2.0]), next),
+    "zip": (lambda: zip([1], [2], strict=True), next),
+    "cycle": (lambda: itertools.cycle([1, 2]), next),
+    "generator": (generator, next),
+    "deque": (collections.deque, lambda v: v.append(1)),
+    "slots": (Slots, changed),
+}
+
+
+def drawn_once():
+    source = np.random.RandomState(1)
+    source.randn()
+    return source
+
+
+@pytest.mark.parametrize("name", FORGOTTEN)
+def test_what_goes_on_with_each_pass_is_refused(name):
+    make, use = FORGOTTEN[name]
+    value = make()
+    step = step_with(value)
+    with (
+        pytest.raises(RuntimeError, match=r"a forward pass changes model.looked_at: make it a buffer"),
+        refuse_what_a_graph_forgets(step, lambda: key_of(step)),
+    ):
+        use(value)
+
+
+def test_what_may_be_counted_outside():
+    """A class that numbers its objects, and sources that no pass draws from."""
+    numbered = type("Numbered", (), {"numbers": itertools.count(3)})
+    step = step_with([numbered(), np.random.RandomState(1), iter([1.0]), itertools.repeat(2)])
+    with refuse_what_a_graph_forgets(step, lambda: key_of(step)):
+        pass
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [lambda source: np.random.default_rng().random(), lambda source: source.random()],
+    ids=["numpy.random.default_rng", "random.SystemRandom"],
+)
+def test_entropy_of_the_system_is_refused(draw):
+    source = random.SystemRandom()
+    step = step_with(source)
+    with (
+        pytest.raises(RuntimeError, match=r"draws its random numbers with PyTorch, .* leave compile"),
+        refuse_what_a_graph_forgets(step, lambda: key_of(step)),
+    ):
+        draw(source)
+    with refuse_what_a_graph_forgets(step, lambda: key_of(step)):
+        np.random.default_rng(1).random()
