@@ -21,8 +21,10 @@ def left_as_found(model: nn.Module) -> Iterator[None]:
     """Context in which a model may be run, and after which it is as it was.
 
     Put back, also after an error: buffers, whether written to or replaced, the train or eval mode, and, of
-    the modules that are not PyTorch's own, attributes that are numbers, tensors or None. What a model keeps
-    in lists and dictionaries stays as the pass left it.
+    the modules that are not PyTorch's own, attributes that are numbers, tensors or None. Buffers and
+    attributes that such modules did not have are taken away, unless the pass has made them parameters or
+    modules too, as in a network that builds itself when it first runs. What a model keeps in lists and
+    dictionaries stays as the pass left it.
 
     Threads that run models with a module in common wait for one another; a model whose forward pass calls
     this again, in the same thread, does not wait for itself.
@@ -31,12 +33,14 @@ def left_as_found(model: nn.Module) -> Iterator[None]:
     with _alone(modules):
         modes = [module.training for module in modules]
         copies: dict[int, Tensor] = {}  # by the id of the original, which may be held in several places
-        lent = [(module, *_lend_copies(module, copies)) for module in modules if _may_move(module)]
+        moving = [module for module in modules if _may_move(module)]
+        lent = [(module, _names(module), *_lend_copies(module, copies)) for module in moving]
         try:
             yield
         finally:
-            for module, attributes, buffers in lent:
+            for module, names, attributes, buffers in lent:
                 _put_back(module, attributes, buffers)
+                _take_away(module, names)
             for module, mode in zip(modules, modes, strict=True):
                 if module.training is not mode:
                     module.training = mode
@@ -104,6 +108,28 @@ def _put_back(module: nn.Module, attributes: dict[str, Any], buffers: dict[str, 
             vars(module)[name] = value
     for name, buffer in buffers.items():
         _set_buffer(module, name, buffer)
+
+
+def _names(module: nn.Module) -> tuple[set[str], ...]:
+    """Of a module that is not PyTorch's own: its attributes, its buffers, and its modules and parameters."""
+    if _is_of_torch(type(module)) or isinstance(module, torch.jit.ScriptModule):
+        return ()
+    parts = {
+        name for store in (module._modules, module._parameters) for name in store if store[name] is not None
+    }
+    return set(vars(module)), set(module._buffers), parts
+
+
+def _take_away(module: nn.Module, names: tuple[set[str], ...]) -> None:
+    """Undo what a pass has added to a module that had these names."""
+    now = _names(module)
+    if not names or now[2] - names[2]:  # it has built itself
+        return
+    for name in now[0] - names[0]:
+        del vars(module)[name]
+    for name in now[1] - names[1]:
+        del module._buffers[name]
+        module._non_persistent_buffers_set.discard(name)
 
 
 def _set_buffer(module: nn.Module, name: str, value: Tensor | None) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from salnb import trust
+from salnb import saliency, trust
 from tests.helpers.surroundings import (
     GRAPH,
     METHODS,
@@ -142,3 +142,51 @@ def test_curves_leave_the_model_as_it_was(training):
     for target in (None, 1):
         trust.deletion_curve(model, x, maps, target, replacement=torch.tensor(0.5), steps=3)
         assert_as_found(model, before)
+
+
+class Growing(nn.Module):
+    """A forward pass that adds to the module, and whose result depends on what is there."""
+
+    calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        self.average = x.detach().mean() if not hasattr(self, "average") else self.average / 2
+        if "count" not in self._buffers:
+            self.register_buffer("count", torch.zeros(1), persistent=False)
+        self.count += 1
+        self.last = {"x": x}
+        return x * self.calls * self.average * self.count
+
+
+@GRAPH
+@METHODS
+def test_what_a_pass_adds_to_a_model_is_taken_away(method, create_graph):
+    model = First(Growing()).eval()
+    before, names = state_of(model), [set(vars(module)) for module in model.modules()]
+    first, second = (explain(method, model, images(), create_graph=create_graph) for _ in range(2))
+    assert torch.equal(first, second)
+    assert_as_found(model, before)
+    assert [set(vars(module)) for module in model.modules()] == names
+    assert not model.first._non_persistent_buffers_set
+    assert model.first.calls == 0
+
+
+def test_each_sample_of_smoothgrad_meets_the_model_as_it_was():
+    model = First(Growing()).eval()
+    maps = saliency.smoothgrad(model, images(), 1, n_samples=3, noise_level=0.0)
+    assert_close(maps, saliency.vanilla_gradient(model, images(), 1))
+
+
+def test_what_a_model_builds_when_it_first_runs_stays():
+    class Building(nn.Module):
+        def forward(self, x):
+            if not hasattr(self, "channels"):
+                self.channels = x.shape[1]
+                self.mix = nn.Conv2d(self.channels, 3, 1)
+            return self.mix(x)
+
+    model = First(Building()).eval()
+    found = saliency.vanilla_gradient(model, images(), 1)
+    assert model.first.channels == 3
+    assert torch.equal(saliency.vanilla_gradient(model, images(), 1), found)
