@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.parameter import is_lazy
 
 __all__ = ["check_usable", "left_as_found"]
 
@@ -153,7 +154,7 @@ def check_usable(model: nn.Module) -> None:
                 "saliency methods do not reach: take its .module"
             )
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if tensor is not None and tensor.is_inference():
+            if tensor is not None and not is_lazy(tensor) and tensor.is_inference():
                 raise ValueError(
                     "model must be made outside of torch.inference_mode(), got a "
                     f"{type(module).__name__} whose {name} was made inside: build or load the model outside, "

@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from salnb import saliency, trust
+from salnb import Objective, saliency, trust
+from salnb.augment import HorizontalFlip
+from tests.helpers.methods import cheap
 from tests.helpers.surroundings import (
     GRAPH,
     METHODS,
@@ -190,3 +192,28 @@ def test_what_a_model_builds_when_it_first_runs_stays():
     found = saliency.vanilla_gradient(model, images(), 1)
     assert model.first.channels == 3
     assert torch.equal(saliency.vanilla_gradient(model, images(), 1), found)
+
+
+@GRAPH
+@METHODS
+def test_lazy_modules_are_built_by_the_first_pass(method, create_graph):
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.LazyConv2d(6, 3), nn.LazyBatchNorm2d(), nn.ReLU(), nn.AdaptiveAvgPool2d(2))
+    model = nn.Sequential(body, nn.Flatten(), nn.LazyLinear(4)).eval()
+    first, second = (explain(method, model, images(), create_graph=create_graph) for _ in range(2))
+    assert torch.equal(first, second)
+    assert model[2].weight.shape == (4, 24)
+    assert not isinstance(body[0], nn.LazyConv2d)
+
+
+@METHODS
+def test_an_objective_of_lazy_modules_builds_them(method):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.LazyConv2d(6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.LazyLinear(4)
+    )
+    objective = Objective(model, HorizontalFlip(), method=method, method_options=cheap(method))
+    losses = objective(images(), torch.tensor([0, 1]))
+    losses.total.backward()
+    assert losses.saliency_loss > 0
+    assert model[0].weight.grad.any()
