@@ -11,6 +11,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 
+from salnb._common.checks import is_traced
+
 __all__ = ["check_usable", "left_as_found"]
 
 _free = threading.Condition()
@@ -33,7 +35,7 @@ def left_as_found(model: nn.Module) -> Iterator[None]:
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
     with _alone(modules):
         modes = [module.training for module in modules]
-        copies: dict[int, Tensor] = {}  # by the id of the original, which may be held in several places
+        copies = _copies_of_statistics(modules)  # by the id of the original, which may be in several places
         moving = [module for module in modules if _may_move(module)]
         lent = [(module, _names(module), *_lend_copies(module, copies)) for module in moving]
         try:
@@ -69,13 +71,30 @@ def _may_move(module: nn.Module) -> bool:
     """Whether a forward pass may change what `left_as_found` puts back, apart from the mode."""
     if isinstance(module, LazyModuleMixin):  # its first pass makes it what it is
         return False
-    if isinstance(module, _BatchNorm) and not module.training:  # many small copies, which a GPU would notice
-        return type(module).forward is not _BatchNorm.forward
     return bool(module._buffers) or not _is_of_torch(type(module))
 
 
 def _is_of_torch(kind: type) -> bool:
     return kind.__module__.startswith("torch.")
+
+
+def _copies_of_statistics(modules: Sequence[nn.Module]) -> dict[int, Tensor]:
+    """Copies of all that batch norms in eval mode hold, which a pass may move nonetheless, by their ids.
+
+    Made together: one after the other, a GPU would notice so many small ones.
+    """
+    groups: dict[Any, dict[int, Tensor]] = {}
+    for module in modules:
+        if isinstance(module, _BatchNorm) and not module.training and _may_move(module):
+            for buffer in module._buffers.values():
+                if type(buffer) is Tensor and not buffer.requires_grad and not is_traced(buffer):
+                    groups.setdefault((buffer.device, buffer.dtype), {})[id(buffer)] = buffer
+    copies: dict[int, Tensor] = {}
+    for group in groups.values():
+        fresh = [torch.empty_like(buffer) for buffer in group.values()]
+        torch._foreach_copy_(fresh, list(group.values()))
+        copies |= zip(group, fresh, strict=True)
+    return copies
 
 
 def _lend_copies(

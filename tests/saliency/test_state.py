@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from salnb import Objective, saliency, trust
@@ -217,3 +218,35 @@ def test_an_objective_of_lazy_modules_builds_them(method):
     losses.total.backward()
     assert losses.saliency_loss > 0
     assert model[0].weight.grad.any()
+
+
+def move_by_mode(bn, x):
+    bn.train()
+    bn(x)
+    bn.eval()
+
+
+def move_in_place(bn, x):
+    bn.num_batches_tracked += 1
+    bn.running_mean.add_(0.5)
+
+
+MOVED = {
+    "mode": move_by_mode,
+    "functional": lambda bn, x: F.batch_norm(x, bn.running_mean, bn.running_var, training=True),
+    "in place": move_in_place,
+}
+
+
+@GRAPH
+@METHODS
+@pytest.mark.parametrize("move", MOVED)
+def test_batch_norm_in_eval_mode_that_moves_nonetheless_is_put_back(move, method, create_graph):
+    norm = nn.BatchNorm2d(3)
+    model = First(lambda x: (MOVED[move](norm, x), norm(x))[1])
+    model.norm = norm
+    model.eval()
+    before = state_of(model)
+    first, second = (explain(method, model, images(), create_graph=create_graph) for _ in range(2))
+    assert torch.equal(first, second)
+    assert_as_found(model, before)
