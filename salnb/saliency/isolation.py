@@ -23,11 +23,12 @@ _owners: dict[int, int] = {}  # the thread that each module is taken by, both by
 def left_as_found(model: nn.Module) -> Iterator[None]:
     """Context in which a model may be run, and after which it is as it was.
 
-    Put back, also after an error: buffers, whether written to or replaced, the train or eval mode, and, of
-    the modules that are not PyTorch's own, attributes that are numbers, tensors or None. Buffers and
-    attributes that such modules did not have are taken away, unless the pass has made them parameters or
-    modules too, as in a network that builds itself when it first runs. What a model keeps in lists and
-    dictionaries stays as the pass left it.
+    Put back, also after an error: buffers, whether written to or replaced, parameters that were replaced (not
+    what was written to them) and whether they require a gradient, the train or eval mode, and, of the modules
+    that are not PyTorch's own, attributes that are numbers, tensors or None. Buffers and attributes that such
+    modules did not have are taken away, unless the pass has made them parameters or modules too, as in a
+    network that builds itself when it first runs. What a model keeps in lists and dictionaries stays as the
+    pass left it.
 
     Threads that run models with a module in common wait for one another; a model whose forward pass calls
     this again, in the same thread, does not wait for itself.
@@ -38,9 +39,15 @@ def left_as_found(model: nn.Module) -> Iterator[None]:
         copies = _copies_of_statistics(modules)  # by the id of the original, which may be in several places
         moving = [module for module in modules if _may_move(module)]
         lent = [(module, _names(module), *_lend_copies(module, copies)) for module in moving]
+        parameters = [(*its, its[-1].requires_grad) for module in modules for its in _parameters_of(module)]
         try:
             yield
         finally:
+            for store, name, parameter, flag in parameters:
+                if store.get(name) is not parameter and type(store.get(name)) is nn.Parameter:
+                    store[name] = parameter
+                if parameter.requires_grad is not flag:
+                    parameter.requires_grad_(flag)
             for module, names, attributes, buffers in lent:
                 _put_back(module, attributes, buffers)
                 _take_away(module, names)
@@ -128,6 +135,14 @@ def _put_back(module: nn.Module, attributes: dict[str, Any], buffers: dict[str, 
             vars(module)[name] = value
     for name, buffer in buffers.items():
         _set_buffer(module, name, buffer)
+
+
+def _parameters_of(module: nn.Module) -> list[tuple[dict[str, Any], str, nn.Parameter]]:
+    """The store, name and object of each: not of what shards or swaps parameters, whose own they are not."""
+    if isinstance(module, torch.jit.ScriptModule | LazyModuleMixin):
+        return []
+    store: Any = module._parameters
+    return [(store, name, tensor) for name, tensor in store.items() if type(tensor) is nn.Parameter]
 
 
 def _names(module: nn.Module) -> tuple[set[str], ...]:

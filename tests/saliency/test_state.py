@@ -250,3 +250,20 @@ def test_batch_norm_in_eval_mode_that_moves_nonetheless_is_put_back(move, method
     first, second = (explain(method, model, images(), create_graph=create_graph) for _ in range(2))
     assert torch.equal(first, second)
     assert_as_found(model, before)
+
+
+@GRAPH
+@METHODS
+def test_parameters_that_a_pass_replaces_or_freezes_are_put_back(method, create_graph):
+    def change(x):
+        model.rest[0].weight = nn.Parameter(model.rest[0].weight.detach() / 2)
+        model.scale.requires_grad_(False)
+        return x * model.scale
+
+    model = First(change).eval()
+    model.scale = nn.Parameter(torch.ones(1))
+    before = state_of(model)
+    first, second = (explain(method, model, images(), create_graph=create_graph) for _ in range(2))
+    assert torch.equal(first, second)
+    assert_as_found(model, before)
+    assert model.scale.requires_grad
