@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 __all__ = ["AS_IT_IS", "ModelCall", "described", "given_twice"]
 
@@ -14,7 +15,8 @@ class ModelCall(NamedTuple):
 
     Attributes:
         output: gives the logits from what the network returns; None takes a tensor, or its `.logits`.
-        kwargs: what the network is called with beside the images, by name.
+        kwargs: what the network is called with beside the images, by name. It gets copies of the tensors,
+            also of those in lists and dictionaries, which it may overwrite.
     """
 
     output: Callable[[Any], Tensor] | None = None
@@ -22,7 +24,7 @@ class ModelCall(NamedTuple):
 
     def __call__(self, model: nn.Module, images: Tensor) -> Any:
         """What should be the logits; `described` says what is wrong with it."""
-        returned = model(images, **(self.kwargs or {}))
+        returned = model(images, **_copied(self.kwargs or {}))
         if self.output is not None:
             return self.output(returned)
         inside = None if isinstance(returned, Tensor) else getattr(returned, "logits", None)
@@ -41,6 +43,23 @@ def described(logits: Any) -> str:
     return (
         f"{kind}{f' with {keys}' if keys else ''}: say where they are, as in output=lambda out: out[{where}]"
     )
+
+
+def _copied(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """With a copy of each tensor, which has its gradient; what holds no tensor stays as it is."""
+    copies: dict[int, Tensor] = {}  # by the id of the original, which may be there several times
+
+    def copied(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        if id(value) not in copies:
+            copies[id(value)] = value.clone()
+        return copies[id(value)]
+
+    def has_tensors(value: Any) -> bool:
+        return any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value))
+
+    return {name: pytree.tree_map(copied, v) if has_tensors(v) else v for name, v in kwargs.items()}
 
 
 def given_twice(kwargs: Mapping[str, Any], n: int) -> dict[str, Any]:

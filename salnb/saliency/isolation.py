@@ -9,6 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.parameter import is_lazy
+
+from salnb._common.checks import is_traced
 
 __all__ = ["check_usable", "left_as_found"]
 
@@ -20,9 +23,12 @@ _owners: dict[int, int] = {}  # the thread that each module is taken by, both by
 def left_as_found(model: nn.Module) -> Iterator[None]:
     """Context in which a model may be run, and after which it is as it was.
 
-    Put back, also after an error: buffers, whether written to or replaced, the train or eval mode, and, of
-    the modules that are not PyTorch's own, attributes that are numbers, tensors or None. What a model keeps
-    in lists and dictionaries stays as the pass left it.
+    Put back, also after an error: buffers, whether written to or replaced, parameters that were replaced (not
+    what was written to them) and whether they require a gradient, the train or eval mode, and, of the modules
+    that are not PyTorch's own, attributes that are numbers, tensors or None. Buffers and attributes that such
+    modules did not have are taken away, unless the pass has made them parameters or modules too, as in a
+    network that builds itself when it first runs. What a model keeps in lists and dictionaries stays as the
+    pass left it.
 
     Threads that run models with a module in common wait for one another; a model whose forward pass calls
     this again, in the same thread, does not wait for itself.
@@ -30,13 +36,21 @@ def left_as_found(model: nn.Module) -> Iterator[None]:
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
     with _alone(modules):
         modes = [module.training for module in modules]
-        copies: dict[int, Tensor] = {}  # by the id of the original, which may be held in several places
-        lent = [(module, *_lend_copies(module, copies)) for module in modules if _may_move(module)]
+        copies = _copies_of_statistics(modules)  # by the id of the original, which may be in several places
+        moving = [module for module in modules if _may_move(module)]
+        lent = [(module, _names(module), *_lend_copies(module, copies)) for module in moving]
+        parameters = [(*its, its[-1].requires_grad) for module in modules for its in _parameters_of(module)]
         try:
             yield
         finally:
-            for module, attributes, buffers in lent:
+            for store, name, parameter, flag in parameters:
+                if store.get(name) is not parameter and type(store.get(name)) is nn.Parameter:
+                    store[name] = parameter
+                if parameter.requires_grad is not flag:
+                    parameter.requires_grad_(flag)
+            for module, names, attributes, buffers in lent:
                 _put_back(module, attributes, buffers)
+                _take_away(module, names)
             for module, mode in zip(modules, modes, strict=True):
                 if module.training is not mode:
                     module.training = mode
@@ -64,13 +78,30 @@ def _may_move(module: nn.Module) -> bool:
     """Whether a forward pass may change what `left_as_found` puts back, apart from the mode."""
     if isinstance(module, LazyModuleMixin):  # its first pass makes it what it is
         return False
-    if isinstance(module, _BatchNorm) and not module.training:  # many small copies, which a GPU would notice
-        return type(module).forward is not _BatchNorm.forward
     return bool(module._buffers) or not _is_of_torch(type(module))
 
 
 def _is_of_torch(kind: type) -> bool:
     return kind.__module__.startswith("torch.")
+
+
+def _copies_of_statistics(modules: Sequence[nn.Module]) -> dict[int, Tensor]:
+    """Copies of all that batch norms in eval mode hold, which a pass may move nonetheless, by their ids.
+
+    Made together: one after the other, a GPU would notice so many small ones.
+    """
+    groups: dict[Any, dict[int, Tensor]] = {}
+    for module in modules:
+        if isinstance(module, _BatchNorm) and not module.training and _may_move(module):
+            for buffer in module._buffers.values():
+                if type(buffer) is Tensor and not buffer.requires_grad and not is_traced(buffer):
+                    groups.setdefault((buffer.device, buffer.dtype), {})[id(buffer)] = buffer
+    copies: dict[int, Tensor] = {}
+    for group in groups.values():
+        fresh = [torch.empty_like(buffer) for buffer in group.values()]
+        torch._foreach_copy_(fresh, list(group.values()))
+        copies |= zip(group, fresh, strict=True)
+    return copies
 
 
 def _lend_copies(
@@ -106,6 +137,36 @@ def _put_back(module: nn.Module, attributes: dict[str, Any], buffers: dict[str, 
         _set_buffer(module, name, buffer)
 
 
+def _parameters_of(module: nn.Module) -> list[tuple[dict[str, Any], str, nn.Parameter]]:
+    """The store, name and object of each: not of what shards or swaps parameters, whose own they are not."""
+    if isinstance(module, torch.jit.ScriptModule | LazyModuleMixin):
+        return []
+    store: Any = module._parameters
+    return [(store, name, tensor) for name, tensor in store.items() if type(tensor) is nn.Parameter]
+
+
+def _names(module: nn.Module) -> tuple[set[str], ...]:
+    """Of a module that is not PyTorch's own: its attributes, its buffers, and its modules and parameters."""
+    if _is_of_torch(type(module)) or isinstance(module, torch.jit.ScriptModule):
+        return ()
+    parts = {
+        name for store in (module._modules, module._parameters) for name in store if store[name] is not None
+    }
+    return set(vars(module)), set(module._buffers), parts
+
+
+def _take_away(module: nn.Module, names: tuple[set[str], ...]) -> None:
+    """Undo what a pass has added to a module that had these names."""
+    now = _names(module)
+    if not names or now[2] - names[2]:  # it has built itself
+        return
+    for name in now[0] - names[0]:
+        del vars(module)[name]
+    for name in now[1] - names[1]:
+        del module._buffers[name]
+        module._non_persistent_buffers_set.discard(name)
+
+
 def _set_buffer(module: nn.Module, name: str, value: Tensor | None) -> None:
     if isinstance(module, torch.jit.ScriptModule):
         setattr(module, name, value)
@@ -127,7 +188,7 @@ def check_usable(model: nn.Module) -> None:
                 "saliency methods do not reach: take its .module"
             )
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if tensor is not None and tensor.is_inference():
+            if tensor is not None and not is_lazy(tensor) and tensor.is_inference():
                 raise ValueError(
                     "model must be made outside of torch.inference_mode(), got a "
                     f"{type(module).__name__} whose {name} was made inside: build or load the model outside, "

@@ -269,6 +269,64 @@ def test_a_compiled_step_takes_the_kwargs_of_each_call(monkeypatch):
     assert len(graphs) == 2  # a tensor is an input of the graph, another power is another graph
 
 
+class Overwriting(Wrapped):
+    """Works in place on the factors, one after the other, which a list may hold."""
+
+    def forward(self, x, factors, seen=None):
+        logits = self.net(x)
+        for factor in factors if isinstance(factors, list) else [factors]:
+            factor *= 2
+            logits = logits * (factor.repeat(2) if len(x) == 2 * len(factor) else factor)[:, None]
+        if seen is not None:
+            seen["batch"] = len(x)
+        return logits
+
+
+@pytest.mark.parametrize("listed", [False, True], ids=["tensor", "list"])
+@pytest.mark.parametrize("method", saliency.METHODS)
+def test_what_a_network_is_given_beside_the_images_never_changes(method, listed):
+    net, x, factor = Overwriting(None), images(), torch.tensor([1.0, 2.0, 0.5, 3.0]).double()
+    before, seen = factor.clone(), {}
+    kwargs = {"factors": [factor] if listed else factor, "seen": seen}
+    explain = functools.partial(saliency.METHODS[method], net, x, TARGET, **cheap(method, still=True))
+    plain = saliency.METHODS[method](net.net, x, TARGET, **cheap(method, still=True))
+    times = 2 * factor.view(-1, 1, 1, 1)
+    # guided Grad-CAM is a product of two
+    assert_close(explain(model_kwargs=kwargs), plain * times ** (2 if method == "guided_grad_cam" else 1))
+    assert torch.equal(factor, before)
+    assert seen == {"batch": 4}  # what holds no tensor is handed on as it is
+
+
+@pytest.mark.parametrize("kwargs", [lambda f: f, lambda f: [f[:1]]], ids=["doubled", "list"])
+def test_an_objective_leaves_what_it_hands_on_as_it_was(step, kwargs):
+    net, x, factor = Overwriting(None), images(), torch.tensor([1.0, 2.0, 0.5, 3.0]).double()
+    given = kwargs(factor)
+    before = factor.clone()
+    for _ in range(2):
+        step(Objective(net, HorizontalFlip(1.0)), x, TARGET, model_kwargs={"factors": given}).total.backward()
+    assert torch.equal(factor, before)
+
+
+def test_a_gradient_reaches_what_a_network_is_given_beside_the_images():
+    net, x = Wrapped(lambda z: z), images()
+    factor = torch.ones(4).double().requires_grad_()
+    saliency.vanilla_gradient(
+        net, x, TARGET, create_graph=True, model_kwargs={"factor": factor}
+    ).sum().backward()
+    assert_close(factor.grad, saliency.vanilla_gradient(net, x, TARGET).sum((1, 2, 3)))
+
+
+@pytest.mark.parametrize("listed", [False, True], ids=["tensor", "list"])
+@pytest.mark.parametrize("method", saliency.METHODS)
+def test_what_is_given_beside_the_images_may_be_made_in_inference_mode(method, listed):
+    net, x = Overwriting(None), images()
+    with torch.inference_mode():
+        factor = torch.ones(1).double()
+    kwargs = {"factors": [factor] if listed else factor}
+    saliency.METHODS[method](net, x, TARGET, **cheap(method), model_kwargs=kwargs)
+    Objective(net, HorizontalFlip(1.0))(x, TARGET, model_kwargs=kwargs).total.backward()
+
+
 def test_a_loss_of_ones_own_has_no_part_for_confident_images():
     with pytest.raises(ValueError, match="confidence and class_loss do not go together"):
         Objective(model(), Rotation(20), confidence=0.9, class_loss=nn.CrossEntropyLoss())

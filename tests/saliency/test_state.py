@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from salnb import trust
+from salnb import Objective, saliency, trust
+from salnb.augment import HorizontalFlip
+from tests.helpers.methods import cheap
 from tests.helpers.surroundings import (
     GRAPH,
     METHODS,
@@ -142,3 +145,125 @@ def test_curves_leave_the_model_as_it_was(training):
     for target in (None, 1):
         trust.deletion_curve(model, x, maps, target, replacement=torch.tensor(0.5), steps=3)
         assert_as_found(model, before)
+
+
+class Growing(nn.Module):
+    """A forward pass that adds to the module, and whose result depends on what is there."""
+
+    calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        self.average = x.detach().mean() if not hasattr(self, "average") else self.average / 2
+        if "count" not in self._buffers:
+            self.register_buffer("count", torch.zeros(1), persistent=False)
+        self.count += 1
+        self.last = {"x": x}
+        return x * self.calls * self.average * self.count
+
+
+@GRAPH
+@METHODS
+def test_what_a_pass_adds_to_a_model_is_taken_away(method, create_graph):
+    model = First(Growing()).eval()
+    before, names = state_of(model), [set(vars(module)) for module in model.modules()]
+    first, second = (explain(method, model, images(), create_graph=create_graph) for _ in range(2))
+    assert torch.equal(first, second)
+    assert_as_found(model, before)
+    assert [set(vars(module)) for module in model.modules()] == names
+    assert not model.first._non_persistent_buffers_set
+    assert model.first.calls == 0
+
+
+def test_each_sample_of_smoothgrad_meets_the_model_as_it_was():
+    model = First(Growing()).eval()
+    maps = saliency.smoothgrad(model, images(), 1, n_samples=3, noise_level=0.0)
+    assert_close(maps, saliency.vanilla_gradient(model, images(), 1))
+
+
+def test_what_a_model_builds_when_it_first_runs_stays():
+    class Building(nn.Module):
+        def forward(self, x):
+            if not hasattr(self, "channels"):
+                self.channels = x.shape[1]
+                self.mix = nn.Conv2d(self.channels, 3, 1)
+            return self.mix(x)
+
+    model = First(Building()).eval()
+    found = saliency.vanilla_gradient(model, images(), 1)
+    assert model.first.channels == 3
+    assert torch.equal(saliency.vanilla_gradient(model, images(), 1), found)
+
+
+@GRAPH
+@METHODS
+def test_lazy_modules_are_built_by_the_first_pass(method, create_graph):
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.LazyConv2d(6, 3), nn.LazyBatchNorm2d(), nn.ReLU(), nn.AdaptiveAvgPool2d(2))
+    model = nn.Sequential(body, nn.Flatten(), nn.LazyLinear(4)).eval()
+    first, second = (explain(method, model, images(), create_graph=create_graph) for _ in range(2))
+    assert torch.equal(first, second)
+    assert model[2].weight.shape == (4, 24)
+    assert not isinstance(body[0], nn.LazyConv2d)
+
+
+@METHODS
+def test_an_objective_of_lazy_modules_builds_them(method):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.LazyConv2d(6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.LazyLinear(4)
+    )
+    objective = Objective(model, HorizontalFlip(), method=method, method_options=cheap(method))
+    losses = objective(images(), torch.tensor([0, 1]))
+    losses.total.backward()
+    assert losses.saliency_loss > 0
+    assert model[0].weight.grad.any()
+
+
+def move_by_mode(bn, x):
+    bn.train()
+    bn(x)
+    bn.eval()
+
+
+def move_in_place(bn, x):
+    bn.num_batches_tracked += 1
+    bn.running_mean.add_(0.5)
+
+
+MOVED = {
+    "mode": move_by_mode,
+    "functional": lambda bn, x: F.batch_norm(x, bn.running_mean, bn.running_var, training=True),
+    "in place": move_in_place,
+}
+
+
+@GRAPH
+@METHODS
+@pytest.mark.parametrize("move", MOVED)
+def test_batch_norm_in_eval_mode_that_moves_nonetheless_is_put_back(move, method, create_graph):
+    norm = nn.BatchNorm2d(3)
+    model = First(lambda x: (MOVED[move](norm, x), norm(x))[1])
+    model.norm = norm
+    model.eval()
+    before = state_of(model)
+    first, second = (explain(method, model, images(), create_graph=create_graph) for _ in range(2))
+    assert torch.equal(first, second)
+    assert_as_found(model, before)
+
+
+@GRAPH
+@METHODS
+def test_parameters_that_a_pass_replaces_or_freezes_are_put_back(method, create_graph):
+    def change(x):
+        model.rest[0].weight = nn.Parameter(model.rest[0].weight.detach() / 2)
+        model.scale.requires_grad_(False)
+        return x * model.scale
+
+    model = First(change).eval()
+    model.scale = nn.Parameter(torch.ones(1))
+    before = state_of(model)
+    first, second = (explain(method, model, images(), create_graph=create_graph) for _ in range(2))
+    assert torch.equal(first, second)
+    assert_as_found(model, before)
+    assert model.scale.requires_grad
