@@ -96,8 +96,9 @@ def vanilla_gradient(
         TypeError: `images` are not a floating-point tensor, `target` is of a wrong type, or the model is
             spread over several devices by `nn.DataParallel`.
         ValueError: `images` are not four-dimensional or not finite, `target` is out of range or does
-            not fit the batch, `reduce` or `score` is unknown, the model does not return (N, K) logits, no
-            gradient flows from them to the images, or the model was made in inference mode.
+            not fit the batch, `reduce` or `score` is unknown, the model does not return (N, K) logits, or one
+            only with "log_prob", no gradient flows from them to the images, or the model was made in
+            inference mode.
         RuntimeError: an operation has no second derivative (`create_graph=True`), or this is inside a
             transform of `torch.func`.
 

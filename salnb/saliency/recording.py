@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from salnb._common.catalog import METHODS
-from salnb._common.checks import at_least_float32, is_channels_last, is_traced
+from salnb._common.checks import at_least_float32, check_several_classes, is_channels_last, is_traced
 from salnb._common.outputs import AS_IT_IS, ModelCall, described
 from salnb.double_backward.recomputation import (
     again_in_recomputation,
@@ -70,10 +70,14 @@ def class_scores(logits: Tensor, target: Tensor | int | None, score: str = "logi
     Returns:
         (N,), in float32 at least.
 
+    Raises:
+        ValueError: "log_prob" of one logit, which is zero whatever the image.
+
     Values of `target` are not looked at, so that no device is waited for.
     """
     logits = at_least_float32(logits)
     if score == "log_prob":
+        check_several_classes(logits, name="score='log_prob' needs")
         logits = logits.log_softmax(1)
     if target is None:
         target = logits.detach().argmax(1)
