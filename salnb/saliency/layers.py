@@ -12,14 +12,18 @@ from torch.nn.modules.conv import _ConvNd
 
 from salnb._common.catalog import unknown
 
-__all__ = ["LastConvolution", "OtherLayerError", "Reshape", "check_layout", "find_layer", "rearranged"]
-__all__ += ["stem_before_attention"]
+__all__ = ["LastConvolution", "OtherLayerError", "Reshape", "check_layout", "check_tokens", "find_layer"]
+__all__ += ["is_sequence_first", "rearranged", "stem_before_attention"]
 
 #: how a layer's output becomes (N, C, h, w); see `grad_cam`
 Reshape = str | Callable[[Tensor], Tensor] | None
 
 # modules that hand on the layout they are given, and which transformers apply to tokens
 _ANY_LAYOUT = (nn.Identity, nn.Dropout, nn.Softmax, nn.LogSoftmax)
+
+# PyTorch's modules for sequences (N, T, C), or (T, N, C) without `batch_first`
+_FOR_SEQUENCES = (nn.Transformer, nn.TransformerEncoder, nn.TransformerDecoder, nn.TransformerEncoderLayer)
+_FOR_SEQUENCES += (nn.TransformerDecoderLayer, nn.MultiheadAttention, nn.RNNBase)
 
 
 class OtherLayerError(ValueError):
@@ -139,6 +143,35 @@ def check_layout(model: nn.Module, layer: nn.Module, output: Tensor, images: Ten
             "(N, h, w, C), name a layer whose output has the channels second, such as a convolution, or let "
             "an nn.Dropout2d(0) follow what permutes it, and name that"
         )
+
+
+def check_tokens(model: nn.Module, layer: nn.Module, output: Tensor, images: Tensor) -> None:
+    """Raise a ValueError if a layer's output (N, N, C) may have the tokens first, and not the images."""
+    n = len(images)
+    if output.shape[:2] == (n, n) and is_sequence_first(model, layer, output, n):
+        raise ValueError(
+            f"reshape='tokens' is for features (N, 1 + hw, C), and {tuple(output.shape)} may be "
+            "(1 + hw, N, C), as the model has a module for sequences without batch_first=True: pass another "
+            "number of images, or a function"
+        )
+
+
+def is_sequence_first(model: nn.Module, layer: nn.Module, output: Tensor, n: int) -> bool:
+    """Whether a layer's output for n images is (T, N, C), as far as PyTorch's modules for sequences tell.
+
+    What is part of one has its layout. Any other layer has that of the sequences in the model where its
+    output has n rows of length n, which nothing else tells apart.
+    """
+    if type(layer).__module__.startswith("torch.nn.") and not _is_batch_first(layer):
+        return True
+    others = [m for m in model.modules() if isinstance(m, _FOR_SEQUENCES) and not _is_batch_first(m)]
+    if output.ndim == 3 and output.shape[:2] == (n, n):
+        return bool(others)
+    return any(part is layer for module in others for part in module.modules())
+
+
+def _is_batch_first(module: nn.Module) -> bool:
+    return next((part.batch_first for part in module.modules() if hasattr(part, "batch_first")), True)
 
 
 def rearranged(features: Tensor, reshape: Reshape, images: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from salnb.saliency.layers import (
     LastConvolution,
     Reshape,
     check_layout,
+    check_tokens,
     find_layer,
     rearranged,
     stem_before_attention,
@@ -250,6 +251,8 @@ class ForwardRecorder:
             )
         if self.reshape is None:
             check_layout(self.model, layer, activation, images)
+        elif self.reshape == "tokens":
+            check_tokens(self.model, layer, activation, images)
         return activation
 
 
