@@ -23,6 +23,7 @@ from salnb.double_backward.recomputation import (
 )
 from salnb.saliency.layers import (
     LastConvolution,
+    OnLastDimension,
     Reshape,
     check_layout,
     check_tokens,
@@ -178,6 +179,9 @@ class ForwardRecorder:
         if self.spec.layer and layer is None and (better := stem_before_attention(model)):
             _warn(better)
         self.last_convolution = LastConvolution(model) if self.spec.layer and layer is None else None
+        self.on_last = (
+            OnLastDimension(model) if self.spec.layer and layer is not None and reshape is None else None
+        )
         self.frozen_stem = frozen_stem
         self.outputs: dict[str, Tensor] = {}
         self.relu_rule = ReLURule(self.spec.rule) if self.spec.rule else None
@@ -190,6 +194,8 @@ class ForwardRecorder:
             self._stack.enter_context(self.relu_rule)
         if self.last_convolution is not None:
             self._stack.enter_context(self.last_convolution)
+        if self.on_last is not None:
+            self._stack.enter_context(self.on_last)
         layers = {} if self.layer is None else {"layer": self.layer}
         self.outputs = self._stack.enter_context(recorded_outputs(layers, self._accept))
         return self
@@ -250,7 +256,7 @@ class ForwardRecorder:
                 "layer is a module of the model that its forward pass never calls, or calls in another thread"
             )
         if self.reshape is None:
-            check_layout(self.model, layer, activation, images)
+            check_layout(self.model, layer, activation, images, self.on_last)
         elif self.reshape == "tokens":
             check_tokens(self.model, layer, activation, images)
         return activation

@@ -218,6 +218,43 @@ def test_layouts_that_are_not(shape, image, layer, model):
         layout(shape, image, layer, model)
 
 
+class Last(nn.Module):
+    """A network that works on the channels as the last dimension, of which there are as many as columns."""
+
+    def __init__(self, on_channels):
+        super().__init__()
+        self.conv, self.permute = nn.Conv2d(3, 8, 3, padding=1), Does(lambda x: x.permute(0, 2, 3, 1))
+        self.on_channels, self.relu, self.head = on_channels, nn.ReLU(), nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.head(self.relu(self.on_channels(self.permute(self.conv(x)))).mean((1, 2)))
+
+
+class CustomRMSNorm(nn.Module):
+    def forward(self, x):
+        return x / x.square().mean(-1, keepdim=True).sqrt()
+
+
+@pytest.mark.parametrize("layer", ["permute", "on_channels", "relu"])
+@pytest.mark.parametrize("on_channels", [nn.Linear(8, 8), CustomRMSNorm()], ids=["linear", "norm"])
+@WITH_LAYER
+def test_as_many_channels_as_columns_are_asked_about(method, on_channels, layer):
+    model, x = Last(on_channels), torch.rand(2, 3, 8, 8)
+    with pytest.raises(ValueError, match=r"cannot be told from it: pass reshape='channels_last'"):
+        saliency.METHODS[method](model, x, 1, layer=layer)
+    assert saliency.METHODS[method](model, x, 1, layer=layer, reshape="channels_last").any()
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+@WITH_LAYER
+def test_what_works_on_logits_or_pooled_features_is_no_matter(method):
+    head = nn.Linear(512, 10), nn.LayerNorm(10), nn.Softmax(1)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), *head)
+    x = torch.rand(2, 3, 8, 8)
+    expected = saliency.METHODS[method](model, x, 1, layer="1", reshape=lambda features: features)
+    assert torch.equal(saliency.METHODS[method](model, x, 1, layer="1"), expected)
+
+
 def test_a_permuted_layer_is_the_way_out():
     model = Returns(lambda x: x.permute(0, 2, 3, 1), lambda x: x.permute(0, 3, 1, 2)).eval()
     x = torch.rand(2, 3, 8, 8)
