@@ -160,7 +160,8 @@ def check_layout(
     """Raise a ValueError unless a layer's output of four dimensions is (N, C, h, w) of these images.
 
     Channels may come last, as in the stages of Swin transformers, and attention weights have four dimensions
-    as well. A layer for images (`nn.Conv2d` and whatever else is called …2d) is trusted. Otherwise the shape
+    as well. A layer for images (`nn.Conv2d` and whatever else is called …2d) is trusted, unless its ratio of
+    height to width tells that rows are no rows of the images. Otherwise the shape
     tells: a feature map has the images' ratio of height to width. Where channels could be taken for rows,
     the modules inside the layer tell, then those of the model, by what they met in the pass (`on_last`).
     """
@@ -173,6 +174,7 @@ def check_layout(
     if shape[2:] == (1, 1):
         raise ValueError("layer must have an output of more than one pixel, got 1×1: choose an earlier layer")
     if _is_for_images(layer):
+        _check_ratio(model, layer, shape[2:], images.shape[2:])
         return
     rows_and_columns = _is_scaled(shape[2:], images.shape[2:])
     if _is_scaled(shape[1:3], images.shape[2:]) != rows_and_columns:
@@ -187,6 +189,27 @@ def check_layout(
             "output has the channels second, such as a convolution, or let an nn.Dropout2d(0) follow what "
             "permutes it, and name that"
         )
+
+
+def _check_ratio(model: nn.Module, layer: nn.Module, size: tuple[int, ...], full: tuple[int, ...]) -> None:
+    """Raise a ValueError if features are those of images on their side, or a grid of tokens in one line.
+
+    Strides of their own for each dimension, padding and rounding give neither.
+    """
+    if _is_scaled(size, full):
+        return
+    grid = _grid(max(size), *full, most=0) if min(size) == 1 else None
+    if _is_scaled(size[::-1], full):
+        found, way = "rows and columns exchanged", "lambda features: features.mT"
+    elif grid and min(grid) > 1:
+        found, way = "a grid in one line", f"lambda features: features.flatten(2).unflatten(2, {grid})"
+    else:
+        return
+    raise ValueError(
+        f"the output of {_name(model, layer)} may have {found}, as its h×w is {size[0]}×{size[1]} for images "
+        f"of {full[0]}×{full[1]}: name the layer, with reshape={way} where it has, and otherwise with "
+        "reshape=lambda features: features"
+    )
 
 
 def check_tokens(model: nn.Module, layer: nn.Module, output: Tensor, images: Tensor) -> None:
@@ -241,9 +264,9 @@ def rearranged(features: Tensor, reshape: Reshape, images: Tensor) -> Tensor:
     raise ValueError(f"reshape={reshape!r} is for features {form}, got {shape}: pass a function")
 
 
-def _grid(tokens: int, height: int, width: int) -> tuple[int, int] | None:
-    """Rows and columns of the largest grid with the images' ratio that leaves at most eight tokens over."""
-    for extra in range(9):
+def _grid(tokens: int, height: int, width: int, most: int = 8) -> tuple[int, int] | None:
+    """Rows and columns of the largest grid with the images' ratio that leaves at most so many tokens over."""
+    for extra in range(most + 1):
         rows = round(((tokens - extra) * height / width) ** 0.5) if tokens > extra else 0
         if rows and (tokens - extra) % rows == 0 and rows * width == (tokens - extra) // rows * height:
             return rows, (tokens - extra) // rows

@@ -255,6 +255,44 @@ def test_what_works_on_logits_or_pooled_features_is_no_matter(method):
     assert torch.equal(saliency.METHODS[method](model, x, 1, layer="1"), expected)
 
 
+class OnItsSide(Last):
+    def __init__(self):
+        super().__init__(nn.Conv2d(8, 8, 1))
+
+    def forward(self, x):
+        return self.head(torch.relu(self.conv(x.mT)).mean((2, 3)))
+
+
+class InOneLine(OnItsSide):
+    def forward(self, x):
+        return self.head(torch.relu(self.on_channels(self.conv(x).flatten(2).unsqueeze(-1))).mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("make", "name", "size", "back"),
+    [
+        (OnItsSide, "conv", (8, 16), lambda f: f.mT),
+        (InOneLine, "on_channels", (6, 12), lambda f: f.flatten(2).unflatten(2, (6, 12))),
+    ],
+)
+@WITH_LAYER
+def test_convolutions_of_what_is_no_image_are_asked_about(method, make, name, size, back):
+    model, x = make(), torch.rand(2, 3, *size)
+    for options in ({}, {"layer": name}):
+        with pytest.raises(ValueError, match=r"may have .*: name the layer, with reshape="):
+            saliency.METHODS[method](model, x, 1, **options)
+    assert saliency.METHODS[method](model, x, 1, layer=name, reshape=back).any()
+
+
+@pytest.mark.parametrize("size", [(8, 16), (9, 16), (31, 64), (33, 97), (17, 23), (64, 20), (40, 100)])
+@pytest.mark.parametrize("conv", [(3, 1, 0), (3, 2, 1), (5, 1, 0), (7, 2, 3), (2, 2, 0), (1, 1, 2)])
+def test_convolutions_of_any_stride_and_padding_are_not(size, conv):
+    x, layer = torch.rand(1, 3, *size), nn.Conv2d(3, 3, *conv).requires_grad_(False)
+    while conv[0] <= min(x.shape[2:]) < 40 and layer(x).shape[2:] != (1, 1):
+        x = layer(x)
+        layout(tuple(x.shape), (1, 3, *size), layer)
+
+
 def test_a_permuted_layer_is_the_way_out():
     model = Returns(lambda x: x.permute(0, 2, 3, 1), lambda x: x.permute(0, 3, 1, 2)).eval()
     x = torch.rand(2, 3, 8, 8)
