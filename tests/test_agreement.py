@@ -93,3 +93,5 @@ def test_other_errors_are_those_of_the_parts():
         measured(conv_bn(), Rotation(30), score="x")
     with pytest.raises(ValueError, match="normalize must be one of"):
         measured(conv_bn(), Rotation(30), normalize="x")
+    with pytest.raises(ValueError, match="two classes or more"):
+        agreement(conv_bn(num_classes=1), Rotation(30), images(), LABELS * 0, num_classes=1, score="log_prob")

@@ -7,6 +7,7 @@ The second receives `vx`, `vw` and `vb`, the cotangents of these three, and retu
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -326,6 +327,9 @@ class _Split(Function):
 # ---------------------------------------------------------------------------------------------------------
 # What has no second derivative
 
+# first derivatives that raise when they are differentiated: registered from Python, or in C++ as before that
+_OF_TORCHVISION = re.compile(r"torchvision__(\w+?)_backward_|vision::ops::.*?(\w+)BackwardFunction")
+
 
 def check_second_derivative(
     maps: Tensor, what: str = "the saliency term", way_out: str = "use gamma=0"
@@ -338,11 +342,16 @@ def check_second_derivative(
     tensors only, it may leave the operation's share out without a word.
     """
     for node in nodes_of(maps):
+        reason = ""
         if node.name() in ("torch::autograd::Error", "torch::autograd::NotImplemented"):
             try:
                 node(*[None] * len(node._input_metadata))
             except RuntimeError as error:
-                raise RuntimeError(
-                    f"{what} differentiates the model twice, and one of its operations has no "
-                    f"second derivative ({error}): replace the operation, or {way_out}"
-                ) from None
+                reason = str(error)
+        elif found := _OF_TORCHVISION.search(node.name()):
+            reason = f"the backward pass of {found[1] or found[2]} of torchvision is not differentiable"
+        if reason:
+            raise RuntimeError(
+                f"{what} differentiates the model twice, and one of its operations has no "
+                f"second derivative ({reason}): replace the operation, or {way_out}"
+            )

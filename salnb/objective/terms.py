@@ -27,6 +27,7 @@ from salnb.objective.balance import Balance
 from salnb.objective.class_terms import ClassTerm
 from salnb.objective.precision import LossScale, autocast_dtype, full_precision
 from salnb.objective.unlabelled import class_and_consistency, own_classes
+from salnb.saliency.layers import is_sequence_first
 from salnb.saliency.recording import ForwardRecorder, class_scores, recorded_outputs
 
 __all__ = ["Losses", "StepInputs", "StepModules", "TermSettings", "step_losses", "weighted_sum"]
@@ -290,8 +291,8 @@ def _features(
     def accept(name: str, output: Any) -> Tensor:
         if not isinstance(output, Tensor):
             raise TypeError(f"layers: {name!r} must return a tensor, got {type(output).__name__}")
-        batch_first = output.shape[:1] == (samples,) and not _is_sequence_first(layers[name])
-        if not output.is_floating_point() or not batch_first:
+        sequence_first = is_sequence_first(model, layers[name], output, samples)
+        if not output.is_floating_point() or output.shape[:1] != (samples,) or sequence_first:
             raise ValueError(
                 f"layers: {name!r} must return floating-point features whose first dimension is the batch of "
                 f"originals and augmented images, ({samples}, ...), got {tuple(output.shape)} of "
@@ -300,13 +301,6 @@ def _features(
         return output
 
     return recorded_outputs(layers, accept)
-
-
-def _is_sequence_first(layer: nn.Module) -> bool:
-    """Whether this is one of PyTorch's layers for sequences, whose length is the first dimension there."""
-    if not type(layer).__module__.startswith("torch.nn."):
-        return False
-    return not next((m.batch_first for m in layer.modules() if hasattr(m, "batch_first")), True)
 
 
 def _invariance(features: dict[str, Tensor], n: int, settings: TermSettings) -> Tensor:

@@ -12,14 +12,18 @@ from torch.nn.modules.conv import _ConvNd
 
 from salnb._common.catalog import unknown
 
-__all__ = ["LastConvolution", "OtherLayerError", "Reshape", "check_layout", "find_layer", "rearranged"]
-__all__ += ["stem_before_attention"]
+__all__ = ["LastConvolution", "OtherLayerError", "Reshape", "check_layout", "check_tokens", "find_layer"]
+__all__ += ["OnLastDimension", "is_sequence_first", "rearranged", "stem_before_attention"]
 
 #: how a layer's output becomes (N, C, h, w); see `grad_cam`
 Reshape = str | Callable[[Tensor], Tensor] | None
 
 # modules that hand on the layout they are given, and which transformers apply to tokens
 _ANY_LAYOUT = (nn.Identity, nn.Dropout, nn.Softmax, nn.LogSoftmax)
+
+# PyTorch's modules for sequences (N, T, C), or (T, N, C) without `batch_first`
+_FOR_SEQUENCES = (nn.Transformer, nn.TransformerEncoder, nn.TransformerDecoder, nn.TransformerEncoderLayer)
+_FOR_SEQUENCES += (nn.TransformerDecoderLayer, nn.MultiheadAttention, nn.RNNBase)
 
 
 class OtherLayerError(ValueError):
@@ -109,15 +113,59 @@ class LastConvolution:
         )
 
 
-def check_layout(model: nn.Module, layer: nn.Module, output: Tensor, images: Tensor) -> None:
+class OnLastDimension:
+    """A context manager that takes note of what the modules that work on the last dimension give.
+
+    Attributes:
+        shapes: of a module's outputs in the forward pass, as far as they are tensors.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.shapes: dict[nn.Module, set[torch.Size]] = {}
+        self._stack = ExitStack()
+
+    def __enter__(self) -> "OnLastDimension":
+        for module in self.model.modules():
+            if isinstance(module, nn.Linear) or _works_on_last(module):
+                self._stack.callback(module.register_forward_hook(self._note).remove)
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._stack.close()
+
+    def _note(self, module: nn.Module, args: Any, output: Any) -> None:
+        if isinstance(output, Tensor):
+            self.shapes.setdefault(module, set()).add(output.shape)
+
+    def any_in(self, module: nn.Module, n: int) -> bool:
+        """Whether parts of a module work on the last dimension of features, as transformers do.
+
+        What only met (n, K), such as the logits of n images, does not; an `nn.Linear` does that met four
+        dimensions.
+        """
+        for part in module.modules():
+            shapes = self.shapes.get(part, set())
+            if isinstance(part, nn.Linear):
+                if any(len(shape) == 4 for shape in shapes):
+                    return True
+            elif _works_on_last(part) and not (shapes and all(len(s) == 2 and s[0] == n for s in shapes)):
+                return True
+        return False
+
+
+def check_layout(
+    model: nn.Module, layer: nn.Module, output: Tensor, images: Tensor, on_last: OnLastDimension | None = None
+) -> None:
     """Raise a ValueError unless a layer's output of four dimensions is (N, C, h, w) of these images.
 
     Channels may come last, as in the stages of Swin transformers, and attention weights have four dimensions
-    as well. A layer for images (`nn.Conv2d` and whatever else is called …2d) is trusted. Otherwise the shape
+    as well. A layer for images (`nn.Conv2d` and whatever else is called …2d) is trusted, unless its ratio of
+    height to width tells that rows are no rows of the images. Otherwise the shape
     tells: a feature map has the images' ratio of height to width. Where channels could be taken for rows,
-    the modules inside the layer tell, then those of the model.
+    the modules inside the layer tell, then those of the model, by what they met in the pass (`on_last`).
     """
-    shape = tuple(output.shape)
+    shape, on_last = tuple(output.shape), on_last or OnLastDimension(model)
     if shape[0] != len(images):
         raise ValueError(
             f"layer must have an output (N, C, h, w) with N = {len(images)}, "
@@ -126,19 +174,71 @@ def check_layout(model: nn.Module, layer: nn.Module, output: Tensor, images: Ten
     if shape[2:] == (1, 1):
         raise ValueError("layer must have an output of more than one pixel, got 1×1: choose an earlier layer")
     if _is_for_images(layer):
+        _check_ratio(model, layer, shape[2:], images.shape[2:])
         return
     rows_and_columns = _is_scaled(shape[2:], images.shape[2:])
     if _is_scaled(shape[1:3], images.shape[2:]) != rows_and_columns:
-        fits = rows_and_columns and not (isinstance(layer, _ANY_LAYOUT) and _has_tokens(model))
+        fits = rows_and_columns and not (isinstance(layer, _ANY_LAYOUT) and on_last.any_in(model, shape[0]))
     else:
-        fits = not _has_tokens(layer if any(map(_is_for_images, layer.modules())) else model)
+        fits = not on_last.any_in(layer if any(map(_is_for_images, layer.modules())) else model, shape[0])
     if not fits:
         raise ValueError(
             f"layer must have an output (N, C, h, w), but that of {_name(model, layer)}, {shape}, looks "
             "like (N, h, w, C) or attention, or cannot be told from it: pass reshape='channels_last' for "
-            "(N, h, w, C), name a layer whose output has the channels second, such as a convolution, or let "
-            "an nn.Dropout2d(0) follow what permutes it, and name that"
+            "(N, h, w, C), reshape=lambda features: features if it is (N, C, h, w), name a layer whose "
+            "output has the channels second, such as a convolution, or let an nn.Dropout2d(0) follow what "
+            "permutes it, and name that"
         )
+
+
+def _check_ratio(model: nn.Module, layer: nn.Module, size: tuple[int, ...], full: tuple[int, ...]) -> None:
+    """Raise a ValueError if features are those of images on their side, or a grid of tokens in one line.
+
+    Strides of their own for each dimension, padding and rounding give neither.
+    """
+    if _is_scaled(size, full):
+        return
+    grid = _grid(max(size), *full, most=0) if min(size) == 1 else None
+    if _is_scaled(size[::-1], full):
+        found, way = "rows and columns exchanged", "lambda features: features.mT"
+    elif grid and min(grid) > 1:
+        found, way = "a grid in one line", f"lambda features: features.flatten(2).unflatten(2, {grid})"
+    else:
+        return
+    raise ValueError(
+        f"the output of {_name(model, layer)} may have {found}, as its h×w is {size[0]}×{size[1]} for images "
+        f"of {full[0]}×{full[1]}: name the layer, with reshape={way} where it has, and otherwise with "
+        "reshape=lambda features: features"
+    )
+
+
+def check_tokens(model: nn.Module, layer: nn.Module, output: Tensor, images: Tensor) -> None:
+    """Raise a ValueError if a layer's output (N, N, C) may have the tokens first, and not the images."""
+    n = len(images)
+    if output.shape[:2] == (n, n) and is_sequence_first(model, layer, output, n):
+        raise ValueError(
+            f"reshape='tokens' is for features (N, 1 + hw, C), and {tuple(output.shape)} may be "
+            "(1 + hw, N, C), as the model has a module for sequences without batch_first=True: pass another "
+            "number of images, or a function"
+        )
+
+
+def is_sequence_first(model: nn.Module, layer: nn.Module, output: Tensor, n: int) -> bool:
+    """Whether a layer's output for n images is (T, N, C), as far as PyTorch's modules for sequences tell.
+
+    What is part of one has its layout. Any other layer has that of the sequences in the model where its
+    output has n rows of length n, which nothing else tells apart.
+    """
+    if type(layer).__module__.startswith("torch.nn.") and not _is_batch_first(layer):
+        return True
+    others = [m for m in model.modules() if isinstance(m, _FOR_SEQUENCES) and not _is_batch_first(m)]
+    if output.ndim == 3 and output.shape[:2] == (n, n):
+        return bool(others)
+    return any(part is layer for module in others for part in module.modules())
+
+
+def _is_batch_first(module: nn.Module) -> bool:
+    return next((part.batch_first for part in module.modules() if hasattr(part, "batch_first")), True)
 
 
 def rearranged(features: Tensor, reshape: Reshape, images: Tensor) -> Tensor:
@@ -164,9 +264,9 @@ def rearranged(features: Tensor, reshape: Reshape, images: Tensor) -> Tensor:
     raise ValueError(f"reshape={reshape!r} is for features {form}, got {shape}: pass a function")
 
 
-def _grid(tokens: int, height: int, width: int) -> tuple[int, int] | None:
-    """Rows and columns of the largest grid with the images' ratio that leaves at most eight tokens over."""
-    for extra in range(9):
+def _grid(tokens: int, height: int, width: int, most: int = 8) -> tuple[int, int] | None:
+    """Rows and columns of the largest grid with the images' ratio that leaves at most so many tokens over."""
+    for extra in range(most + 1):
         rows = round(((tokens - extra) * height / width) ** 0.5) if tokens > extra else 0
         if rows and (tokens - extra) % rows == 0 and rows * width == (tokens - extra) // rows * height:
             return rows, (tokens - extra) // rows
@@ -195,10 +295,11 @@ def _is_for_images(module: nn.Module) -> bool:
     return isinstance(module, _ConvNd | nn.GroupNorm) or "2d" in type(module).__name__
 
 
-def _has_tokens(module: nn.Module) -> bool:
-    """Whether there are parts in it that work on the last dimension, as transformers do."""
-    kinds = (nn.LayerNorm, nn.RMSNorm, nn.MultiheadAttention, nn.Softmax) if hasattr(nn, "RMSNorm") else ()
-    return any(isinstance(part, kinds) and not _is_for_images(part) for part in module.modules())
+def _works_on_last(module: nn.Module) -> bool:
+    """Whether it is one of the parts of transformers that work on the last dimension, or named like one."""
+    kinds = (nn.LayerNorm, nn.MultiheadAttention, nn.Softmax)
+    named = re.search("RMSNorm|LayerNorm", type(module).__name__)
+    return (isinstance(module, kinds) or named is not None) and not _is_for_images(module)
 
 
 def _is_scaled(size: tuple[int, ...], full: tuple[int, ...]) -> bool:

@@ -98,8 +98,9 @@ def vanilla_gradient(
         TypeError: `images` are not a floating-point tensor, `target` is of a wrong type, or the model is
             spread over several devices by `nn.DataParallel`.
         ValueError: `images` are not four-dimensional or not finite, `target` is out of range or does
-            not fit the batch, `reduce` or `score` is unknown, the model does not return (N, K) logits, no
-            gradient flows from them to the images, or the model was made in inference mode.
+            not fit the batch, `reduce` or `score` is unknown, the model does not return (N, K) logits, or one
+            only with "log_prob", no gradient flows from them to the images, or the model was made in
+            inference mode.
         RuntimeError: an operation has no second derivative (`create_graph=True`), or this is inside a
             transform of `torch.func`.
 
@@ -236,7 +237,9 @@ def grad_cam(
         target: see `vanilla_gradient`.
         layer: the layer whose output is used, as a module of `model` or by its dotted name. None is the
             `nn.Conv2d` that runs last, with a warning where all attention comes after it. Of a layer that
-            runs several times, the last output counts.
+            runs several times, the last output counts. Its output must have the images in their order: a
+            model that shuffles the batch before the layer, as ShuffleBN does, gets maps of other images,
+            which no shape tells.
         reshape: how a layer's output becomes (N, C, h, w). None: it is that; "tokens": from (N, 1 + hw, C),
             the grid having the images' ratio of height to width, and up to eight other tokens coming first;
             "channels_last": from (N, h, w, C); or a function, applied to the output's gradient as well.

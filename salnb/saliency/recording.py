@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from salnb._common.catalog import METHODS
-from salnb._common.checks import at_least_float32, is_channels_last, is_traced
+from salnb._common.checks import at_least_float32, check_several_classes, is_channels_last, is_traced
 from salnb._common.outputs import AS_IT_IS, ModelCall, described
 from salnb.double_backward.recomputation import (
     again_in_recomputation,
@@ -23,8 +23,10 @@ from salnb.double_backward.recomputation import (
 )
 from salnb.saliency.layers import (
     LastConvolution,
+    OnLastDimension,
     Reshape,
     check_layout,
+    check_tokens,
     find_layer,
     rearranged,
     stem_before_attention,
@@ -70,10 +72,14 @@ def class_scores(logits: Tensor, target: Tensor | int | None, score: str = "logi
     Returns:
         (N,), in float32 at least.
 
+    Raises:
+        ValueError: "log_prob" of one logit, which is zero whatever the image.
+
     Values of `target` are not looked at, so that no device is waited for.
     """
     logits = at_least_float32(logits)
     if score == "log_prob":
+        check_several_classes(logits, name="score='log_prob' needs")
         logits = logits.log_softmax(1)
     if target is None:
         target = logits.detach().argmax(1)
@@ -173,6 +179,9 @@ class ForwardRecorder:
         if self.spec.layer and layer is None and (better := stem_before_attention(model)):
             _warn(better)
         self.last_convolution = LastConvolution(model) if self.spec.layer and layer is None else None
+        self.on_last = (
+            OnLastDimension(model) if self.spec.layer and layer is not None and reshape is None else None
+        )
         self.frozen_stem = frozen_stem
         self.outputs: dict[str, Tensor] = {}
         self.relu_rule = ReLURule(self.spec.rule) if self.spec.rule else None
@@ -185,6 +194,8 @@ class ForwardRecorder:
             self._stack.enter_context(self.relu_rule)
         if self.last_convolution is not None:
             self._stack.enter_context(self.last_convolution)
+        if self.on_last is not None:
+            self._stack.enter_context(self.on_last)
         layers = {} if self.layer is None else {"layer": self.layer}
         self.outputs = self._stack.enter_context(recorded_outputs(layers, self._accept))
         return self
@@ -245,7 +256,9 @@ class ForwardRecorder:
                 "layer is a module of the model that its forward pass never calls, or calls in another thread"
             )
         if self.reshape is None:
-            check_layout(self.model, layer, activation, images)
+            check_layout(self.model, layer, activation, images, self.on_last)
+        elif self.reshape == "tokens":
+            check_tokens(self.model, layer, activation, images)
         return activation
 
 

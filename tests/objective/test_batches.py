@@ -166,6 +166,32 @@ def test_sequences_that_come_first_are_refused(layers, n):
             objective(images(n), TARGET[:n])
 
 
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("part", ["norm2", "linear1", "linear2", "dropout2", None])
+def test_so_are_parts_of_them_and_what_follows(part, layers):
+    for batch_first in (True, False):
+        encoder = transformer(batch_first)
+        if layers == 2:
+            encoder = nn.TransformerEncoder(encoder, 2, enable_nested_tensor=False)
+        place = "encoder" if layers == 1 else "encoder.layers.0"
+        name = "norm" if part is None else f"{place}.{part}"
+        model = Encoder(encoder, batch_first=batch_first)
+        objective = Objective(model, HorizontalFlip(), gamma=0.0, beta=1.0, layers=[name])
+        if batch_first:
+            assert objective(images(), TARGET).invariance_loss > 0
+            continue
+        with pytest.raises(ValueError, match=f"layers: '{name}' must return .*batch_first=True"):
+            objective(images(), TARGET)
+
+
+def test_a_recurrent_network_beside_the_layer_is_no_matter():
+    model = Encoder(nn.GRU(24, 24), batch_first=False)
+    model.norm, model.first = nn.Identity(), nn.Conv2d(3, 3, 1)
+    model.register_forward_pre_hook(lambda module, args: module.first(args[0]))
+    objective = Objective(model, HorizontalFlip(), gamma=0.0, beta=1.0, layers=["first"])
+    assert objective(images(), TARGET).invariance_loss > 0
+
+
 def test_what_is_no_tensor_of_numbers_is_refused():
     model = Encoder(nn.GRU(24, 24, batch_first=True), batch_first=True)
     with pytest.raises(TypeError, match="layers: 'encoder' must return a tensor, got tuple"):

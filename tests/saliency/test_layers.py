@@ -218,6 +218,81 @@ def test_layouts_that_are_not(shape, image, layer, model):
         layout(shape, image, layer, model)
 
 
+class Last(nn.Module):
+    """A network that works on the channels as the last dimension, of which there are as many as columns."""
+
+    def __init__(self, on_channels):
+        super().__init__()
+        self.conv, self.permute = nn.Conv2d(3, 8, 3, padding=1), Does(lambda x: x.permute(0, 2, 3, 1))
+        self.on_channels, self.relu, self.head = on_channels, nn.ReLU(), nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.head(self.relu(self.on_channels(self.permute(self.conv(x)))).mean((1, 2)))
+
+
+class CustomRMSNorm(nn.Module):
+    def forward(self, x):
+        return x / x.square().mean(-1, keepdim=True).sqrt()
+
+
+@pytest.mark.parametrize("layer", ["permute", "on_channels", "relu"])
+@pytest.mark.parametrize("on_channels", [nn.Linear(8, 8), CustomRMSNorm()], ids=["linear", "norm"])
+@WITH_LAYER
+def test_as_many_channels_as_columns_are_asked_about(method, on_channels, layer):
+    model, x = Last(on_channels), torch.rand(2, 3, 8, 8)
+    with pytest.raises(ValueError, match=r"cannot be told from it: pass reshape='channels_last'"):
+        saliency.METHODS[method](model, x, 1, layer=layer)
+    assert saliency.METHODS[method](model, x, 1, layer=layer, reshape="channels_last").any()
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+@WITH_LAYER
+def test_what_works_on_logits_or_pooled_features_is_no_matter(method):
+    head = nn.Linear(512, 10), nn.LayerNorm(10), nn.Softmax(1)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), *head)
+    x = torch.rand(2, 3, 8, 8)
+    expected = saliency.METHODS[method](model, x, 1, layer="1", reshape=lambda features: features)
+    assert torch.equal(saliency.METHODS[method](model, x, 1, layer="1"), expected)
+
+
+class OnItsSide(Last):
+    def __init__(self):
+        super().__init__(nn.Conv2d(8, 8, 1))
+
+    def forward(self, x):
+        return self.head(torch.relu(self.conv(x.mT)).mean((2, 3)))
+
+
+class InOneLine(OnItsSide):
+    def forward(self, x):
+        return self.head(torch.relu(self.on_channels(self.conv(x).flatten(2).unsqueeze(-1))).mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("make", "name", "size", "back"),
+    [
+        (OnItsSide, "conv", (8, 16), lambda f: f.mT),
+        (InOneLine, "on_channels", (6, 12), lambda f: f.flatten(2).unflatten(2, (6, 12))),
+    ],
+)
+@WITH_LAYER
+def test_convolutions_of_what_is_no_image_are_asked_about(method, make, name, size, back):
+    model, x = make(), torch.rand(2, 3, *size)
+    for options in ({}, {"layer": name}):
+        with pytest.raises(ValueError, match=r"may have .*: name the layer, with reshape="):
+            saliency.METHODS[method](model, x, 1, **options)
+    assert saliency.METHODS[method](model, x, 1, layer=name, reshape=back).any()
+
+
+@pytest.mark.parametrize("size", [(8, 16), (9, 16), (31, 64), (33, 97), (17, 23), (64, 20), (40, 100)])
+@pytest.mark.parametrize("conv", [(3, 1, 0), (3, 2, 1), (5, 1, 0), (7, 2, 3), (2, 2, 0), (1, 1, 2)])
+def test_convolutions_of_any_stride_and_padding_are_not(size, conv):
+    x, layer = torch.rand(1, 3, *size), nn.Conv2d(3, 3, *conv).requires_grad_(False)
+    while conv[0] <= min(x.shape[2:]) < 40 and layer(x).shape[2:] != (1, 1):
+        x = layer(x)
+        layout(tuple(x.shape), (1, 3, *size), layer)
+
+
 def test_a_permuted_layer_is_the_way_out():
     model = Returns(lambda x: x.permute(0, 2, 3, 1), lambda x: x.permute(0, 3, 1, 2)).eval()
     x = torch.rand(2, 3, 8, 8)

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
+from torchvision import ops
 from torchvision.models.swin_transformer import SwinTransformer
 
 from salnb import Objective, saliency
@@ -134,6 +135,12 @@ REFUSED = {
         x.permute(2, 0, 1, 3).mean(3).log_softmax(2), torch.ones(len(x), 2).long(),
         torch.full((len(x),), x.shape[2]), torch.full((len(x),), 2),
     ),
+    "deform_conv2d": lambda x: ops.deform_conv2d(
+        x, x.new_zeros(len(x), 18, *x.shape[2:]), torch.eye(x.shape[1])[..., None, None].expand(-1, -1, 3, 3),
+        padding=1,
+    ),
+    "roi_align": lambda x: ops.roi_align(x, [x.new_tensor([[0, 0, 4, 4]])] * len(x), x.shape[2:]),
+    "roi_pool": lambda x: ops.roi_pool(x, [x.new_tensor([[0, 0, 4, 4]])] * len(x), x.shape[2:]),
 }  # fmt: skip
 
 

@@ -72,6 +72,14 @@ def test_the_objective_takes_its_maps_of_the_score(method, score):
     assert_close(objective(images, labels).saliency_loss, expected, 1e-8)
 
 
+@pytest.mark.parametrize("method", saliency.METHODS)
+def test_the_log_probability_of_one_logit_is_refused(method):
+    network, images = conv_bn(num_classes=1).eval(), torch.rand(2, 3, 8, 8)
+    assert run(method, network, images, 0).any()
+    with pytest.raises(ValueError, match=r"'log_prob' needs logits of two classes or more, .* torch.cat"):
+        run(method, network, images, 0, score="log_prob")
+
+
 def test_the_objective_names_an_unknown_score():
     with pytest.raises(ValueError, match="score 'probability' is unknown"):
         Objective(conv_bn(), HorizontalFlip(), score="probability")

@@ -137,6 +137,30 @@ def test_tokens_that_make_no_grid_are_refused():
         saliency.grad_cam(Tokens(13).double(), images(), 1, layer="tokens", reshape="tokens")
 
 
+class SequenceFirst(nn.Module):
+    """A network of PyTorch's encoder whose sequence is the first dimension."""
+
+    def __init__(self):
+        super().__init__()
+        self.patch, self.norm, self.head = nn.Conv2d(3, 6, 4, 4), nn.LayerNorm(6), nn.Linear(6, 4)
+        layer = nn.TransformerEncoderLayer(6, 2, 8, dropout=0.0)
+        self.encoder = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+
+    def forward(self, x):
+        return self.head(self.norm(self.encoder(self.patch(x).flatten(2).permute(2, 0, 1))).mean(0))
+
+
+@pytest.mark.parametrize("layer", ["encoder", "encoder.layers.0", "encoder.layers.0.norm2", "norm"])
+def test_as_many_tokens_as_images_are_not_taken_for_them(layer):
+    net, x = SequenceFirst(), torch.rand(4, 3, 8, 8)
+    with pytest.raises(ValueError, match=r"\(4, 4, 6\) may be \(1 \+ hw, N, C\).*or a function"):
+        saliency.grad_cam(net, x, 1, layer=layer, reshape="tokens")
+    found = saliency.grad_cam(
+        net, x, 1, layer=layer, reshape=lambda f: f.permute(1, 2, 0).unflatten(2, (2, 2))
+    )
+    assert found.shape == (4, 1, 8, 8)
+
+
 def test_channels_last_is_named_as_the_cure():
     with pytest.raises(ValueError, match="reshape='channels_last'"):
         saliency.grad_cam(swin(), images(), 1, layer="features.2")
