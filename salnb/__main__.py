@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, get_type_hints
 
 from salnb._common import catalog
 from salnb._common.files import write_atomic
-from salnb._common.image_folder import find_images, photographs
+from salnb._common.image_folder import check_out, find_images, photographs
 from salnb._common.packages import require
 from salnb._common.progress import log_line
 from salnb.results import read_record
@@ -128,6 +128,7 @@ def _explain(args: argparse.Namespace) -> int:
     if args.batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {args.batch_size}")
     catalog.check_trained(args.model)
+    check_out(args.out, files, args.all, args.augment)
     from salnb import explain, trained
 
     wrong = explain.explain(

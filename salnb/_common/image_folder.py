@@ -3,6 +3,7 @@
 Free of torch and Pillow, so that a mistake is answered at once.
 """
 
+import contextlib
 import itertools
 import os
 import random
@@ -10,9 +11,9 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
-from salnb._common.files import sha256
+from salnb._common.files import check_writable, sha256
 
-__all__ = ["check_apart", "find_images", "named", "photographs", "split_folder"]
+__all__ = ["check_apart", "check_out", "find_images", "named", "photographs", "split_folder"]
 
 _ENDINGS = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 _FOLDERS = {"train": ("train",), "validation": ("val", "valid", "validation"), "test": ("test",)}
@@ -55,6 +56,45 @@ def photographs(paths: Iterable[str | Path]) -> dict[str, Path]:
             names = itertools.chain([file.stem], (f"{file.stem}-{i}" for i in itertools.count(2)))
             found[next(name for name in names if name not in found)] = file
     return found
+
+
+def check_out(out: str | Path, files: Mapping[str, Path], every_method: bool, augment: str | None) -> None:
+    """Raise unless what `salnb explain` writes of photographs may be written; see its function `explain`.
+
+    Args:
+        out: the folder, which need not be there yet.
+        files: the photographs, by their names.
+        every_method: whether there are `NAME-methods.png`.
+        augment: of `NAME-AUGMENT.png`, if there are any.
+
+    Raises:
+        ValueError: something would take the place of a photograph.
+        OSError: the folder is a file, cannot be written to, or has a folder of such a name inside.
+    """
+    out, given = Path(out), {}
+    for file in files.values():
+        with contextlib.suppress(OSError):  # it is told when it is read
+            given[_identity(file)] = file
+    more = ["methods"] * every_method + [augment] * (augment is not None)
+    endings = [".npy", ".png", *(f"-{one}.png" for one in more)]
+    written = [out / "scores.json", *(out / (name + ending) for name in files for ending in endings)]
+    for path in written:
+        with contextlib.suppress(OSError):  # it is not there
+            if taken := given.get(_identity(path)):
+                told = f"{path.name} would replace the photograph {taken}"
+                raise ValueError(f"out {out}: {told}; name another folder")
+    longest = max(written, key=lambda path: len(os.fsencode(path)))
+    try:
+        for path in (written[0], longest, *filter(os.path.isdir, written)):
+            check_writable(path)
+    except OSError as error:
+        raise OSError(error.errno, f"out {out} cannot be written to: {error.strerror}") from error
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    """The same for two paths of one file, whatever links lead there."""
+    status = path.stat()
+    return status.st_dev, status.st_ino
 
 
 def find_images(root: str | Path, without: Collection[str] = ()) -> dict[str, Classes]:
