@@ -160,7 +160,7 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
 def _evaluate(args: argparse.Namespace) -> int:
     if not os.path.exists(os.path.join(args.run, "model.json")):
         raise ValueError(f"{args.run} is no finished run: it has no model.json")
-    theirs = read_record(os.path.join(args.run, "config.json"))
+    theirs = _settings_of(args.run)
     name = args.data or ("folder" if args.data_dir else theirs["data"])
     augmentation = args.augmentation or theirs["augmentation"]
     if name not in catalog.DATA:
@@ -178,6 +178,16 @@ def _evaluate(args: argparse.Namespace) -> int:
         trained.report(args.run, name, root, augmentation, device=args.device, batch_size=args.batch_size)
     )
     return 0
+
+
+def _settings_of(run: str) -> dict[str, Any]:
+    """What `salnb evaluate` asks of the settings that a run has kept."""
+    try:
+        theirs = read_record(os.path.join(run, "config.json"))
+        return {name: theirs[name] for name in ("data", "data_dir", "augmentation")}
+    except (OSError, ValueError, KeyError) as error:
+        why = getattr(error, "strerror", None) or f"{error}"
+        raise ValueError(f"{run} is no finished run: its config.json cannot be read ({why})") from error
 
 
 def _plot_arguments(parser: argparse.ArgumentParser) -> None:
