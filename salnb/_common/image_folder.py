@@ -13,12 +13,14 @@ from pathlib import Path
 
 from salnb._common.files import check_writable, sha256
 
-__all__ = ["check_apart", "check_out", "find_images", "named", "photographs", "split_folder"]
+__all__ = ["check_apart", "check_out", "class_of", "find_images", "named", "photographs", "split_folder"]
 
 _ENDINGS = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 _FOLDERS = {"train": ("train",), "validation": ("val", "valid", "validation"), "test": ("test",)}
 _SHARE = 10  # one in so many images of each class is put aside for a split that the folder has not
 MASKS = "masks"
+
+_PLACES = frozenset(name for names in _FOLDERS.values() for name in names)
 
 # the images of each class, as paths relative to the root
 Classes = dict[str, list[str]]
@@ -139,6 +141,15 @@ def _classes(root: Path, folder: Path, without: Collection[str]) -> Classes:
             images = (os.path.relpath(path, root) for path in _image_files(folder / name))
             found[name] = [path for path in images if path not in without]
     return found
+
+
+def class_of(path: str, classes: Collection[str]) -> str:
+    """The class of an image, from its path relative to the root: a folder's name, or of one in a split's.
+
+    A folder that is named like a split is one, so that a class of such a name lies in a split.
+    """
+    first, second, *_ = path.split("/")
+    return second if first in _PLACES or first not in classes else first
 
 
 def split_folder(found: Mapping[str, Classes], seed: int) -> dict[str, list[str]]:

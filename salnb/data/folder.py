@@ -11,7 +11,7 @@ from torch import Tensor
 
 from salnb import results
 from salnb._common.files import DamagedFileError
-from salnb._common.image_folder import MASKS, check_apart, find_images, named, split_folder
+from salnb._common.image_folder import MASKS, check_apart, class_of, find_images, named, split_folder
 from salnb._common.limits import check_integer
 from salnb._common.progress import progress
 from salnb.data.base import Dataset, DiskImages, Split, centre, read_image
@@ -55,8 +55,7 @@ class FolderImages(DiskImages):
         """One image, decoded, its label, and its mask where there are masks."""
         path = self.rows[index]
         image = read_photograph(self.root / path, self.size)
-        first, second, *_ = path.split("/")  # of a class, or of a split with the classes inside
-        label = self.classes.index(first if first in self.classes else second)
+        label = self.classes.index(class_of(path, self.classes))
         if not self.masks:
             return image, label
         return image, label, read_photograph(self.masks[index], self.size)[:1] >= 128

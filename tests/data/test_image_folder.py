@@ -158,6 +158,20 @@ def test_folders_of_splits_are_taken_as_they_are(folder, name, tmp_path):
     assert all(path.startswith("train/") for path in parts.test.rows)
 
 
+@pytest.mark.parametrize("name", ["train", "val", "valid", "validation", "test"])
+def test_a_class_may_be_named_like_a_split(name, tmp_path):
+    root, record = tmp_path / "photos", tmp_path / "split.json"
+    for split, count in {"train": 9, "val": 2, "test": 2}.items():
+        put(root, *(f"{split}/{c}/{c}-{i}-{split}.png" for c in ("bus", name, "zebra") for i in range(count)))
+    for parts in (load(root, record=record), load(root, record=record)):
+        assert parts.classes == sorted(["bus", name, "zebra"])
+        for split, count in ((parts.train, 9), (parts.validation, 2), (parts.test, 2)):
+            assert sorted(label for _, label in examples(split)) == [0] * count + [1] * count + [2] * count
+            assert all(f"/{parts.classes[split[i][1]]}/" in row for i, row in enumerate(split.rows))
+    split, _ = data.images_to_test(root, SIZE)
+    assert [label for _, label in examples(split)] == [0, 0, 1, 1, 2, 2]
+
+
 def test_the_split_is_kept_with_the_run(folder, tmp_path):
     record = tmp_path / "run" / "split.json"
     first = load(folder, record=record)
