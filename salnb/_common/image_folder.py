@@ -107,7 +107,8 @@ def find_images(root: str | Path, without: Collection[str] = ()) -> dict[str, Cl
         without: paths relative to it, which are left out.
 
     Raises:
-        ValueError: it is no folder, has no two classes, a class is empty, or splits differ in their classes.
+        ValueError: it is no folder, has no two classes, a class is empty, splits differ in their classes, or
+            beside the classes is a folder `masks` that is not laid out as these are.
     """
     root = Path(root)
     if not root.is_dir():
@@ -117,6 +118,7 @@ def find_images(root: str | Path, without: Collection[str] = ()) -> dict[str, Cl
     }
     if not any(places.values()):
         places["train"] = ""
+        _check_masks(root)
     if places["train"] is None:
         raise ValueError(f"data_dir {root} has {named(filter(None, places.values()))}, but no train")
     found = {
@@ -137,10 +139,24 @@ def _classes(root: Path, folder: Path, without: Collection[str]) -> Classes:
     names = [path.name for path in sorted(folder.iterdir()) if path.is_dir()]
     found: Classes = {}
     for name in names:
-        if name[0] != "." and name != MASKS:
+        if name[0] != "." and (name != MASKS or folder != root):
             images = (os.path.relpath(path, root) for path in _image_files(folder / name))
             found[name] = [path for path in images if path not in without]
     return found
+
+
+def _check_masks(root: Path) -> None:
+    """Raise unless the folder of masks, if there is one beside the classes, is laid out as these are."""
+    if not (images := _image_files(root / MASKS)):
+        return
+    inside = {os.path.relpath(path, root / MASKS).partition("/")[0] for path in images}
+    if any((root / MASKS / name).is_file() for name in inside) or not any(
+        (root / name).is_dir() for name in inside
+    ):
+        raise ValueError(
+            f"data_dir {root}: {MASKS} must have a folder for each class, with the masks of its images: if it "
+            "is a class itself, rename it, or put the classes into a folder train"
+        )
 
 
 def class_of(path: str, classes: Collection[str]) -> str:

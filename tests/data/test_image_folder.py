@@ -205,6 +205,26 @@ def test_masks_of_the_same_names(folder):
         load(folder)
 
 
+def test_masks_may_be_a_class_of_a_split(tmp_path):
+    root = tmp_path / "faces"
+    for split in ("train", "val", "test"):
+        put(root, *(f"{split}/{c}/{c}-{split}.png" for c in ("masks", "none", "wrong")))
+    parts = load(root)
+    assert parts.classes == ["masks", "none", "wrong"]
+    assert [label for _, label in examples(parts.test)] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("inside", ["a.png", "indoors/a.png"])
+def test_a_class_is_not_taken_for_masks(folder, inside):
+    (folder / "masks" / "cat").mkdir(parents=True)
+    put(folder, "masks/cat/cat-00.png", f"masks/{inside}")
+    if inside.startswith("indoors"):
+        shutil.rmtree(folder / "masks" / "cat")
+    told = r"data_dir .*photos: masks must have a folder for each class, .* rename it, or put"
+    with pytest.raises(ValueError, match=told):
+        load(folder)
+
+
 # --- what is told before a training --------------------------------------------------------------------------
 
 
