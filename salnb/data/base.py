@@ -316,6 +316,9 @@ def read_image(file: Path | IO[bytes], *, least: int | None = None) -> Tensor:
         file: its path, or the opened file.
         least: a JPEG may be decoded at a half, a quarter or an eighth of its size, for less work, as long as
             no side gets shorter than this; None: at its size.
+
+    Raises:
+        ValueError: a grey value may mean anything: a real number beyond [0, 1], or a whole one of 32 bits.
     """
     from PIL import Image, ImageOps
     from torchvision.transforms.v2.functional import pil_to_tensor
@@ -324,10 +327,14 @@ def read_image(file: Path | IO[bytes], *, least: int | None = None) -> Tensor:
         if least is not None:
             opened.draft("RGB", (least, least))
         image = ImageOps.exif_transpose(opened)
-        if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip
-            return (
-                (pil_to_tensor(image).float() / 257).round_().clamp_(0, 255).to(torch.uint8).repeat(3, 1, 1)
-            )
+        if image.mode[0] in "IF":  # grey of more than 8 bits, which Pillow would clip
+            grey, white = pil_to_tensor(image).float(), 1 if image.mode == "F" else 65535
+            # Pillow says "I" of 16 bits, too, of a PNG and of a PGM, whose whitest it makes 65535
+            known = image.mode[1:] or image.mode == "F" or opened.format in ("PNG", "PPM")
+            if not (known and grey.min() >= 0 and grey.max() <= white):  # NaN is not between them either
+                told = f"from {grey.min():g} to {grey.max():g} in mode {image.mode}"
+                raise ValueError(f"its values are {told}, of which none is known to be white")
+            return (grey / white * 255).round_().to(torch.uint8).repeat(3, 1, 1)
         if image.has_transparency_data:
             white = Image.new("RGBA", image.size, "white")
             image = Image.alpha_composite(white, image.convert("RGBA"))

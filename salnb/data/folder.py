@@ -23,7 +23,8 @@ def read_photograph(file: str | Path, size: int) -> Tensor:
     """An image file as a network of some size sees it: (3, size, size), uint8.
 
     The short side is resized with antialiasing to 8/7 of the size, and the centre is cut out. Whatever Pillow
-    reads will do: it is turned as its EXIF orientation says, 16 bits become 8, and what is transparent white.
+    reads will do: it is turned as its EXIF orientation says, 16 bits and real numbers from 0 to 1 become 8
+    bits, and what is transparent white.
 
     Raises:
         DamagedFileError: it cannot be read or decoded; the message names it.

@@ -53,6 +53,12 @@ def grey16(path):
     return torch.from_numpy((values / 257).round().astype(np.uint8)).expand(3, -1, -1)
 
 
+def real(path):
+    values = np.linspace(0, 1, 20 * 20, dtype=np.float32).reshape(20, 20)
+    Image.fromarray(values).save(path)
+    return torch.from_numpy((values * 255).round().astype(np.uint8)).expand(3, -1, -1)
+
+
 def rgb_of(image):
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
@@ -104,6 +110,7 @@ KINDS = {
     "colour.webp": saved("RGB"),
     "16-bit.png": grey16,
     "16-bit.tiff": grey16,
+    "real.tiff": real,
     "alpha.png": transparent,
     "grey-alpha.png": lambda path: (
         Image.new("LA", (4, 4), (0, 0)).save(path),
@@ -123,6 +130,23 @@ def test_pictures_of_every_kind(kind, tmp_path):
     assert image.shape == expected.shape
     assert (image.float() - expected.float()).abs().max() <= (25 if kind == "cmyk.jpg" else 1)
     assert data.read_photograph(tmp_path / kind, 8).shape == (3, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        (np.float32([[0, 255]]), "from 0 to 255 in mode F"),
+        (np.float32([[-0.5, 1]]), "from -0.5 to 1 in mode F"),
+        (np.float32([[0, np.nan]]), "from nan to nan in mode F"),
+        (np.int32([[7, 100_000]]), "from 7 to 100000 in mode I"),
+        (np.int32([[0, 200]]), "from 0 to 200 in mode I"),
+    ],
+)
+def test_grey_of_which_none_is_known_to_be_white_is_told(values, told, tmp_path):
+    Image.fromarray(values).save(tmp_path / "a.tiff")
+    message = rf"a\.tiff cannot be read \(its values are {told}, of which none is known to be white\)$"
+    with pytest.raises(data.DamagedFileError, match=message):
+        data.read_photograph(tmp_path / "a.tiff", 8)
 
 
 # --- splits -------------------------------------------------------------------------------------------------
