@@ -63,6 +63,7 @@ class FolderImages(DiskImages):
 
     def first(self, count: int) -> "FolderImages":
         """The first so many of the images."""
+        count = check_integer("count", count, 0, 2**31)
         return replace(self, rows=self.rows[:count], masks=self.masks[:count])
 
 
