@@ -154,8 +154,8 @@ def _check_masks(root: Path) -> None:
         (root / name).is_dir() for name in inside
     ):
         raise ValueError(
-            f"data_dir {root}: {MASKS} must have a folder for each class, with the masks of its images: if it "
-            "is a class itself, rename it, or put the classes into a folder train"
+            f"data_dir {root}: {MASKS} must have a folder for each class, with the masks of its images: if "
+            "it is a class itself, rename it, or put the classes into a folder train"
         )
 
 
