@@ -27,8 +27,10 @@ def read_photograph(file: str | Path, size: int) -> Tensor:
     bits, and what is transparent white.
 
     Raises:
+        TypeError, ValueError: the size is no number from 1 to 10,000.
         DamagedFileError: it cannot be read or decoded; the message names it.
     """
+    size = check_integer("size", size, 1, 10_000)
     short = size * 8 // 7
     try:
         return centre(read_image(Path(file), least=short), short, size)
@@ -94,10 +96,12 @@ def image_folder(
         under the same path and name, as PNG or with the image's own ending: white where the object is.
 
     Raises:
-        ValueError: no folder, too few images, classes that differ between splits, files in two splits.
+        TypeError, ValueError: a number is not as described; no folder, too few images, classes that differ
+            between splits, files in two splits.
         DamagedFileError: images that cannot be read, with names and number.
     """
     root, size = Path(root), check_integer("size", size, 1, 10_000)
+    seed, workers = check_integer("seed", seed, -(2**64), 2**64), check_integer("workers", workers, 0, 1000)
     if record is not None and Path(record).exists():
         kept = results.read_record(record)
         classes, splits = kept["classes"], kept["splits"]

@@ -249,6 +249,25 @@ def test_a_class_is_not_taken_for_masks(folder, inside):
         load(folder)
 
 
+@pytest.mark.parametrize("size", [0, -3, 2.5, 16.0, "16", None, 10_001])
+def test_sizes_of_a_photograph(size, folder):
+    message = rf"^size must (be a whole number|lie) in \[1, 10000\], got {size!r}$"
+    with pytest.raises((TypeError, ValueError), match=message):
+        data.read_photograph(folder / "cat" / "cat-00.png", size)
+    with pytest.raises((TypeError, ValueError), match=message):
+        data.image_folder(folder, size)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"workers": -1}, {"workers": "2"}, {"workers": None}, {"seed": 1.5}, {"seed": "0"}]
+)
+def test_numbers_of_a_folder(wrong, folder):
+    ((name, value),) = wrong.items()
+    message = rf"^{name} must (be a whole number|lie) in .*, got {value!r}$"
+    with pytest.raises((TypeError, ValueError), match=message):
+        data.image_folder(folder, SIZE, **wrong)
+
+
 # --- what is told before a training --------------------------------------------------------------------------
 
 
