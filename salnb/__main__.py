@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, get_type_hints
 
 from salnb._common import catalog
 from salnb._common.files import write_atomic
-from salnb._common.image_folder import find_images, photographs
+from salnb._common.image_folder import check_out, find_images, photographs
 from salnb._common.packages import require
 from salnb._common.progress import log_line
 from salnb.results import read_record
@@ -128,6 +128,7 @@ def _explain(args: argparse.Namespace) -> int:
     if args.batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {args.batch_size}")
     catalog.check_trained(args.model)
+    check_out(args.out, files, args.all, args.augment)
     from salnb import explain, trained
 
     wrong = explain.explain(
@@ -159,7 +160,7 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
 def _evaluate(args: argparse.Namespace) -> int:
     if not os.path.exists(os.path.join(args.run, "model.json")):
         raise ValueError(f"{args.run} is no finished run: it has no model.json")
-    theirs = read_record(os.path.join(args.run, "config.json"))
+    theirs = _settings_of(args.run)
     name = args.data or ("folder" if args.data_dir else theirs["data"])
     augmentation = args.augmentation or theirs["augmentation"]
     if name not in catalog.DATA:
@@ -177,6 +178,16 @@ def _evaluate(args: argparse.Namespace) -> int:
         trained.report(args.run, name, root, augmentation, device=args.device, batch_size=args.batch_size)
     )
     return 0
+
+
+def _settings_of(run: str) -> dict[str, Any]:
+    """What `salnb evaluate` asks of the settings that a run has kept."""
+    try:
+        theirs = read_record(os.path.join(run, "config.json"))
+        return {name: theirs[name] for name in ("data", "data_dir", "augmentation")}
+    except (OSError, ValueError, KeyError) as error:
+        why = getattr(error, "strerror", None) or f"{error}"
+        raise ValueError(f"{run} is no finished run: its config.json cannot be read ({why})") from error
 
 
 def _plot_arguments(parser: argparse.ArgumentParser) -> None:

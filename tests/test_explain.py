@@ -1,6 +1,7 @@
 """Maps of photographs: what is drawn, what is written, and what is said of it."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -103,6 +104,62 @@ def test_an_unknown_class_is_told_before_anything_is_written(run, photos, capsys
     assert call(run, photos, "--out", tmp_path / "maps", "--target", "tabby") == 2
     assert "error: target 'tabby' is unknown" in capsys.readouterr().err
     assert not (tmp_path / "maps").exists()
+
+
+def refused(run, capsys, *arguments):
+    """The error, of one line, with which everything stays as it was."""
+    files = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert call(run, *arguments) == 2
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == files
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    return error
+
+
+OWN = {
+    "picture.png": (),
+    "map.npy": (),
+    "cat-methods.png": ("cat.jpg", "--all"),
+    "cat-rotation.png": ("cat.jpg", "--augment", "rotation"),
+    "scores.json": (),
+}
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_a_photograph_is_never_replaced(run, photos, name, capsys, monkeypatch):
+    for file in (name, "cat.jpg"):
+        shutil.copy(photos / "b.jpg", photos / file)
+    monkeypatch.chdir(run)
+    others = [photos / one if one.endswith("jpg") else one for one in OWN[name]]
+    for out in ("photos", run / "photos" / "more" / ".."):
+        error = refused(run, capsys, f"photos/{name}", *others, "--out", out)
+        assert error == (
+            f"salnb: error: out {out}: {name} would replace the photograph photos/{name}; "
+            "name another folder\n"
+        )
+
+
+def test_a_photograph_behind_a_link_is_never_replaced(run, photos, capsys, network):
+    (run / "link").symlink_to(photos)
+    assert "a.png would replace the photograph" in refused(run, capsys, run / "link/a.png", "--out", photos)
+    with pytest.raises(ValueError, match=r"a\.png would replace the photograph"):
+        explain.explain(network, {"a": photos / "a.png"}, run / "link")
+
+
+def test_maps_may_lie_beside_photographs_of_other_names(run, photos):
+    content = (photos / "b.jpg").read_bytes()
+    assert call(run, photos / "b.jpg", "--out", photos) == 0
+    assert (photos / "b.jpg").read_bytes() == content
+    assert (photos / "b.png").exists()
+
+
+def test_where_nothing_can_be_written_is_told_at_once(run, photos, capsys):
+    (run / "file").write_text("")
+    (run / "maps" / "b.npy").mkdir(parents=True)
+    reasons = {"file": "Not a directory", "file/x": "Not a directory", "maps": "Is a directory"}
+    for name, reason in reasons.items():
+        error = refused(run, capsys, photos, "--out", run / name)
+        assert error.endswith(f"out {run / name} cannot be written to: {reason}\n")
 
 
 @pytest.mark.parametrize("augmentation", [HorizontalFlip(1.0), CutOut()], ids=["flip", "cutout"])

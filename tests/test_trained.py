@@ -120,6 +120,18 @@ def test_evaluate_from_the_command_line(run, photos, capsys, tmp_path):
     assert error.count("\n") == 1
 
 
+@pytest.mark.parametrize("content", [None, "{", "{}"])
+def test_a_run_without_its_settings_is_told_in_a_line(content, tmp_path, capsys):
+    (tmp_path / "model.json").write_text("{}")
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    assert main(["evaluate", str(tmp_path), "--device", "cpu"]) == 2
+    error = capsys.readouterr().err
+    told = f"salnb: error: {tmp_path} is no finished run: its config.json cannot be read ("
+    assert error.startswith(told)
+    assert error.count("\n") == 1
+
+
 def test_a_resumed_run_keeps_its_split(photos, tmp_path, run):
     out = tmp_path / "run"
     config = Config(

@@ -3,6 +3,7 @@
 Free of torch and Pillow, so that a mistake is answered at once.
 """
 
+import contextlib
 import itertools
 import os
 import random
@@ -10,14 +11,16 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
-from salnb._common.files import sha256
+from salnb._common.files import check_writable, sha256
 
-__all__ = ["check_apart", "find_images", "named", "photographs", "split_folder"]
+__all__ = ["check_apart", "check_out", "class_of", "find_images", "named", "photographs", "split_folder"]
 
 _ENDINGS = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 _FOLDERS = {"train": ("train",), "validation": ("val", "valid", "validation"), "test": ("test",)}
 _SHARE = 10  # one in so many images of each class is put aside for a split that the folder has not
 MASKS = "masks"
+
+_PLACES = frozenset(name for names in _FOLDERS.values() for name in names)
 
 # the images of each class, as paths relative to the root
 Classes = dict[str, list[str]]
@@ -57,6 +60,45 @@ def photographs(paths: Iterable[str | Path]) -> dict[str, Path]:
     return found
 
 
+def check_out(out: str | Path, files: Mapping[str, Path], every_method: bool, augment: str | None) -> None:
+    """Raise unless what `salnb explain` writes of photographs may be written; see its function `explain`.
+
+    Args:
+        out: the folder, which need not be there yet.
+        files: the photographs, by their names.
+        every_method: whether there are `NAME-methods.png`.
+        augment: of `NAME-AUGMENT.png`, if there are any.
+
+    Raises:
+        ValueError: something would take the place of a photograph.
+        OSError: the folder is a file, cannot be written to, or has a folder of such a name inside.
+    """
+    out, given = Path(out), {}
+    for file in files.values():
+        with contextlib.suppress(OSError):  # it is told when it is read
+            given[_identity(file)] = file
+    more = ["methods"] * every_method + [augment] * (augment is not None)
+    endings = [".npy", ".png", *(f"-{one}.png" for one in more)]
+    written = [out / "scores.json", *(out / (name + ending) for name in files for ending in endings)]
+    for path in written:
+        with contextlib.suppress(OSError):  # it is not there
+            if taken := given.get(_identity(path)):
+                told = f"{path.name} would replace the photograph {taken}"
+                raise ValueError(f"out {out}: {told}; name another folder")
+    longest = max(written, key=lambda path: len(os.fsencode(path)))
+    try:
+        for path in (written[0], longest, *filter(os.path.isdir, written)):
+            check_writable(path)
+    except OSError as error:
+        raise OSError(error.errno, f"out {out} cannot be written to: {error.strerror}") from error
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    """The same for two paths of one file, whatever links lead there."""
+    status = path.stat()
+    return status.st_dev, status.st_ino
+
+
 def find_images(root: str | Path, without: Collection[str] = ()) -> dict[str, Classes]:
     """The images of each class in each split that a folder has; "train" alone where it has no splits.
 
@@ -65,7 +107,8 @@ def find_images(root: str | Path, without: Collection[str] = ()) -> dict[str, Cl
         without: paths relative to it, which are left out.
 
     Raises:
-        ValueError: it is no folder, has no two classes, a class is empty, or splits differ in their classes.
+        ValueError: it is no folder, has no two classes, a class is empty, splits differ in their classes, or
+            beside the classes is a folder `masks` that is not laid out as these are.
     """
     root = Path(root)
     if not root.is_dir():
@@ -75,6 +118,7 @@ def find_images(root: str | Path, without: Collection[str] = ()) -> dict[str, Cl
     }
     if not any(places.values()):
         places["train"] = ""
+        _check_masks(root)
     if places["train"] is None:
         raise ValueError(f"data_dir {root} has {named(filter(None, places.values()))}, but no train")
     found = {
@@ -95,10 +139,33 @@ def _classes(root: Path, folder: Path, without: Collection[str]) -> Classes:
     names = [path.name for path in sorted(folder.iterdir()) if path.is_dir()]
     found: Classes = {}
     for name in names:
-        if name[0] != "." and name != MASKS:
+        if name[0] != "." and (name != MASKS or folder != root):
             images = (os.path.relpath(path, root) for path in _image_files(folder / name))
             found[name] = [path for path in images if path not in without]
     return found
+
+
+def _check_masks(root: Path) -> None:
+    """Raise unless the folder of masks, if there is one beside the classes, is laid out as these are."""
+    if not (images := _image_files(root / MASKS)):
+        return
+    inside = {os.path.relpath(path, root / MASKS).partition("/")[0] for path in images}
+    if any((root / MASKS / name).is_file() for name in inside) or not any(
+        (root / name).is_dir() for name in inside
+    ):
+        raise ValueError(
+            f"data_dir {root}: {MASKS} must have a folder for each class, with the masks of its images: if "
+            "it is a class itself, rename it, or put the classes into a folder train"
+        )
+
+
+def class_of(path: str, classes: Collection[str]) -> str:
+    """The class of an image, from its path relative to the root: a folder's name, or of one in a split's.
+
+    A folder that is named like a split is one, so that a class of such a name lies in a split.
+    """
+    first, second, *_ = path.split("/")
+    return second if first in _PLACES or first not in classes else first
 
 
 def split_folder(found: Mapping[str, Classes], seed: int) -> dict[str, list[str]]:

@@ -21,6 +21,7 @@ __all__ += ["StreamedImages", "batches", "hide_labels"]
 
 # what is smaller is kept on the accelerator
 _FITS_THE_DEVICE = 2**30
+_MOST = 2**31  # of anything that is counted
 
 
 class Examples(NamedTuple):
@@ -37,11 +38,16 @@ class Examples(NamedTuple):
     masks: Tensor | None = None
 
 
-class Share(NamedTuple):
+@dataclass(frozen=True)
+class Share:
     """What one of several processes works on: every `of`-th image of each batch, from the `rank`-th on."""
 
     rank: int = 0
     of: int = 1
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        check_integer("rank", self.rank, 0, check_integer("of", self.of, 1, _MOST) - 1)
 
 
 WHOLE = Share()
@@ -104,6 +110,7 @@ class Arrays:
 
     def first(self, count: int) -> "Arrays":
         """The first so many of the images."""
+        count = check_integer("count", count, 0, _MOST)
         return Arrays(*_each(self, lambda tensor: tensor[:count]))
 
     def to(self, device: torch.device) -> "Arrays":
@@ -172,7 +179,8 @@ class DiskImages:
 
     def first(self, count: int) -> "DiskImages":
         """The first so many of the images."""
-        return replace(self, rows=self.rows.select(range(min(count, len(self)))))
+        count = min(check_integer("count", count, 0, _MOST), len(self))
+        return replace(self, rows=self.rows.select(range(count)))
 
     def epoch(
         self, batch_size: int, *, seed: int | None = None, start: int = 0, share: Share = WHOLE
@@ -222,7 +230,7 @@ class StreamedImages:
 
     def first(self, count: int) -> "StreamedImages":
         """The first so many of the images."""
-        count = min(count, self.count)
+        count = min(check_integer("count", count, 0, _MOST), self.count)
         with torch.device("cpu"):  # the library makes tensors that processes share
             return replace(self, rows=self.rows.take(count), count=count)
 
@@ -230,7 +238,8 @@ class StreamedImages:
         self, batch_size: int, *, seed: int | None = None, start: int = 0, share: Share = WHOLE
     ) -> Iterator[Examples]:
         """One pass over the images; see `Split`."""
-        check_integer("batch_size", batch_size, 1, 2**31)
+        check_integer("batch_size", batch_size, 1, _MOST)
+        start = check_integer("start", start, 0, _MOST)
         with torch.device("cpu"):
             rows = self.rows if seed is None else self.rows.shuffle(seed=seed, buffer_size=self.buffer)
             rows = rows.skip(start * batch_size)
@@ -264,8 +273,9 @@ def hide_labels(split: Arrays, per_class: int, generator: torch.Generator) -> Ar
         generator: draws which.
 
     Raises:
-        ValueError: a class has fewer images.
+        TypeError, ValueError: it is no number, or a class has fewer images.
     """
+    per_class = check_integer("per_class", per_class, 1, _MOST)
     order = torch.randperm(len(split), generator=generator, device="cpu").to(split.labels.device)
     kept = []
     for label in split.labels.unique():
@@ -299,7 +309,8 @@ def _orders(
     count: int, batch_size: int, seed: int | None, start: int, share: Share, device: torch.device
 ) -> Iterator[Tensor]:
     """The indices of each batch's share."""
-    check_integer("batch_size", batch_size, 1, 2**31)
+    check_integer("batch_size", batch_size, 1, _MOST)
+    start = check_integer("start", start, 0, _MOST)
     order = torch.arange(count, device="cpu")
     if seed is not None:
         order = torch.randperm(count, generator=torch.Generator().manual_seed(seed), device="cpu")
@@ -316,6 +327,9 @@ def read_image(file: Path | IO[bytes], *, least: int | None = None) -> Tensor:
         file: its path, or the opened file.
         least: a JPEG may be decoded at a half, a quarter or an eighth of its size, for less work, as long as
             no side gets shorter than this; None: at its size.
+
+    Raises:
+        ValueError: a grey value may mean anything: a real number beyond [0, 1], or a whole one of 32 bits.
     """
     from PIL import Image, ImageOps
     from torchvision.transforms.v2.functional import pil_to_tensor
@@ -324,13 +338,16 @@ def read_image(file: Path | IO[bytes], *, least: int | None = None) -> Tensor:
         if least is not None:
             opened.draft("RGB", (least, least))
         image = ImageOps.exif_transpose(opened)
-        if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip
-            return (
-                (pil_to_tensor(image).float() / 257).round_().clamp_(0, 255).to(torch.uint8).repeat(3, 1, 1)
-            )
+        if image.mode[0] in "IF":  # grey of more than 8 bits, which Pillow would clip
+            grey, white = pil_to_tensor(image).float(), 1 if image.mode == "F" else 65535
+            # Pillow says "I" of 16 bits, too, of a PNG and of a PGM, whose whitest it makes 65535
+            known = image.mode[1:] or image.mode == "F" or opened.format in ("PNG", "PPM")
+            if not (known and grey.min() >= 0 and grey.max() <= white):  # NaN is not between them either
+                told = f"from {grey.min():g} to {grey.max():g} in mode {image.mode}"
+                raise ValueError(f"its values are {told}, of which none is known to be white")
+            return (grey / white * 255).round_().to(torch.uint8).repeat(3, 1, 1)
         if image.has_transparency_data:
-            white = Image.new("RGBA", image.size, "white")
-            image = Image.alpha_composite(white, image.convert("RGBA"))
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
         return pil_to_tensor(image.convert("RGB"))
 
 
@@ -363,9 +380,7 @@ def decode(
         image = read_image(io.BytesIO(row["image"]["bytes"]), least=short)
     except Exception as error:  # whatever the bytes lead the decoders of Pillow to
         raise DamagedFileError(f"{name}: the image cannot be decoded ({error})") from error
-    if size is None or short is None:
-        return image, label
-    return centre(image, short, size), label
+    return image if size is None or short is None else centre(image, short, size), label
 
 
 def batches(split: Split, size: int, device: torch.device, **epoch: Any) -> Iterator[Examples]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from salnb import results
 from salnb._common.files import DamagedFileError
-from salnb._common.image_folder import MASKS, check_apart, find_images, named, split_folder
+from salnb._common.image_folder import MASKS, check_apart, class_of, find_images, named, split_folder
 from salnb._common.limits import check_integer
 from salnb._common.progress import progress
 from salnb.data.base import Dataset, DiskImages, Split, centre, read_image
@@ -23,11 +23,14 @@ def read_photograph(file: str | Path, size: int) -> Tensor:
     """An image file as a network of some size sees it: (3, size, size), uint8.
 
     The short side is resized with antialiasing to 8/7 of the size, and the centre is cut out. Whatever Pillow
-    reads will do: it is turned as its EXIF orientation says, 16 bits become 8, and what is transparent white.
+    reads will do: it is turned as its EXIF orientation says, 16 bits and real numbers from 0 to 1 become 8
+    bits, and what is transparent white.
 
     Raises:
+        TypeError, ValueError: the size is no number from 1 to 10,000.
         DamagedFileError: it cannot be read or decoded; the message names it.
     """
+    size = check_integer("size", size, 1, 10_000)
     short = size * 8 // 7
     try:
         return centre(read_image(Path(file), least=short), short, size)
@@ -55,14 +58,14 @@ class FolderImages(DiskImages):
         """One image, decoded, its label, and its mask where there are masks."""
         path = self.rows[index]
         image = read_photograph(self.root / path, self.size)
-        first, second, *_ = path.split("/")  # of a class, or of a split with the classes inside
-        label = self.classes.index(first if first in self.classes else second)
+        label = self.classes.index(class_of(path, self.classes))
         if not self.masks:
             return image, label
         return image, label, read_photograph(self.masks[index], self.size)[:1] >= 128
 
     def first(self, count: int) -> "FolderImages":
         """The first so many of the images."""
+        count = check_integer("count", count, 0, 2**31)
         return replace(self, rows=self.rows[:count], masks=self.masks[:count])
 
 
@@ -93,10 +96,12 @@ def image_folder(
         under the same path and name, as PNG or with the image's own ending: white where the object is.
 
     Raises:
-        ValueError: no folder, too few images, classes that differ between splits, files in two splits.
+        TypeError, ValueError: a number is not as described; no folder, too few images, classes that differ
+            between splits, files in two splits.
         DamagedFileError: images that cannot be read, with names and number.
     """
     root, size = Path(root), check_integer("size", size, 1, 10_000)
+    seed, workers = check_integer("seed", seed, -(2**64), 2**64), check_integer("workers", workers, 0, 1000)
     if record is not None and Path(record).exists():
         kept = results.read_record(record)
         classes, splits = kept["classes"], kept["splits"]

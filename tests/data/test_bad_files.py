@@ -263,3 +263,44 @@ def test_size_of_batches(batch_size):
     split = data.Arrays(torch.zeros(5, 3, 2, 2, dtype=torch.uint8), torch.arange(5))
     with pytest.raises((TypeError, ValueError), match=r"batch_size must (be a whole number|lie) in .* got"):
         list(split.epoch(batch_size))
+
+
+def ten_images():
+    return data.Arrays(torch.zeros(10, 3, 2, 2, dtype=torch.uint8), torch.arange(10) % 2)
+
+
+def hidden(per_class):
+    return data.hide_labels(ten_images(), per_class, torch.Generator().manual_seed(0))
+
+
+COUNTS = {
+    "start": lambda start: list(ten_images().epoch(4, start=start)),
+    "count": lambda count: ten_images().first(count),
+    "count of files": lambda count: data.FolderImages(["cat/a.png"] * 10, 8).first(count),
+    "count of a stream": lambda count: data.StreamedImages(None, 8, 10).first(count),
+    "count of rows": lambda count: data.DiskImages(range(10), 8).first(count),
+    "start of a stream": lambda start: list(data.StreamedImages(None, 8, 10).epoch(4, start=start)),
+    "per_class": hidden,
+    "rank": lambda rank: data.Share(rank, 3),
+    "of": lambda of: data.Share(0, of),
+}
+
+
+@pytest.mark.parametrize("value", [-1, 1.0, "1", None])
+@pytest.mark.parametrize("name", COUNTS)
+def test_what_is_counted(name, value):
+    name, call = name.split()[0], COUNTS[name]
+    message = rf"^{name} must (be a whole number|lie) in \[[01], .*\], got {value!r}$"
+    with pytest.raises((TypeError, ValueError), match=message):
+        call(value)
+
+
+def test_the_least_and_the_most_that_are_counted():
+    with pytest.raises(ValueError, match=r"^per_class must lie in \[1, .*\], got 0$"):
+        hidden(0)
+    with pytest.raises(ValueError, match=r"^rank must lie in \[0, 1\], got 3$"):
+        data.Share(3, 2)
+    assert len(ten_images().first(0)) == 0
+    assert len(ten_images().first(11)) == 10
+    assert not list(ten_images().epoch(4, start=3))
+    assert int((hidden(1).labels >= 0).sum()) == 2

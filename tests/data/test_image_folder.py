@@ -53,6 +53,12 @@ def grey16(path):
     return torch.from_numpy((values / 257).round().astype(np.uint8)).expand(3, -1, -1)
 
 
+def real(path):
+    values = np.linspace(0, 1, 20 * 20, dtype=np.float32).reshape(20, 20)
+    Image.fromarray(values).save(path)
+    return torch.from_numpy((values * 255).round().astype(np.uint8)).expand(3, -1, -1)
+
+
 def rgb_of(image):
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
@@ -104,6 +110,7 @@ KINDS = {
     "colour.webp": saved("RGB"),
     "16-bit.png": grey16,
     "16-bit.tiff": grey16,
+    "real.tiff": real,
     "alpha.png": transparent,
     "grey-alpha.png": lambda path: (
         Image.new("LA", (4, 4), (0, 0)).save(path),
@@ -123,6 +130,23 @@ def test_pictures_of_every_kind(kind, tmp_path):
     assert image.shape == expected.shape
     assert (image.float() - expected.float()).abs().max() <= (25 if kind == "cmyk.jpg" else 1)
     assert data.read_photograph(tmp_path / kind, 8).shape == (3, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        (np.float32([[0, 255]]), "from 0 to 255 in mode F"),
+        (np.float32([[-0.5, 1]]), "from -0.5 to 1 in mode F"),
+        (np.float32([[0, np.nan]]), "from nan to nan in mode F"),
+        (np.int32([[7, 100_000]]), "from 7 to 100000 in mode I"),
+        (np.int32([[0, 200]]), "from 0 to 200 in mode I"),
+    ],
+)
+def test_grey_of_which_none_is_known_to_be_white_is_told(values, told, tmp_path):
+    Image.fromarray(values).save(tmp_path / "a.tiff")
+    message = rf"a\.tiff cannot be read \(its values are {told}, of which none is known to be white\)$"
+    with pytest.raises(data.DamagedFileError, match=message):
+        data.read_photograph(tmp_path / "a.tiff", 8)
 
 
 # --- splits -------------------------------------------------------------------------------------------------
@@ -158,6 +182,20 @@ def test_folders_of_splits_are_taken_as_they_are(folder, name, tmp_path):
     assert all(path.startswith("train/") for path in parts.test.rows)
 
 
+@pytest.mark.parametrize("name", ["train", "val", "valid", "validation", "test"])
+def test_a_class_may_be_named_like_a_split(name, tmp_path):
+    root, record = tmp_path / "photos", tmp_path / "split.json"
+    for split, count in {"train": 9, "val": 2, "test": 2}.items():
+        put(root, *(f"{split}/{c}/{c}-{i}-{split}.png" for c in ("bus", name, "zebra") for i in range(count)))
+    for parts in (load(root, record=record), load(root, record=record)):
+        assert parts.classes == sorted(["bus", name, "zebra"])
+        for split, count in ((parts.train, 9), (parts.validation, 2), (parts.test, 2)):
+            assert sorted(label for _, label in examples(split)) == [0] * count + [1] * count + [2] * count
+            assert all(f"/{parts.classes[split[i][1]]}/" in row for i, row in enumerate(split.rows))
+    split, _ = data.images_to_test(root, SIZE)
+    assert [label for _, label in examples(split)] == [0, 0, 1, 1, 2, 2]
+
+
 def test_the_split_is_kept_with_the_run(folder, tmp_path):
     record = tmp_path / "run" / "split.json"
     first = load(folder, record=record)
@@ -189,6 +227,45 @@ def test_masks_of_the_same_names(folder):
     (folder / "masks" / parts.test.rows[0]).unlink()
     with pytest.raises(ValueError, match=r"1 of 2 images have no mask: cat/cat-\d\d.png$"):
         load(folder)
+
+
+def test_masks_may_be_a_class_of_a_split(tmp_path):
+    root = tmp_path / "faces"
+    for split in ("train", "val", "test"):
+        put(root, *(f"{split}/{c}/{c}-{split}.png" for c in ("masks", "none", "wrong")))
+    parts = load(root)
+    assert parts.classes == ["masks", "none", "wrong"]
+    assert [label for _, label in examples(parts.test)] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("inside", ["a.png", "indoors/a.png"])
+def test_a_class_is_not_taken_for_masks(folder, inside):
+    (folder / "masks" / "cat").mkdir(parents=True)
+    put(folder, "masks/cat/cat-00.png", f"masks/{inside}")
+    if inside.startswith("indoors"):
+        shutil.rmtree(folder / "masks" / "cat")
+    told = r"data_dir .*photos: masks must have a folder for each class, .* rename it, or put"
+    with pytest.raises(ValueError, match=told):
+        load(folder)
+
+
+@pytest.mark.parametrize("size", [0, -3, 2.5, 16.0, "16", None, 10_001])
+def test_sizes_of_a_photograph(size, folder):
+    message = rf"^size must (be a whole number|lie) in \[1, 10000\], got {size!r}$"
+    with pytest.raises((TypeError, ValueError), match=message):
+        data.read_photograph(folder / "cat" / "cat-00.png", size)
+    with pytest.raises((TypeError, ValueError), match=message):
+        data.image_folder(folder, size)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"workers": -1}, {"workers": "2"}, {"workers": None}, {"seed": 1.5}, {"seed": "0"}]
+)
+def test_numbers_of_a_folder(wrong, folder):
+    ((name, value),) = wrong.items()
+    message = rf"^{name} must (be a whole number|lie) in .*, got {value!r}$"
+    with pytest.raises((TypeError, ValueError), match=message):
+        data.image_folder(folder, SIZE, **wrong)
 
 
 # --- what is told before a training --------------------------------------------------------------------------
