@@ -16,7 +16,8 @@ __all__ = ["check_pairs", "check_state", "check_weight", "layer_weights", "whole
 def check_weight(name: str, value: Any) -> None:
     """Raise a TypeError or a ValueError unless this is a finite number of at least 0."""
     allowed = f"{name} must be a finite number of at least 0"
-    if isinstance(value, bool) or not isinstance(value, Real | Tensor) or getattr(value, "ndim", 0):
+    scalar: Any = Real | Tensor
+    if isinstance(value, bool) or not isinstance(value, scalar) or getattr(value, "ndim", False):
         raise TypeError(f"{allowed}, got {value!r}")
     if not 0 <= value < float("inf"):
         raise ValueError(f"{allowed}, got {value}")
