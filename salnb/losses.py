@@ -9,6 +9,7 @@ Every function has finite gradients wherever its arguments are finite, and consi
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
@@ -18,11 +19,13 @@ from torch import Tensor
 
 from salnb._common.checks import (
     at_least_float32,
-    check_normalized,
+    check_labels,
     check_several_classes,
     check_target_of_logits,
+    check_tensors,
     did_you_mean,
 )
+from salnb._common.limits import check_integer, check_number
 
 T = TypeVar("T")
 
@@ -63,22 +66,25 @@ def class_loss(logits: Tensor, target: Tensor) -> Tensor:
     Args:
         logits: class scores (N, K).
         target: labels (N,) of an integer type, or weights of the classes (N, K) for mixed images, at least
-            zero and with rows that sum to one (which is looked at on a CPU only: a GPU would be waited for).
+            zero and with rows that sum to one. Values are looked at on a CPU only: a GPU would be waited for.
 
     Returns:
         A scalar.
 
     Raises:
-        ValueError: the shapes do not belong together, there is only one class, or weights do not sum to one.
+        TypeError: not tensors.
+        ValueError: the shapes do not belong together, there is only one class, weights do not sum to one, or
+            a label is no class, as -100 is none.
 
     >>> class_loss(torch.zeros(4, 10), torch.tensor([0, 1, 2, 3]))
     tensor(2.3026)
     """
+    check_tensors({"logits": logits, "target": target})
     if logits.ndim != 2:
         raise ValueError(f"logits must be (N, K), got {tuple(logits.shape)}")
     check_several_classes(logits, name="class_loss needs")
     check_target_of_logits(target, logits)
-    check_normalized(target)
+    check_labels(target, logits.shape[1])
     logits = at_least_float32(logits)
     target = target.long() if target.ndim == 1 else target.to(logits.dtype)
     return F.cross_entropy(logits, target)  # eq. 5
@@ -130,10 +136,14 @@ def invariance_loss(
     for argument, given in (("new_features", new_layers), ("weights", factors)):
         if given.keys() != layers.keys():
             raise ValueError(f"{argument} must have the layers {list(layers)} of features, got {list(given)}")
+    for name, factor in factors.items():
+        if not isinstance(factor, Tensor):  # one may be learnt
+            check_number(f"weights[{name!r}]", factor, -sys.float_info.max, sys.float_info.max)
     compare = F.l1_loss if distance == "l1" else F.mse_loss
     terms = []
     for name, old in layers.items():
         new = new_layers[name]
+        check_tensors({f"features[{name!r}]": old, f"new_features[{name!r}]": new})
         _check_same_shape(f"new_features[{name!r}]", new, f"features[{name!r}]", old)
         new, old = at_least_float32(new), at_least_float32(old)
         apart = compare(new, old)
@@ -222,6 +232,7 @@ def pool_maps(maps: Tensor, valid: Tensor | None, size: int) -> tuple[Tensor, Te
         one, of the shape of `valid` but for height and width, which are divided by `size` and rounded up.
 
     Raises:
+        TypeError: `maps` or `valid` is no tensor, or `size` no whole number.
         ValueError: a shape or type is wrong, or `size` is not between 1 and the shorter side.
 
     >>> pool_maps(torch.tensor([[[[1.0, 3.0, 7.0], [1.0, 3.0, 5.0]]]]), None, 2)[0]
@@ -229,6 +240,7 @@ def pool_maps(maps: Tensor, valid: Tensor | None, size: int) -> tuple[Tensor, Te
     """
     _check_maps(maps, valid)
     shorter = min(maps.shape[2:])
+    size = check_integer("pool", size, -(2**62), 2**62)
     if not 1 <= size <= shorter:
         raise ValueError(f"pool must be between 1 and the shorter side of the maps, {shorter}, got {size}")
     maps = at_least_float32(maps)
@@ -280,6 +292,7 @@ def saliency_loss(
     """
     _check_known("normalize", "none" if normalize is None else normalize, NORMALIZATIONS)
     _check_known("distance", distance, DISTANCES)
+    check_tensors({"maps": maps, "new_maps": new_maps})
     _check_same_shape("new_maps", new_maps, "maps", maps)
     if pool != 1:
         new_maps, _ = pool_maps(new_maps, valid, pool)
@@ -351,6 +364,7 @@ def with_other_images(maps: Tensor, new_maps: Tensor, valid: Tensor) -> tuple[Te
 
 
 def _check_maps(maps: Tensor, valid: Tensor | None, name: str = "valid") -> None:
+    check_tensors({"maps": maps} if valid is None else {"maps": maps, name: valid})
     if maps.ndim != 4 or not maps.is_floating_point():
         raise ValueError(f"maps must be floating-point (N, C, H, W), got {tuple(maps.shape)} of {maps.dtype}")
     if valid is None:

@@ -19,11 +19,13 @@ from salnb._common.checks import (
     as_target,
     at_least_float32,
     check_finite,
+    check_generator,
     check_images,
     check_no_transform,
     check_several_classes,
     check_target,
 )
+from salnb._common.limits import check_integer
 from salnb.saliency.isolation import left_as_found
 from salnb.saliency.recording import class_scores, logits_of
 
@@ -248,8 +250,8 @@ def _curve(
     if _check_maps("maps", maps).shape != (expected := (len(images), 1, *images.shape[-2:])):
         raise ValueError(f"maps must have shape {expected} for these images, got {tuple(maps.shape)}")
     check_finite(maps, name="maps")
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
+    steps = check_integer("steps", steps, 1, 2**31)
+    check_generator(generator)
     replacement = _like_images(replacement, images)
     target = as_target(target, len(images))
     with torch.no_grad():

@@ -67,6 +67,41 @@ def test_class_loss_refuses(logits, target):
         class_loss(logits, target)
 
 
+@pytest.mark.parametrize(("labels", "wrong"), [([0, -100, 1], -100), ([-100] * 3, -100), ([0, 4, 1], 4)])
+def test_class_loss_leaves_no_label_out(labels, wrong):
+    with pytest.raises(ValueError, match=f"target must lie in 0 … 3, got {wrong}"):
+        class_loss(torch.randn(3, 4), torch.tensor(labels))
+
+
+def test_what_is_no_tensor_is_named():
+    maps, labels = torch.rand(2, 1, 3, 3), torch.zeros(2).long()
+    for call, name in (
+        (lambda: class_loss([[0.0, 1.0]] * 2, labels), "logits must be a torch.Tensor, got list"),
+        (lambda: class_loss(torch.zeros(2, 2), [0, 1]), "target must be a torch.Tensor, got list"),
+        (lambda: saliency_loss(maps.numpy(), maps.numpy()), "maps must be a torch.Tensor, got ndarray"),
+        (lambda: saliency_loss(maps, maps.numpy()), "new_maps must be a torch.Tensor, got ndarray"),
+        (lambda: normalize_maps(maps, [True]), "valid must be a torch.Tensor, got list"),
+        (
+            lambda: invariance_loss([maps], [None]),
+            r"new_features\['0'\] must be a torch.Tensor, got NoneType",
+        ),
+        (
+            lambda: invariance_loss([maps], [maps], weights=["a"]),
+            r"weights\['0'\] must be a number .*got 'a'",
+        ),
+    ):
+        with pytest.raises(TypeError, match=name):
+            call()
+
+
+def test_class_loss_inside_of_transforms():
+    logits, target = torch.randn(6, 4), torch.tensor([0, 1, 2, 3, 0, 1])
+    expected = (logits.softmax(1) - F.one_hot(target, 4)) / 6
+    assert_close(torch.func.grad(class_loss)(logits, target), expected)
+    pairs = torch.func.vmap(class_loss)(logits.view(3, 2, 4), target.view(3, 2))
+    assert_close(pairs.mean(), class_loss(logits, target))
+
+
 # ---------------------------------------------------------------------------------------------------------
 # eq. 6
 
@@ -113,10 +148,16 @@ def test_invariance_loss_of_half_precision_does_not_overflow():
         ([torch.ones(2)], [torch.ones(2)] * 2, {}, "new_features must have the layers"),
         ([torch.ones(2)], [torch.ones(2)], {"weights": [1, 2]}, "weights must have the layers"),
         ({"a": torch.ones(2)}, {"a": torch.ones(3)}, {}, r"new_features\['a'\] must have the shape \(2,\)"),
+        (
+            [torch.ones(2)],
+            [torch.ones(2)],
+            {"weights": [float("nan")]},
+            r"weights\['0'\] must lie in .* got nan",
+        ),
         ([torch.ones(2)], [torch.ones(2)], {"distance": "cosine"}, r"distance must be one of \['l1', 'l2'\]"),
         (torch.ones(2, 3), [torch.ones(3)] * 2, {}, "features must be a dict or a sequence, got Tensor"),
     ],
-    ids=["none", "names", "number", "weights", "shapes", "distance", "one tensor"],
+    ids=["none", "names", "number", "weights", "no number", "shapes", "distance", "one tensor"],
 )
 def test_invariance_loss_refuses(old, new, options, message):
     with pytest.raises(ValueError, match=message):

@@ -132,6 +132,13 @@ def test_a_block_fits_into_the_maps(size, message):
             call()
 
 
+def test_a_block_has_a_whole_number_of_pixels():
+    maps = torch.zeros(1, 1, 5, 7)
+    for call in (lambda: pool_maps(maps, None, 2.5), lambda: saliency_loss(maps, maps, pool=2.5)):
+        with pytest.raises(TypeError, match=r"pool must be a whole number in .* got 2\.5"):
+            call()
+
+
 def test_shapes_and_types_are_checked():
     with pytest.raises(ValueError, match=r"maps must be floating-point \(N, C, H, W\)"):
         pool_maps(torch.zeros(5, 7), None, 2)

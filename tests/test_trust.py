@@ -273,7 +273,9 @@ BAD = {
     "replacement-number": (lambda: remove(replacement=0.5), TypeError, "replacement must be a tensor, got float"),
     "replacement-misfit": (lambda: remove(replacement=X[..., :3]), ValueError, r"replacement .* got \(2, 3, 4, 3\)"),
     "replacement-nan": (lambda: remove(replacement=NAN), ValueError, "replacement must be finite"),
-    "steps": (lambda: remove(steps=0), ValueError, "steps must be at least 1, got 0"),
+    "steps": (lambda: remove(steps=0), ValueError, r"steps must lie in \[1, .*\], got 0"),
+    "steps-float": (lambda: remove(steps=2.5), TypeError, "steps must be a whole number in .* got 2.5"),
+    "generator": (lambda: remove(generator=42), TypeError, "generator must be a torch.Generator or None, got 42"),
     "logits": (lambda: trust.insertion_curve(nn.Identity(), X, M, replacement=X), ValueError, "model must return logits"),
 }  # fmt: skip
 

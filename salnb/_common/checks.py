@@ -1,6 +1,7 @@
 """Checks of arguments, each of whose errors names the argument, what came and what is allowed; dtypes."""
 
 import operator
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from salnb._common.catalog import did_you_mean as did_you_mean
 from salnb._common.catalog import unknown as unknown
+from salnb._common.limits import check_integer
 
 
 def is_traced(tensor: Tensor) -> bool:
@@ -104,6 +106,28 @@ def check_images(images: Tensor, *, name: str = "images", unit_range: bool = Fal
     return plain(images)
 
 
+def check_tensors(given: Mapping[str, Any]) -> None:
+    """Raise a TypeError that names the first of these that is no tensor."""
+    for name, value in given.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+
+
+def check_generator(generator: Any) -> None:
+    """Raise a TypeError unless this is a generator of torch or None."""
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator or None, got {generator!r}")
+
+
+def check_mask(name: str, mask: Tensor, images: Tensor) -> None:
+    """Raise a TypeError or a ValueError unless this is a mask (N, 1, H, W) for such images or maps."""
+    shape = (len(images), 1, *images.shape[-2:])
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"{name} must be a tensor of booleans {shape}, got {type(mask).__name__}")
+    if mask.dtype is not torch.bool or mask.shape != shape:
+        raise ValueError(f"{name} must be bool of {shape}, got {tuple(mask.shape)} of {mask.dtype}")
+
+
 def check_finite(values: Tensor, *, name: str) -> None:
     """Raise a ValueError if `values` holds a NaN or an infinity; not looked at while tracing.
 
@@ -142,6 +166,11 @@ def as_target(target: Any, n: int) -> Any:
     return target.expand(n) if target.ndim == 0 and _is_integer(target) else target
 
 
+def as_labels(target: Tensor) -> Tensor:
+    """The target itself, or int64 of unsigned integers, with most of which PyTorch does not compute."""
+    return target.long() if target.dtype in (torch.uint16, torch.uint32, torch.uint64) else target
+
+
 def check_target(target: Tensor | int | None, n: int, num_classes: int) -> None:
     """Raise unless `target` gives each of `n` images a class or class weights (this waits for the device).
 
@@ -166,7 +195,7 @@ def check_target(target: Tensor | int | None, n: int, num_classes: int) -> None:
     if not weights and shape != (n,):
         raise ValueError(f"target must have shape ({n},), one class per image, got {shape}")
     if not weights and not is_traced(target):
-        _check_classes(int(target.min()), int(target.max()), num_classes)
+        _check_classes(*_ends(target), num_classes)
 
 
 def check_labels(target: Tensor, num_classes: int) -> None:
@@ -178,7 +207,7 @@ def check_labels(target: Tensor, num_classes: int) -> None:
         raise ValueError(f"target weights must be ({len(target)}, {num_classes}), got {tuple(target.shape)}")
     check_normalized(target)
     if target.ndim == 1 and target.device.type == "cpu" and not is_traced(target):
-        _check_classes(int(target.min()), int(target.max()), num_classes)
+        _check_classes(*_ends(target), num_classes)
 
 
 def check_normalized(target: Tensor, *, wait: bool = False) -> None:
@@ -218,14 +247,16 @@ def check_training_target(target: Tensor, n: int) -> None:
     """Raise unless `target` has labels (n,) or class weights (n, K); how many classes is not yet known.
 
     Raises:
-        TypeError: labels that are not integers.
+        TypeError: labels that are not integers, or complex weights.
         ValueError: not a tensor of such a shape.
     """
     if not isinstance(target, Tensor) or target.ndim not in (1, 2) or len(target) != n:
         got = tuple(target.shape) if isinstance(target, Tensor) else type(target).__name__
         raise ValueError(f"target must be a tensor ({n},) or ({n}, K), got {got}")
-    if target.ndim == 1 and (target.is_floating_point() or target.dtype is torch.bool):
+    if target.ndim == 1 and not _is_integer(target):
         raise TypeError(f"target of shape (N,) must hold integer labels, got {target.dtype}")
+    if target.is_complex():
+        raise TypeError(f"target of shape (N, K) must hold weights of classes, got {target.dtype}")
 
 
 def check_target_of_logits(target: Tensor, logits: Tensor) -> None:
@@ -242,22 +273,24 @@ def check_labels_to_mix(target: Tensor, num_classes: int | None) -> int:
     """K, unless `target` does not have labels (N,) or weights (N, K) to mix (this waits for the device).
 
     Raises:
-        TypeError: labels that are not integers.
+        TypeError: labels, or `num_classes`, that are not integers.
         ValueError: no number of classes to make weights of, or labels or weights that do not agree with it.
     """
-    if target.ndim == 2 and target.is_floating_point():
+    if num_classes is not None and not isinstance(num_classes, torch.SymInt):
+        num_classes = check_integer("num_classes", num_classes, 1, 2**31)
+    if target.ndim == 2 and not target.is_complex():
         if num_classes not in (None, target.shape[1]):
             raise ValueError(f"target has {target.shape[1]} class weights, but num_classes is {num_classes}")
         return target.shape[1]
-    if target.ndim != 1 or target.is_floating_point() or target.is_complex():
+    if target.ndim != 1 or not _is_integer(target):
         raise TypeError(
-            "target must be integer labels (N,) or floating point class weights (N, K), "
+            "target must be integer labels (N,) or class weights (N, K), "
             f"got {target.dtype} of shape {tuple(target.shape)}"
         )
     if num_classes is None:
         raise ValueError("num_classes must be given where integer labels are mixed, got None")
     if not is_traced(target):
-        low, high = (value.item() for value in target.aminmax())
+        low, high = _ends(target)
         if low < 0 or high >= num_classes:
             raise ValueError(f"target must hold labels from 0 to {num_classes - 1}, got {low} to {high}")
     return num_classes
@@ -265,6 +298,11 @@ def check_labels_to_mix(target: Tensor, num_classes: int | None) -> int:
 
 def _is_integer(tensor: Tensor) -> bool:
     return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype is torch.bool)
+
+
+def _ends(labels: Tensor) -> tuple[int, int]:
+    low, high = as_labels(labels).aminmax()
+    return int(low), int(high)
 
 
 def _check_classes(low: int, high: int, num_classes: int) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-__all__ = ["AS_IT_IS", "ModelCall", "described", "given_twice"]
+__all__ = ["AS_IT_IS", "ModelCall", "check_model_kwargs", "check_output", "described", "given_twice"]
 
 
 class ModelCall(NamedTuple):
@@ -32,6 +32,18 @@ class ModelCall(NamedTuple):
 
 
 AS_IT_IS = ModelCall()
+
+
+def check_output(output: Any) -> None:
+    """Raise a TypeError unless this can give logits from what a network returns, or is None."""
+    if output is not None and not callable(output):
+        raise TypeError(f"output must be a function of what the model returns, or None, got {output!r}")
+
+
+def check_model_kwargs(kwargs: Any) -> None:
+    """Raise a TypeError unless this is None or a mapping from names."""
+    if kwargs is not None and not (isinstance(kwargs, Mapping) and all(isinstance(k, str) for k in kwargs)):
+        raise TypeError(f"model_kwargs must be a mapping from names, or None, got {kwargs!r}")
 
 
 def described(logits: Any) -> str:

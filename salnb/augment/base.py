@@ -11,7 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from salnb._common.checks import at_least_float32_dtype, check_images, is_channels_last, is_traced, plain
+from salnb._common.checks import (
+    as_labels,
+    at_least_float32_dtype,
+    check_generator,
+    check_images,
+    check_mask,
+    is_channels_last,
+    is_traced,
+    plain,
+)
 
 # what the face of the package shows; the rest serves those who write an augmentation
 __all__ = ["Augmentation", "Batch", "Draw", "NotInvertibleError", "Params"]
@@ -33,12 +42,33 @@ class Params:
             lambda values, _: cls(*values),
         )
 
+    @property
+    def mixed(self) -> bool:
+        """Whether these refer to other samples of the batch, so that a part of them has no meaning."""
+        return False
+
     def __len__(self) -> int:
         """The number of samples."""
         return len(self.first)
 
     def __getitem__(self, some: slice) -> Self:
-        """The params of some of the samples."""
+        """The params of some of the samples, by a slice, a mask or indices.
+
+        Raises:
+            TypeError: one number, which is no part of a batch.
+            ValueError: the batch was mixed.
+        """
+        if hasattr(some, "__index__") and not getattr(some, "ndim", 0):
+            raise TypeError(f"params have parts by a slice, a mask or indices (N,), got {some!r}")
+        if self.mixed:
+            raise ValueError(
+                f"{type(self).__name__} have no parts, as each image's partner may be anywhere in the batch, "
+                f"got {some!r}: draw params for the smaller batch"
+            )
+        return self.piece(some)
+
+    def piece(self, some: slice) -> Self:
+        """The params of some of the samples, also of a mixed batch, of which partners stay indices."""
         return pytree.tree_map(lambda tensor: tensor[some], self)
 
     @property
@@ -148,7 +178,7 @@ def in_pieces(function: Callable[..., Any], samples: Tensor, params: P) -> Any:
     if length >= len(samples) or not on_cpu(samples):
         return function(samples, params)
     pieces = [slice(start, start + length) for start in range(0, len(samples), length)]
-    results = (function(samples[piece], params[piece]) for piece in pieces)
+    results = (function(samples[piece], params.piece(piece)) for piece in pieces)
     first = next(results)
     if any(part.requires_grad for part in pytree.tree_leaves(first)):
         return pytree.tree_map(lambda *parts: torch.cat(parts), first, *results)
@@ -237,8 +267,7 @@ class Augmentation(nn.Module, Generic[P]):
             ValueError: too few images for an augmentation that mixes them.
         """
         check_images(images)
-        if generator is not None and not isinstance(generator, torch.Generator):
-            raise TypeError(f"generator must be a torch.Generator or None, got {generator!r}")
+        check_generator(generator)
         if len(images) < self.least_samples:
             raise ValueError(
                 f"{self._get_name()} mixes images and needs at least {self.least_samples}, got {len(images)}"
@@ -261,7 +290,7 @@ class Augmentation(nn.Module, Generic[P]):
         if not isinstance(target, Tensor):
             raise TypeError(f"target must be a tensor (N,) or (N, K), got {type(target).__name__}")
         params = self._checked(params, target, "target")
-        return self._relabel(plain(target), params, num_classes)
+        return self._relabel(as_labels(plain(target)), params, num_classes)
 
     def carry(self, maps: Tensor, params: P, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Push maps of the original images forward: the maps expected of the augmented images.
@@ -273,6 +302,8 @@ class Augmentation(nn.Module, Generic[P]):
         """
         maps = check_images(maps, name="maps")
         params = self._checked(params, maps, "maps")
+        if valid is not None:
+            check_mask("valid", valid, maps)
         carried, valid = self._carry(maps, params, valid if valid is None else plain(valid))
         return carried, everywhere(carried) if valid is None else valid
 

@@ -33,6 +33,11 @@ class MixUpParams(Params):
     partner: Tensor
     weight: Tensor
 
+    @property
+    def mixed(self) -> bool:
+        """See `Params.mixed`."""
+        return True
+
 
 @dataclass(frozen=True)
 class CutMixParams(MixUpParams):
@@ -82,7 +87,7 @@ def class_weights(target: Tensor, num_classes: int | None, dtype: torch.dtype) -
     """Class weights `(N, K)`: the target itself if it has them, else one-hot rows of its labels `(N,)`."""
     num_classes = check_labels_to_mix(target, num_classes)
     if target.ndim == 2:
-        return target
+        return target if target.is_floating_point() else target.to(dtype)
     return (target[:, None] == torch.arange(num_classes, device=target.device)).to(dtype)
 
 

@@ -29,6 +29,11 @@ class SequentialParams(Params):
 
     steps: tuple[Any, ...]
 
+    @property
+    def mixed(self) -> bool:
+        """See `Params.mixed`."""
+        return any(step.mixed for step in self.steps)
+
 
 class Sequential(Augmentation[SequentialParams]):
     """Augmentations one after another.

@@ -25,6 +25,10 @@ class ClassTerm(nn.Module):
         super().__init__()
         if own is not None and not callable(own):
             raise TypeError(f"class_loss must be a function of logits and targets, got {type(own).__name__}")
+        if isinstance(own, type):
+            raise TypeError(
+                f"class_loss must be a function or module, got the class {own.__name__}: make one"
+            )
         self.own: Any = own
 
     def targets(self, target: Tensor, new_target: Tensor, logits: Tensor) -> Tensor:

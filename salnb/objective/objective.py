@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from salnb._common.catalog import METHODS, SCORES, check_balance, check_confidence, check_options
 from salnb._common.checks import (
+    as_labels,
     check_images,
     check_no_transform,
     check_normalized,
@@ -21,9 +22,10 @@ from salnb._common.checks import (
     unknown,
 )
 from salnb._common.limits import check_integer
-from salnb._common.outputs import given_twice
+from salnb._common.outputs import check_model_kwargs, check_output, given_twice
 from salnb.augment import Augmentation
 from salnb.losses import DISTANCES, FEATURE_DISTANCES, NORMALIZATIONS
+from salnb.objective.arguments import check_pairs, check_state, check_weight, layer_weights, whole_number
 from salnb.objective.balance import EVERY, Balance
 from salnb.objective.captured import CapturedStep
 from salnb.objective.class_terms import ClassTerm
@@ -159,7 +161,7 @@ class Objective(nn.Module):
         self.model = model
         self.augmentation = augmentation
         self.alpha, self.beta, self.gamma = alpha, beta, gamma
-        self.layers = dict(layers) if isinstance(layers, Mapping) else dict.fromkeys(layers, 1.0)
+        self.layers = layer_weights(layers)
         self.layer_distance, self.layer_relative = layer_distance, layer_relative
         self.method, self.method_options, self.score = method, dict(method_options or {}), score
         self.normalize, self.distance, self.pool = normalize, distance, pool
@@ -194,6 +196,7 @@ class Objective(nn.Module):
         if isinstance(steps, Tensor):
             if steps.is_meta:
                 return
+            check_state(steps)
             if steps.ndim:
                 steps, lengths = steps[0], steps[1:]
                 self.balance.lengths.copy_(lengths)
@@ -240,7 +243,9 @@ class Objective(nn.Module):
     ) -> Losses:
         """The losses of a batch; see the class."""
         self._check_call(images, target)
-        _check_pairs(images, partners, masks)
+        check_pairs(images, partners, masks)
+        check_model_kwargs(model_kwargs)
+        target = as_labels(target)
         step = self.steps_done if step is None else check_integer("step", step, 0, 2**62)
         keep_graph = torch.is_grad_enabled()
         with torch.inference_mode(False), torch.set_grad_enabled(keep_graph):
@@ -331,11 +336,13 @@ class Objective(nn.Module):
         """What can be told from each argument alone."""
         if not isinstance(self.model, nn.Module):
             raise TypeError(f"model must be an nn.Module, got {type(self.model).__name__}")
-        weights = {name: getattr(self, name) for name in ("alpha", "beta", "gamma")}
-        others = {"balance": self.balance.share, "consistency": self.consistency}
-        for name, weight in (weights | others).items():
-            if not 0 <= weight < float("inf"):
-                raise ValueError(f"{name} must be a finite number of at least 0, got {weight}")
+        for name in ("alpha", "beta", "gamma", "consistency", "confidence"):
+            check_weight(name, getattr(self, name))
+        check_weight("balance", self.balance.share)
+        for name, least in (("pool", 1), ("every", 1), ("warmup", 0), ("num_classes", 1)):
+            if name != "num_classes" or self.num_classes is not None:
+                setattr(self, name, whole_number(name, getattr(self, name), least))
+        check_output(self.output)
         check_confidence(self.confidence, self.consistency, self.originals_only)
         if self.confidence and self.class_term.own is not None:
             raise ValueError(
@@ -352,9 +359,6 @@ class Objective(nn.Module):
         ):
             if value not in known:
                 raise unknown(name, value, known)
-        for name, least in (("pool", 1), ("every", 1), ("warmup", 0)):
-            if (count := getattr(self, name)) < least:
-                raise ValueError(f"{name} must be at least {least}, got {count}")
         if not isinstance(self.augmentation, Augmentation):
             got = type(self.augmentation).__name__
             raise TypeError(f"augmentation must be one of salnb.augment, got {got}")
@@ -382,16 +386,6 @@ class Objective(nn.Module):
             check_no_transform()
         if self.gamma and torch.is_grad_enabled():
             check_parallel(self, training=self.training, balanced=bool(self.balance.share))
-
-
-def _check_pairs(images: Tensor, partners: Tensor | None, masks: Tensor | None) -> None:
-    if partners is not None and partners.shape != images.shape:
-        raise ValueError(
-            f"partners must have the shape of images, {tuple(images.shape)}, got {tuple(partners.shape)}"
-        )
-    shape = (len(images), 1, *images.shape[-2:])
-    if masks is not None and (masks.dtype is not torch.bool or masks.shape != shape):
-        raise ValueError(f"masks must be bool of {shape}, got {tuple(masks.shape)} of {masks.dtype}")
 
 
 def _normal(tensor: Any) -> Any:

@@ -33,11 +33,12 @@ from salnb._common.checks import (
     as_target,
     at_least_float32,
     check_finite,
+    check_generator,
     check_images,
     check_no_transform,
     check_target,
 )
-from salnb._common.outputs import ModelCall
+from salnb._common.outputs import ModelCall, check_model_kwargs, check_output
 from salnb.double_backward.functions import check_second_derivative
 from salnb.double_backward.mode import as_written, differentiable_twice
 from salnb.saliency.isolation import check_usable, left_as_found
@@ -199,10 +200,11 @@ def smoothgrad(
             `noise_level`.
     """
     catalog.check_options("smoothgrad", {"n_samples": n_samples, "noise_level": noise_level})
-    _check_arguments(model, images, reduce, score)
+    call = ModelCall(output, model_kwargs)
+    _check_arguments(model, images, call, reduce, score)
+    check_generator(generator)
     with torch.inference_mode(False), torch.enable_grad():
         images, target = images.detach().clone(), as_target(target, len(images))
-        call = ModelCall(output, model_kwargs)
         if target is None:
             with left_as_found(model), torch.no_grad():
                 target = logits_of(model, images, call).argmax(1)
@@ -301,7 +303,7 @@ def _explain(
     reshape: Reshape = None,
 ) -> Tensor:
     """The map of a method that takes one forward pass."""
-    _check_arguments(model, images, reduce, score)
+    _check_arguments(model, images, call, reduce, score)
     spec = catalog.METHODS[method]
     frozen_stem = spec.layer and not spec.pixels and not create_graph
     with torch.inference_mode(False):
@@ -359,7 +361,13 @@ def _gaussian_like(images: Tensor, generator: torch.Generator | None) -> Tensor:
     return torch.randn(images.shape, generator=generator, device=where, dtype=images.dtype).to(images.device)
 
 
-def _check_arguments(model: nn.Module, images: Tensor, reduce: str | None, score: str) -> None:
+def _check_arguments(
+    model: nn.Module, images: Tensor, call: ModelCall, reduce: str | None, score: str
+) -> None:
+    if not callable(model):
+        raise TypeError(f"model must be an nn.Module, got {model!r}")
+    check_output(call.output)
+    check_model_kwargs(call.kwargs)
     check_images(images)
     check_no_transform()
     check_usable(model)

@@ -86,15 +86,69 @@ def test_weights_may_be_mixed_again(name):
         (torch.arange(5) - 1, 4, ValueError, "labels from 0 to 3, got -1 to 3"),
         (torch.rand(5), 4, TypeError, "integer labels .* got torch.float32"),
         (torch.rand(5, 3), 4, ValueError, "3 class weights, but num_classes is 4"),
+        (torch.arange(5), 5.5, TypeError, "num_classes must be a whole number in .* got 5.5"),
+        (torch.ones(5, 3).cfloat(), 3, TypeError, r"class weights \(N, K\), got torch.complex64"),
         (torch.arange(4), 4, ValueError, "drawn for 5 samples, but target has 4"),
     ],
-    ids=["no classes", "too high", "negative", "not integer", "another width", "another batch"],
+    ids=[
+        "no classes",
+        "too high",
+        "negative",
+        "not integer",
+        "another width",
+        "no number",
+        "complex",
+        "another batch",
+    ],
 )
 def test_bad_targets_are_refused(target, num_classes, error, message):
     aug = augment.MixUp()
     params = aug.make_params(batch()[0])
     with pytest.raises(error, match=message):
         aug.targets(target, params, num_classes)
+
+
+def test_unsigned_labels_and_one_hot_integers_are_mixed():
+    aug, labels = augment.MixUp(), torch.arange(5)
+    params = aug.make_params(batch()[0])
+    expected = aug.targets(labels, params, 5)
+    for target in (labels.to(torch.uint16), torch.eye(5).long(), torch.eye(5).bool()):
+        assert torch.equal(aug.targets(target, params, 5), expected)
+
+
+@pytest.mark.parametrize("make", [augment.MixUp, augment.CutMix, lambda: augment.Sequential(augment.MixUp())])
+def test_a_part_of_a_mixed_batch_has_no_params(make):
+    params = make().make_params(batch()[0])
+    for some in (slice(2, None), slice(2), torch.arange(2)):
+        with pytest.raises(ValueError, match="Params have no parts, as each image's partner may be anywhere"):
+            params[some]
+    with pytest.raises(TypeError, match=r"params have parts by a slice, a mask or indices .*, got 0"):
+        params[0]
+
+
+def test_a_part_of_other_params():
+    aug, images = augment.Affine(), batch()[0]
+    params = aug.make_params(images)
+    whole = aug.images(images, params)
+    for some in (slice(2), torch.tensor([3, 1]), [0, 4]):
+        assert_close(aug.images(images[some], params[some]), whole[some])
+    with pytest.raises(TypeError, match="params have parts by a slice"):
+        params[0]
+
+
+@pytest.mark.parametrize(
+    ("valid", "error"),
+    [
+        (torch.ones(5, 1, 16, 12), ValueError),
+        (torch.ones(5, 1, 2, 2, dtype=torch.bool), ValueError),
+        ([True], TypeError),
+    ],
+    ids=["floats", "shape", "list"],
+)
+def test_what_is_no_mask_is_not_carried(valid, error):
+    aug, images = augment.CutOut(), batch()[0]
+    with pytest.raises(error, match=r"valid must be .*bool"):
+        aug.carry(images[:, :1], aug.make_params(images), valid)
 
 
 def test_labels_of_single_image_augmentations_are_untouched():

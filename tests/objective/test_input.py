@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from salnb import Objective
-from salnb.augment import Identity
+from salnb.augment import HorizontalFlip, Identity, MixUp
 from tests.helpers.networks import conv_bn
+from tests.helpers.tolerances import assert_close
 
 TARGET = torch.tensor([0, 1, 2, 3])
 
@@ -26,6 +27,25 @@ BAD_SETTINGS = {
     "normalize": ({"normalize": "min"}, ValueError, "normalize 'min' is unknown"),
     "distance": ({"distance": "l3"}, ValueError, "distance 'l3' is unknown"),
     "layer-distance": ({"layer_distance": "l0"}, ValueError, "layer_distance 'l0' is unknown"),
+    "alpha-word": ({"alpha": "1"}, TypeError, "alpha must be a finite number of at least 0, got '1'"),
+    "alpha-several": ({"alpha": torch.ones(2)}, TypeError, "alpha must be a finite number of at least 0, got tensor"),
+    "gamma-none": ({"gamma": None}, TypeError, "gamma must be .* got None"),
+    "balance-none": ({"balance": None}, TypeError, "balance must be .* got None"),
+    "confidence-none": ({"confidence": None}, TypeError, "confidence must be .* got None"),
+    "consistency-word": ({"consistency": "1"}, TypeError, "consistency must be .* got '1'"),
+    "every-none": ({"every": None}, TypeError, "every must be a whole number in .* got None"),
+    "every-float": ({"every": 2.5}, TypeError, "every must be a whole number in .* got 2.5"),
+    "warmup-float": ({"warmup": 1.5}, TypeError, "warmup must be a whole number in .* got 1.5"),
+    "pool-float": ({"pool": 2.5}, TypeError, "pool must be a whole number in .* got 2.5"),
+    "layers-word": ({"beta": 1.0, "layers": "03"}, TypeError, "layers must be a sequence of names, .* got '03'"),
+    "layers-number": ({"beta": 1.0, "layers": 3}, TypeError, "layers must be a sequence of names, .* got 3"),
+    "layers-numbers": ({"beta": 1.0, "layers": [3]}, TypeError, "layers must hold names of modules, got 3"),
+    "layer-nan": ({"beta": 1.0, "layers": {"3": math.nan}}, ValueError, r"layers\['3'\] must lie in \[0, .* got nan"),
+    "layer-negative": ({"beta": 1.0, "layers": {"3": -1.0}}, ValueError, r"layers\['3'\] must lie in \[0, .* got -1"),
+    "layer-weight-word": ({"beta": 1.0, "layers": {"3": "a"}}, TypeError, r"layers\['3'\] must be a number .* got 'a'"),
+    "num-classes": ({"num_classes": "4"}, TypeError, "num_classes must be a whole number in .* got '4'"),
+    "output": ({"output": "logits"}, TypeError, "output must be a function .* got 'logits'"),
+    "class-loss": ({"class_loss": nn.CrossEntropyLoss}, TypeError, "class_loss must be .* got the class CrossEntropyLoss"),
     "every": ({"every": 0}, ValueError, "every must be at least 1, got 0"),
     "warmup": ({"warmup": -1}, ValueError, "warmup must be at least 0, got -1"),
     "layer": ({"beta": 1.0, "layers": ["conv"]}, ValueError, "layers 'conv' is unknown; known: 0, 1"),
@@ -70,6 +90,13 @@ BAD_BATCHES = {
     ),
     "label-too-high": (lambda x: (x, TARGET + 1), ValueError, "target must lie in 0 … 3, got 4"),
     "label-negative": (lambda x: (x, TARGET - 1), ValueError, "target must lie in 0 … 3, got -1"),
+    "target-complex": (lambda x: (x, TARGET.cfloat()), TypeError, "integer labels, got torch.complex64"),
+    "weights-complex": (
+        lambda x: (x, torch.eye(4).cfloat()),
+        TypeError,
+        "weights of classes, got torch.complex64",
+    ),
+    "unsigned-too-high": (lambda x: (x, (TARGET + 1).to(torch.uint16)), ValueError, "lie in 0 … 3, got 4"),
     "weights-misfit": (
         lambda x: (x, torch.full((4, 7), 1 / 7)),
         ValueError,
@@ -83,6 +110,43 @@ def test_bad_batches_are_named(case):
     change, error, message = BAD_BATCHES[case]
     with pytest.raises(error, match=message):
         Objective(conv_bn(), Identity(), num_classes=4)(*change(images()))
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "message"),
+    [
+        ({"model_kwargs": [1]}, TypeError, r"model_kwargs must be a mapping from names, or None, got \[1\]"),
+        ({"partners": [1]}, TypeError, "partners must be a tensor like images, got list"),
+        ({"partners": images().double()}, TypeError, "partners must have the dtype .*float32, got .*float64"),
+        ({"masks": [1]}, TypeError, r"masks must be a tensor of booleans \(4, 1, 8, 8\), got list"),
+    ],
+    ids=["model_kwargs", "partners", "partners of another dtype", "masks"],
+)
+def test_what_comes_beside_a_batch_is_named(kwargs, error, message):
+    with pytest.raises(error, match=message):
+        Objective(conv_bn(), Identity())(images(), TARGET, **kwargs)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.uint32, torch.uint64], ids=str)
+@pytest.mark.parametrize("augmentation", [HorizontalFlip(1), MixUp()], ids=["flip", "mixup"])
+def test_labels_of_every_integer_type(augmentation, dtype):
+    x, model = images(), conv_bn().eval()
+
+    def total(target):
+        return Objective(model, augmentation)(x, target, torch.Generator().manual_seed(1)).total
+
+    assert_close(total(TARGET.to(dtype)), total(TARGET))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool], ids=str)
+@pytest.mark.parametrize("augmentation", [HorizontalFlip(1), MixUp()], ids=["flip", "mixup"])
+def test_one_hot_integers_are_weights(augmentation, dtype):
+    x, model = images(), conv_bn().eval()
+
+    def total(target):
+        return Objective(model, augmentation)(x, target, torch.Generator().manual_seed(1)).total
+
+    assert_close(total(torch.eye(4).to(dtype)), total(torch.eye(4)))
 
 
 class Unused(nn.Sequential):

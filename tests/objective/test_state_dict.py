@@ -2,6 +2,7 @@
 
 import copy
 import io
+import math
 import pickle
 
 import pytest
@@ -47,6 +48,18 @@ def test_loading(how, assign):
     assert resumed.current_gamma() == saved.current_gamma()
     with pytest.raises(RuntimeError, match="_extra_state"):
         resumed.load_state_dict({k: v for k, v in saved.state_dict().items() if k != "_extra_state"})
+
+
+@pytest.mark.parametrize(
+    "state", [[1.0], [1.0, 2.0], [math.inf, 1.0, 1.0], [1.0, math.nan, 1.0], math.inf, -1.0], ids=str
+)
+@pytest.mark.parametrize("balance", [0.0, 0.1])
+def test_what_is_no_state_is_named(balance, state):
+    objective = objective_of(balance=balance)
+    spoilt = objective.state_dict() | {"_extra_state": torch.tensor(state)}
+    with pytest.raises(ValueError, match=r"_extra_state must hold the number of steps done, .* got"):
+        objective.load_state_dict(spoilt)
+    assert objective.steps_done == 0
 
 
 def test_through_a_file():

@@ -26,6 +26,10 @@ BAD = {
     "weights-misfit": (lambda x: (x, torch.rand(2, 3), {}), ValueError, r"target weights .* \(2, 4\).*\(2, 3\)"),
     "target-type": (lambda x: (x, "cat", {}), TypeError, r"target must be None, an int or a tensor, got str"),
     "target-bool": (lambda x: (x, torch.tensor([True, False]), {}), TypeError, r"target .* torch.bool"),
+    "target-complex": (lambda x: (x, torch.ones(2).cfloat(), {}), TypeError, r"target .* torch.complex64"),
+    "unsigned": (lambda x: (x, torch.tensor([0, 4]).to(torch.uint16), {}), ValueError, "target must lie in 0 … 3, got 4"),
+    "output": (lambda x: (x, 0, {"output": 0}), TypeError, r"output must be a function .* got 0"),
+    "model_kwargs": (lambda x: (x, 0, {"model_kwargs": [1]}), TypeError, r"model_kwargs must be a mapping .* got \[1\]"),
     "reduce": (lambda x: (x, 0, {"reduce": "mean"}), ValueError, r"reduce must be 'max' or None, got 'mean'"),
 }  # fmt: skip
 
@@ -36,6 +40,19 @@ def test_bad_input_is_named(case):
     x, target, kwargs = change(images())
     with pytest.raises(error, match=message):
         saliency.vanilla_gradient(conv_bn().eval(), x, target, **kwargs)
+
+
+def test_what_is_no_model_or_generator_is_named():
+    with pytest.raises(TypeError, match=r"model must be an nn.Module, got 'resnet18'"):
+        saliency.vanilla_gradient("resnet18", images(), 0)
+    with pytest.raises(TypeError, match=r"generator must be a torch.Generator or None, got 42"):
+        saliency.smoothgrad(conv_bn().eval(), images(), 0, generator=42)
+
+
+def test_unsigned_labels():
+    model, x, labels = conv_bn().eval(), images(), torch.tensor([0, 3])
+    maps = saliency.vanilla_gradient(model, x, labels.to(torch.uint16))
+    assert torch.equal(maps, saliency.vanilla_gradient(model, x, labels))
 
 
 def test_bad_layers_are_named():
