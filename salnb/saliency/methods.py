@@ -36,6 +36,7 @@ from salnb._common.checks import (
     check_target,
 )
 from salnb._common.outputs import ModelCall
+from salnb._common.sharding import in_processes, sharded_part, tensor_parallel
 from salnb.double_backward.functions import check_second_derivative
 from salnb.double_backward.mode import as_written, differentiable_twice
 from salnb.saliency.isolation import check_usable, left_as_found
@@ -98,8 +99,8 @@ def vanilla_gradient(
         ValueError: `images` are not four-dimensional or not finite, `target` is out of range or does
             not fit the batch, `reduce` or `score` is unknown, the model does not return (N, K) logits, no
             gradient flows from them to the images, or the model was made in inference mode.
-        RuntimeError: an operation has no second derivative (`create_graph=True`), or this is inside a
-            transform of `torch.func`.
+        RuntimeError: an operation has no second derivative, or parameters are spread over processes by FSDP
+            or as DTensors (both with `create_graph=True`), or this is inside a transform of `torch.func`.
 
     In train mode batch statistics tie the images of a batch together, and the map of one image is the
     gradient of the *sum* of all scores. In eval mode every map is that of its image alone.
@@ -196,7 +197,7 @@ def smoothgrad(
             `noise_level`.
     """
     catalog.check_options("smoothgrad", {"n_samples": n_samples, "noise_level": noise_level})
-    _check_arguments(model, images, reduce, score)
+    _check_arguments(model, images, reduce, score, create_graph=create_graph)
     with torch.inference_mode(False), torch.enable_grad():
         images, target = images.detach().clone(), as_target(target, len(images))
         call = ModelCall(output, model_kwargs)
@@ -296,7 +297,7 @@ def _explain(
     reshape: Reshape = None,
 ) -> Tensor:
     """The map of a method that takes one forward pass."""
-    _check_arguments(model, images, reduce, score)
+    _check_arguments(model, images, reduce, score, create_graph=create_graph)
     spec = catalog.METHODS[method]
     frozen_stem = spec.layer and not spec.pixels and not create_graph
     with torch.inference_mode(False):
@@ -354,12 +355,33 @@ def _gaussian_like(images: Tensor, generator: torch.Generator | None) -> Tensor:
     return torch.randn(images.shape, generator=generator, device=where, dtype=images.dtype).to(images.device)
 
 
-def _check_arguments(model: nn.Module, images: Tensor, reduce: str | None, score: str) -> None:
+def _check_arguments(
+    model: nn.Module, images: Tensor, reduce: str | None, score: str, *, create_graph: bool
+) -> None:
     check_images(images)
     check_no_transform()
     check_usable(model)
+    if create_graph:
+        _check_whole(model)
     check_finite(images, name="images")
     if reduce not in ("max", None):
         raise ValueError(f"reduce must be 'max' or None, got {reduce!r}")
     if score not in catalog.SCORES:
         raise catalog.unknown("score", score, catalog.SCORES)
+
+
+def _check_whole(model: nn.Module) -> None:
+    """Raise a RuntimeError where parameters are spread, so that a loss on a map fails or lacks gradients."""
+    if not in_processes():
+        return
+    if part := sharded_part(model):
+        raise RuntimeError(
+            f"create_graph=True: a sharded part of the model, here {type(part).__name__}, frees parameters "
+            "that the graph of a map still needs: leave create_graph out, or take "
+            "fully_shard(Objective(model, ...))"
+        )
+    if name := tensor_parallel(model):
+        raise RuntimeError(
+            f"create_graph=True: {name} is a DTensor, as parallelize_module makes them, which the gradient "
+            "of a loss on a map does not reach, without a word: leave create_graph or tensor parallelism out"
+        )
