@@ -17,6 +17,7 @@ second derivative is refused.
 
 Several threads may ask for maps of one model, or of models with modules in common: they wait for one another.
 A training step elsewhere does not wait. Sums are taken in float32 at least, and maps have the images' dtype.
+In a function that `torch.compile` was given, the methods run as they are, uncompiled.
 """
 
 from collections.abc import Callable, Mapping
@@ -60,6 +61,7 @@ __all__ = [
 ]
 
 
+@torch.compiler.disable(recursive=True)
 def vanilla_gradient(
     model: nn.Module,
     images: Tensor,
@@ -113,6 +115,7 @@ def vanilla_gradient(
     return _explain("vanilla_gradient", model, images, target, call, create_graph, reduce, score)
 
 
+@torch.compiler.disable(recursive=True)
 def deconvnet(
     model: nn.Module,
     images: Tensor,
@@ -134,6 +137,7 @@ def deconvnet(
     return _explain("deconvnet", model, images, target, call, create_graph, reduce, score)
 
 
+@torch.compiler.disable(recursive=True)
 def guided_backprop(
     model: nn.Module,
     images: Tensor,
@@ -155,6 +159,7 @@ def guided_backprop(
     return _explain("guided_backprop", model, images, target, call, create_graph, reduce, score)
 
 
+@torch.compiler.disable(recursive=True)
 def smoothgrad(
     model: nn.Module,
     images: Tensor,
@@ -213,6 +218,7 @@ def smoothgrad(
         return reduce_channels(total / n_samples, reduce).to(images.dtype)
 
 
+@torch.compiler.disable(recursive=True)
 def grad_cam(
     model: nn.Module,
     images: Tensor,
@@ -256,6 +262,7 @@ def grad_cam(
     return _explain("grad_cam", model, images, target, call, create_graph, "max", score, layer, reshape)
 
 
+@torch.compiler.disable(recursive=True)
 def guided_grad_cam(
     model: nn.Module,
     images: Tensor,
