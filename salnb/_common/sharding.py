@@ -24,15 +24,11 @@ def sharded_part(module: nn.Module) -> nn.Module | None:
 def sharding_around(module: nn.Module) -> list[Any]:
     """The groups of parameters of what `fully_shard` was given: this module, or one that it is a part of."""
     from torch.distributed import _composable_state
-    from torch.distributed.fsdp import FSDPModule
 
     # a module does not know what it is a part of; here PyTorch finds the state of a module
-    known = list(getattr(_composable_state, "_module_state_mapping", [module]))
-    around = [
-        other
-        for other in known
-        if isinstance(other, FSDPModule) and any(part is module for part in other.modules())
-    ]
+    known: list[Any] = list(getattr(_composable_state, "_module_state_mapping", [module]))
+    sharded = [other for other in known if hasattr(other, "_get_fsdp_state")]
+    around = [other for other in sharded if any(part is module for part in other.modules())]
     states = [other._get_fsdp_state() for other in around]
     groups = [  # older versions have one
         getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
