@@ -24,7 +24,10 @@ class ModelCall(NamedTuple):
 
     def __call__(self, model: nn.Module, images: Tensor) -> Any:
         """What should be the logits; `described` says what is wrong with it."""
-        returned = model(images, **_copied(self.kwargs or {}))
+        return self.logits(model(images, **_copied(self.kwargs or {})))
+
+    def logits(self, returned: Any) -> Any:
+        """What should be the logits in what the network returned."""
         if self.output is not None:
             return self.output(returned)
         inside = None if isinstance(returned, Tensor) else getattr(returned, "logits", None)

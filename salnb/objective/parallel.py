@@ -1,8 +1,9 @@
 """Which wrappers for several devices an objective with the saliency term can be in."""
 
-import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+
+from salnb._common.sharding import in_processes, sharded_part, sharding_around, tensor_parallel
 
 __all__ = ["check_parallel", "check_unwrapped", "sharing_processes"]
 
@@ -35,7 +36,7 @@ def check_parallel(objective: nn.Module, *, training: bool, balanced: bool = Fal
             "nn.SyncBatchNorm has no second derivative, which the saliency term needs: "
             "use nn.BatchNorm2d, or gamma=0"
         )
-    if not (dist.is_available() and dist.is_initialized()):
+    if not in_processes():
         return
     wrapper = DistributedDataParallel._active_ddp_module
     if wrapper is not None and wrapper.static_graph:
@@ -43,24 +44,25 @@ def check_parallel(objective: nn.Module, *, training: bool, balanced: bool = Fal
             "DistributedDataParallel(static_graph=True) would skip the averaging of gradients without a "
             "word, as the saliency term differentiates inside the forward pass: leave static_graph out"
         )
-    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-
-    for module in objective.modules():
-        if module is not objective and isinstance(module, FSDPModule | FullyShardedDataParallel):
+    for module in objective.children():
+        if part := sharded_part(module):
             raise RuntimeError(
-                f"a sharded part of the objective, here {type(module).__name__}, frees parameters that the "
+                f"a sharded part of the objective, here {type(part).__name__}, frees parameters that the "
                 f"gradient inside the forward pass still needs: {_SHARDING}, or use gamma=0"
             )
-    if balanced and isinstance(objective, FSDPModule):
+    if name := tensor_parallel(objective):
+        raise RuntimeError(
+            f"{name} is a DTensor, as parallelize_module makes them, which the second derivative that the "
+            "saliency term needs does not reach, without a word: leave tensor parallelism out, or use gamma=0"
+        )
+    around = sharding_around(objective)
+    if around and balanced:
         raise RuntimeError(
             "balance compares the lengths of whole gradients, of which each process has a shard here: use "
             "DistributedDataParallel(Objective(model, ...)), or a fixed gamma with balance=0"
         )
-    if isinstance(objective, FSDPModule):
-        state = objective._get_fsdp_state()
-        groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
-        if not all(getattr(group, "reshard_after_backward", True) for group in groups):
-            raise RuntimeError(
-                "set_reshard_after_backward(False) leaves parameters whose .grad is None, as the gradients "
-                f"are those of the shards, which nothing looks at then: {_SHARDING}"
-            )
+    if not all(getattr(group, "reshard_after_backward", True) for group in around):
+        raise RuntimeError(
+            "set_reshard_after_backward(False) leaves parameters whose .grad is None, as the gradients "
+            f"are those of the shards, which nothing looks at then: {_SHARDING}"
+        )

@@ -9,6 +9,7 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -264,22 +265,29 @@ def _maps(
     create_graph: bool,
 ) -> Tensor:
     """The saliency maps of all 2N images, each for its own target."""
-    if recorder is None:
-        method, options = saliency.METHODS[settings.method], dict(settings.method_options)
-        options |= {"create_graph": create_graph, "score": settings.score}
-        options |= {"output": call.output, "model_kwargs": call.kwargs}
-        return method(modules.model, pixels.detach(), targets, **options)
     half = torch.float16 in (autocast_dtype(pixels), logits.dtype)
     scale = modules.score_scale.value if half else 1.0
-    with full_precision(pixels):
-        scores = scale * class_scores(logits, targets, settings.score)
-        maps = recorder.maps(pixels, scores, create_graph=create_graph)
+    if recorder is None:
+        method, options = saliency.METHODS[settings.method], dict(settings.method_options)
+        options |= {"create_graph": create_graph, "model_kwargs": call.kwargs}
+        output = partial(_scaled_scores, scale, settings.score, call)
+        maps = method(modules.model, pixels.detach(), targets, output=output, **options)
+    else:
+        with full_precision(pixels):
+            scores = scale * class_scores(logits, targets, settings.score)
+            maps = recorder.maps(pixels, scores, create_graph=create_graph)
     maps = at_least_float32(maps)
     if half:
         modules.score_scale.update(maps.isfinite().all())
         # each gradient among the factors of a map carries the scale once
         maps = maps / scale ** (settings.spec.pixels + settings.spec.layer)
     return maps
+
+
+def _scaled_scores(scale: Tensor | float, score: str, call: ModelCall, returned: Any) -> Tensor:
+    """The scores of all classes (N, K), times `scale`, from what the network returns."""
+    scores = at_least_float32(call.logits(returned))
+    return scale * (scores.log_softmax(1) if score == "log_prob" else scores)
 
 
 def _features(

@@ -22,8 +22,10 @@ Reshape = str | Callable[[Tensor], Tensor] | None
 _ANY_LAYOUT = (nn.Identity, nn.Dropout, nn.Softmax, nn.LogSoftmax)
 
 # PyTorch's modules for sequences (N, T, C), or (T, N, C) without `batch_first`
-_FOR_SEQUENCES = (nn.Transformer, nn.TransformerEncoder, nn.TransformerDecoder, nn.TransformerEncoderLayer)
-_FOR_SEQUENCES += (nn.TransformerDecoderLayer, nn.MultiheadAttention, nn.RNNBase)
+_FOR_SEQUENCES = (
+    *(nn.Transformer, nn.TransformerEncoder, nn.TransformerDecoder),
+    *(nn.TransformerEncoderLayer, nn.TransformerDecoderLayer, nn.MultiheadAttention, nn.RNNBase),
+)
 
 
 class OtherLayerError(ValueError):
@@ -198,7 +200,7 @@ def _check_ratio(model: nn.Module, layer: nn.Module, size: tuple[int, ...], full
     """
     if _is_scaled(size, full):
         return
-    grid = _grid(max(size), *full, most=0) if min(size) == 1 else None
+    grid = _grid(max(size), full[0], full[1], most=0) if min(size) == 1 else None
     if _is_scaled(size[::-1], full):
         found, way = "rows and columns exchanged", "lambda features: features.mT"
     elif grid and min(grid) > 1:
@@ -238,7 +240,7 @@ def is_sequence_first(model: nn.Module, layer: nn.Module, output: Tensor, n: int
 
 
 def _is_batch_first(module: nn.Module) -> bool:
-    return next((part.batch_first for part in module.modules() if hasattr(part, "batch_first")), True)
+    return next((bool(part.batch_first) for part in module.modules() if hasattr(part, "batch_first")), True)
 
 
 def rearranged(features: Tensor, reshape: Reshape, images: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ second derivative is refused.
 
 Several threads may ask for maps of one model, or of models with modules in common: they wait for one another.
 A training step elsewhere does not wait. Sums are taken in float32 at least, and maps have the images' dtype.
+In a function that `torch.compile` was given, the methods run as they are, uncompiled.
 """
 
 from collections.abc import Callable, Mapping
@@ -32,16 +33,14 @@ from salnb._common import catalog
 from salnb._common.checks import (
     as_target,
     at_least_float32,
-    check_finite,
     check_generator,
-    check_images,
-    check_no_transform,
     check_target,
 )
-from salnb._common.outputs import ModelCall, check_model_kwargs, check_output
+from salnb._common.outputs import ModelCall
 from salnb.double_backward.functions import check_second_derivative
 from salnb.double_backward.mode import as_written, differentiable_twice
-from salnb.saliency.isolation import check_usable, left_as_found
+from salnb.saliency.arguments import check_arguments
+from salnb.saliency.isolation import left_as_found
 from salnb.saliency.layers import OtherLayerError, Reshape
 from salnb.saliency.recording import (
     ForwardRecorder,
@@ -62,6 +61,7 @@ __all__ = [
 ]
 
 
+@torch.compiler.disable(recursive=True)
 def vanilla_gradient(
     model: nn.Module,
     images: Tensor,
@@ -102,8 +102,8 @@ def vanilla_gradient(
             not fit the batch, `reduce` or `score` is unknown, the model does not return (N, K) logits, or one
             only with "log_prob", no gradient flows from them to the images, or the model was made in
             inference mode.
-        RuntimeError: an operation has no second derivative (`create_graph=True`), or this is inside a
-            transform of `torch.func`.
+        RuntimeError: an operation has no second derivative, or parameters are spread over processes by FSDP
+            or as DTensors (both with `create_graph=True`), or this is inside a transform of `torch.func`.
 
     In train mode batch statistics tie the images of a batch together, and the map of one image is the
     gradient of the *sum* of all scores. In eval mode every map is that of its image alone.
@@ -116,6 +116,7 @@ def vanilla_gradient(
     return _explain("vanilla_gradient", model, images, target, call, create_graph, reduce, score)
 
 
+@torch.compiler.disable(recursive=True)
 def deconvnet(
     model: nn.Module,
     images: Tensor,
@@ -137,6 +138,7 @@ def deconvnet(
     return _explain("deconvnet", model, images, target, call, create_graph, reduce, score)
 
 
+@torch.compiler.disable(recursive=True)
 def guided_backprop(
     model: nn.Module,
     images: Tensor,
@@ -158,6 +160,7 @@ def guided_backprop(
     return _explain("guided_backprop", model, images, target, call, create_graph, reduce, score)
 
 
+@torch.compiler.disable(recursive=True)
 def smoothgrad(
     model: nn.Module,
     images: Tensor,
@@ -201,7 +204,7 @@ def smoothgrad(
     """
     catalog.check_options("smoothgrad", {"n_samples": n_samples, "noise_level": noise_level})
     call = ModelCall(output, model_kwargs)
-    _check_arguments(model, images, call, reduce, score)
+    check_arguments(model, images, call, reduce, score, create_graph=create_graph)
     check_generator(generator)
     with torch.inference_mode(False), torch.enable_grad():
         images, target = images.detach().clone(), as_target(target, len(images))
@@ -217,6 +220,7 @@ def smoothgrad(
         return reduce_channels(total / n_samples, reduce).to(images.dtype)
 
 
+@torch.compiler.disable(recursive=True)
 def grad_cam(
     model: nn.Module,
     images: Tensor,
@@ -262,6 +266,7 @@ def grad_cam(
     return _explain("grad_cam", model, images, target, call, create_graph, "max", score, layer, reshape)
 
 
+@torch.compiler.disable(recursive=True)
 def guided_grad_cam(
     model: nn.Module,
     images: Tensor,
@@ -303,7 +308,7 @@ def _explain(
     reshape: Reshape = None,
 ) -> Tensor:
     """The map of a method that takes one forward pass."""
-    _check_arguments(model, images, call, reduce, score)
+    check_arguments(model, images, call, reduce, score, create_graph=create_graph)
     spec = catalog.METHODS[method]
     frozen_stem = spec.layer and not spec.pixels and not create_graph
     with torch.inference_mode(False):
@@ -359,20 +364,3 @@ def _map(
 def _gaussian_like(images: Tensor, generator: torch.Generator | None) -> Tensor:
     where = images.device if generator is None else generator.device
     return torch.randn(images.shape, generator=generator, device=where, dtype=images.dtype).to(images.device)
-
-
-def _check_arguments(
-    model: nn.Module, images: Tensor, call: ModelCall, reduce: str | None, score: str
-) -> None:
-    if not callable(model):
-        raise TypeError(f"model must be an nn.Module, got {model!r}")
-    check_output(call.output)
-    check_model_kwargs(call.kwargs)
-    check_images(images)
-    check_no_transform()
-    check_usable(model)
-    check_finite(images, name="images")
-    if reduce not in ("max", None):
-        raise ValueError(f"reduce must be 'max' or None, got {reduce!r}")
-    if score not in catalog.SCORES:
-        raise catalog.unknown("score", score, catalog.SCORES)

@@ -182,6 +182,22 @@ def test_maps_of_float16_have_the_scale_taken_out(method):
     assert_close(found, expected, 0.05)
 
 
+@pytest.mark.parametrize("score", ["logit", "log_prob"])
+def test_smoothgrad_in_float16_does_not_underflow(score):
+    """Without noise it is the vanilla gradient, of faint scores too."""
+    found, noiseless = {}, {"n_samples": 1, "noise_level": 0.0}
+    for method, options in (("vanilla_gradient", {}), ("smoothgrad", noiseless)):
+        torch.manual_seed(0)
+        kind = {"method": method, "method_options": options, "score": score}
+        objective = Objective(Faint(), HorizontalFlip(1.0), alpha=0.0, **kind)
+        with torch.autocast("cpu", dtype=torch.float16):
+            losses = objective(images(size=32, dtype=torch.float32), TARGET)
+        found[method] = losses.saliency_loss
+        assert objective.score_scale.steps == 1
+    assert found["vanilla_gradient"] > 0
+    assert_close(found["smoothgrad"], found["vanilla_gradient"])
+
+
 def test_the_scale_of_float16_follows_the_gradients():
     scale = LossScale(5, top=6)
     for overflows, value in ((1, 16), (2, 4), (9, 1)):

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from salnb import Objective
+from salnb import Objective, saliency
 from salnb.augment import HorizontalFlip
 from tests.helpers.networks import conv_bn
 from tests.helpers.processes import group, in_two
@@ -107,6 +107,79 @@ def test_what_would_lose_gradients_is_refused(kind, message):
         objective(images(0), TARGET)
     objective.gamma = 0.0
     objective(images(0), TARGET).total.backward()  # plain training goes on
+
+
+class Wrapped(nn.Module):
+    """A module around the objective, as Lightning has it."""
+
+    def __init__(self, objective):
+        super().__init__()
+        self.objective = objective
+
+    def forward(self, x):
+        return self.objective(x, TARGET)
+
+
+def wrapped(**options):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(0)
+    return fully_shard(
+        Wrapped(Objective(conv_bn(), HorizontalFlip(1.0), **options)),
+        mesh=init_device_mesh("cpu", (1,)),
+    )
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.filterwarnings("ignore")
+@SHARDED
+def test_a_sharded_module_around_the_objective():
+    outer = wrapped(gamma=2.0)
+    outer(images(0)).total.backward()
+    for p, expected in zip(outer.parameters(), gradients(objective_of(), 0), strict=True):
+        assert_close(p.grad.full_tensor(), expected, 1e-5)
+    outer.set_reshard_after_backward(False)
+    with pytest.raises(RuntimeError, match=r"set_reshard_after_backward\(False\) leaves parameters"):
+        outer(images(0))
+    with pytest.raises(RuntimeError, match="balance compares the lengths of whole gradients"):
+        wrapped(balance=0.5)(images(0))
+
+
+@pytest.mark.usefixtures("alone")
+def test_tensor_parallel_is_refused():
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    objective, expected = objective_of(), objective_of()
+    plan = {"8": ColwiseParallel(output_layouts=Replicate())}
+    parallelize_module(objective.model, init_device_mesh("cpu", (1,)), plan)
+    with pytest.raises(RuntimeError, match=r"model\.8\.weight is a DTensor, .* leave tensor parallelism out"):
+        objective(images(0), TARGET)
+    with pytest.raises(RuntimeError, match=r"create_graph=True: 8\.weight is a DTensor"):
+        saliency.vanilla_gradient(objective.model, images(0), TARGET, create_graph=True)
+    saliency.vanilla_gradient(objective.model, images(0), TARGET)
+    objective.gamma = expected.gamma = 0.0
+    gradients(expected, 0)
+    gradients(objective, 0)  # plain training goes on
+    for p, q in zip(objective.parameters(), expected.parameters(), strict=True):
+        assert_close(p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad, q.grad)
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("method", ["vanilla_gradient", "grad_cam", "smoothgrad"])
+@SHARDED
+def test_maps_of_a_sharded_model(method):
+    model, whole, x = shard("the model").model.eval(), objective_of().model.eval(), images(0)
+    options = {"noise_level": 0.0} if method == "smoothgrad" else {}
+    explain = saliency.METHODS[method]
+    assert_close(explain(model, x, TARGET, **options), explain(whole, x, TARGET, **options))
+    with pytest.raises(
+        RuntimeError, match=r"create_graph=True: a sharded part .*, here FSDPSequential, frees"
+    ):
+        explain(model, x, TARGET, create_graph=True)
 
 
 class Devices(nn.DataParallel):

@@ -1,6 +1,7 @@
 """Where saliency methods run, and with what: inference mode, transforms, targets, half precision, no gradient."""
 
 import copy
+import inspect
 from contextlib import nullcontext
 
 import numpy as np
@@ -286,3 +287,31 @@ def test_recomputed_activations_change_nothing(method):
     before = {name: value.clone() for name, value in model.state_dict().items()}
     assert_close(explain(method, model, images()), explain(method, model.net, images()))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+# --- torch.compile ------------------------------------------------------------------------------------------
+
+
+@GRAPH
+@METHODS
+def test_inside_a_compiled_function(method, create_graph):
+    """They run as they are there."""
+    model = First(nn.Identity()).eval()
+    compiled = torch.compile(
+        lambda x: 2 * explain(method, model, x + 1, create_graph=create_graph), backend="eager"
+    )
+    expected = 2 * explain(method, model, images() + 1, create_graph=create_graph)
+    found = compiled(images())
+    assert_close(found, expected)
+    if create_graph:
+        weights = list(model.parameters())[:-1]  # on the last bias no map depends
+        pairs = (torch.autograd.grad(maps.square().sum(), weights) for maps in (found, expected))
+        for a, b in zip(*pairs, strict=True):
+            assert_close(a, b)
+
+
+def test_signatures_are_those_that_were_written():
+    for name, method in saliency.METHODS.items():
+        assert [*inspect.signature(method).parameters][:3] == ["model", "images", "target"]
+        assert (method.__name__, method.__module__) == (name, "salnb.saliency.methods")
+        assert method.__doc__
