@@ -136,7 +136,7 @@ def invariance_loss(
     for argument, given in (("new_features", new_layers), ("weights", factors)):
         if given.keys() != layers.keys():
             raise ValueError(f"{argument} must have the layers {list(layers)} of features, got {list(given)}")
-    for name, factor in factors.items():
+    for name, factor in factors.items() if weights is not None else ():
         if not isinstance(factor, Tensor):  # one may be learnt
             check_number(f"weights[{name!r}]", factor, -sys.float_info.max, sys.float_info.max)
     compare = F.l1_loss if distance == "l1" else F.mse_loss

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._subclasses.fake_tensor import DataDependentOutputException
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_mode
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.utils._python_dispatch import _disable_current_modes
 
 from salnb._common.checks import is_batched
 
@@ -137,10 +137,12 @@ def is_zero(value: Any) -> bool | None:
         return isinstance(value, int | float) and value == 0
     if value.requires_grad or value.is_meta or is_batched(value):
         return False
-    try:
-        return not value.any()
-    except (DataDependentOutputException, GuardOnDataDependentSymNode):
-        return None
+    if isinstance(value, FakeTensor):  # it has a value only where a number made it
+        if value.constant is None:
+            return None
+        with _disable_current_modes():
+            return not value.constant.any()
+    return not value.any()
 
 
 def _certainly_zero(value: Any) -> bool:
