@@ -34,6 +34,15 @@ CUT_OFF = """() => [...document.querySelectorAll('article table, article pre, ar
   .filter(part => part.scrollWidth > part.clientWidth + 1
     || part.getBoundingClientRect().right > innerWidth + 1)
   .map(part => [part.tagName, part.scrollWidth, part.clientWidth, part.innerText.slice(0, 60)])"""
+BROKEN_NUMBERS = r"""() => [...document.querySelectorAll('article td')]
+  .filter(cell => cell.offsetParent && /^[-+–]?[\d.,]+( ?%)?$/.test(cell.innerText.trim()))
+  .filter(cell => {
+    const text = document.createRange();
+    text.selectNodeContents(cell);
+    const tops = [...text.getClientRects()].filter(line => line.width > 1).map(line => line.top);
+    return Math.max(...tops) - Math.min(...tops) > 6;
+  })
+  .map(cell => cell.innerText)"""
 
 pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: install it to test the pages"),
@@ -183,13 +192,13 @@ def test_page_fits_a_phone(browser, site, path):
 @pytest.mark.parametrize("width", [1280, 390])
 @pytest.mark.parametrize("path", PAGES)
 def test_nothing_is_cut_off(browser, site, path, width):
-    """No column of a table, no line of code, nothing printed and no formula, folds included."""
+    """No column of a table, no line of code, nothing printed and no formula, folds included; no number is parted."""
     page = browser.new_page(viewport={"width": width, "height": 900})
     settled(page, site + path)
     page.evaluate("document.querySelectorAll('details').forEach(fold => { fold.open = true; })")
-    cut = page.evaluate(CUT_OFF)
+    cut, parted = page.evaluate(CUT_OFF), page.evaluate(BROKEN_NUMBERS)
     page.close()
-    assert cut == []
+    assert (cut, parted) == ([], [])
 
 
 @pytest.mark.parametrize("path", PAGES)
