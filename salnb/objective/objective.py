@@ -339,9 +339,10 @@ class Objective(nn.Module):
         for name in ("alpha", "beta", "gamma", "consistency", "confidence"):
             check_weight(name, getattr(self, name))
         check_weight("balance", self.balance.share)
-        for name, least in (("pool", 1), ("every", 1), ("warmup", 0), ("num_classes", 1)):
-            if name != "num_classes" or self.num_classes is not None:
-                setattr(self, name, whole_number(name, getattr(self, name), least))
+        for name, least in (("pool", 1), ("every", 1), ("warmup", 0)):
+            setattr(self, name, whole_number(name, getattr(self, name), least))
+        if self.num_classes is not None:
+            self.num_classes = whole_number("num_classes", self.num_classes, 1)
         check_output(self.output)
         check_confidence(self.confidence, self.consistency, self.originals_only)
         if self.confidence and self.class_term.own is not None:

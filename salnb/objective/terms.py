@@ -29,7 +29,7 @@ from salnb.objective.class_terms import ClassTerm
 from salnb.objective.precision import LossScale, autocast_dtype, full_precision
 from salnb.objective.unlabelled import class_and_consistency, own_classes
 from salnb.saliency.layers import is_sequence_first
-from salnb.saliency.recording import ForwardRecorder, class_scores, recorded_outputs
+from salnb.saliency.recording import ForwardRecorder, class_scores, recorded_outputs, scores_of_all
 
 __all__ = ["Losses", "StepInputs", "StepModules", "TermSettings", "step_losses", "weighted_sum"]
 
@@ -286,8 +286,7 @@ def _maps(
 
 def _scaled_scores(scale: Tensor | float, score: str, call: ModelCall, returned: Any) -> Tensor:
     """The scores of all classes (N, K), times `scale`, from what the network returns."""
-    scores = at_least_float32(call.logits(returned))
-    return scale * (scores.log_softmax(1) if score == "log_prob" else scores)
+    return scale * scores_of_all(call.logits(returned), score)
 
 
 def _features(

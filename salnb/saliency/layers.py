@@ -163,9 +163,9 @@ def check_layout(
 
     Channels may come last, as in the stages of Swin transformers, and attention weights have four dimensions
     as well. A layer for images (`nn.Conv2d` and whatever else is called …2d) is trusted, unless its ratio of
-    height to width tells that rows are no rows of the images. Otherwise the shape
-    tells: a feature map has the images' ratio of height to width. Where channels could be taken for rows,
-    the modules inside the layer tell, then those of the model, by what they met in the pass (`on_last`).
+    height to width tells that its rows are none of the images. Otherwise the shape tells: a feature map has
+    the images' ratio of height to width. Where channels could be taken for rows, the modules inside the layer
+    tell, then those of the model, by what they met in the pass (`on_last`).
     """
     shape, on_last = tuple(output.shape), on_last or OnLastDimension(model)
     if shape[0] != len(images):

@@ -40,6 +40,7 @@ __all__ = [
     "logits_of",
     "recorded_outputs",
     "reduce_channels",
+    "scores_of_all",
 ]
 
 
@@ -77,17 +78,23 @@ def class_scores(logits: Tensor, target: Tensor | int | None, score: str = "logi
 
     Values of `target` are not looked at, so that no device is waited for.
     """
-    logits = at_least_float32(logits)
-    if score == "log_prob":
-        check_several_classes(logits, name="score='log_prob' needs")
-        logits = logits.log_softmax(1)
+    scores = scores_of_all(logits, score)
     if target is None:
-        target = logits.detach().argmax(1)
+        target = scores.detach().argmax(1)
     if isinstance(target, int):
-        target = torch.full(logits.shape[:1], target, device=logits.device)
+        target = torch.full(scores.shape[:1], target, device=scores.device)
     if target.ndim == 2:
-        return (logits * target).sum(1)
-    return logits.gather(1, target.long().unsqueeze(1)).squeeze(1)
+        return (scores * target).sum(1)
+    return scores.gather(1, target.long().unsqueeze(1)).squeeze(1)
+
+
+def scores_of_all(logits: Tensor, score: str) -> Tensor:
+    """The scores of all classes (N, K), in float32 at least; see `class_scores`."""
+    logits = at_least_float32(logits)
+    if score != "log_prob":
+        return logits
+    check_several_classes(logits, name="score='log_prob' needs")
+    return logits.log_softmax(1)
 
 
 def reduce_channels(gradient: Tensor, reduce: str | None = "max") -> Tensor:
