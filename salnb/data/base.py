@@ -10,7 +10,7 @@ from typing import IO, Any, NamedTuple, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 
 from salnb._common.files import DamagedFileError
 from salnb._common.limits import check_integer
@@ -294,9 +294,9 @@ def hide_labels(split: Arrays, per_class: int, generator: torch.Generator) -> Ar
     return replace(found, labels=found.labels.where(~hidden[index], -1))
 
 
-def _collate(examples: list[Any]) -> Examples:
+def _collate(examples: list[Any]) -> Examples:  # made in shared memory, if other processes read
     images, labels, *masks = zip(*examples, strict=True)
-    return Examples(torch.stack(images), torch.tensor(labels, device="cpu"), *map(torch.stack, masks))
+    return Examples(default_collate(images), torch.tensor(labels, device="cpu"), *map(default_collate, masks))
 
 
 def _each(examples: Any, function: Callable[[Tensor], Tensor]) -> list[Any]:

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader
 
 from salnb import data, results
+from salnb.data import base
 from salnb.data.base import read_image
 
 SIZE = 16
@@ -194,6 +196,22 @@ def test_a_class_may_be_named_like_a_split(name, tmp_path):
             assert all(f"/{parts.classes[split[i][1]]}/" in row for i, row in enumerate(split.rows))
     split, _ = data.images_to_test(root, SIZE)
     assert [label for _, label in examples(split)] == [0, 0, 1, 1, 2, 2]
+
+
+def is_in_shared_memory(examples):
+    return torch.tensor(base._collate(examples).images.is_shared())
+
+
+def test_a_batch_is_made_where_processes_share_memory(folder):
+    """Made elsewhere and then copied there, large ones tear holes into the memory of a process, which grows."""
+    split = load(folder).train
+    made = {
+        workers: [*DataLoader(split, 4, num_workers=workers, collate_fn=is_in_shared_memory)]
+        for workers in (0, 1)
+    }
+    assert made[1]
+    assert all(made[1])
+    assert not any(made[0])
 
 
 def test_the_split_is_kept_with_the_run(folder, tmp_path):
