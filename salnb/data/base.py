@@ -295,7 +295,7 @@ def hide_labels(split: Arrays, per_class: int, generator: torch.Generator) -> Ar
 
 
 def _collate(examples: list[Any]) -> Examples:  # made in shared memory, if other processes read
-    images, labels, *masks = zip(*examples, strict=True)
+    images, labels, *masks = map(list, zip(*examples, strict=True))
     return Examples(default_collate(images), torch.tensor(labels, device="cpu"), *map(default_collate, masks))
 
 
