@@ -60,9 +60,8 @@ def test_nothing_that_is_captured_changes_the_layout(monkeypatch, method):
     torch.manual_seed(0)
     reference = Objective(Stages().double(), Affine(), method=method)
     objective = copy.deepcopy(reference).to(memory_format=torch.channels_last)
-    objective.compile(
-        backend="aot_eager"
-    )  # which any version of torch runs on a CPU; only the graph is looked at
+    # only the graph is looked at, and this backend runs on a CPU with any version of torch
+    objective.compile(backend="aot_eager")
     images = torch.rand(4, 3, 24, 24, dtype=torch.float64)
     last = images.contiguous(memory_format=torch.channels_last)
     for each, x in ((objective, last), (reference, images)):
