@@ -1,15 +1,25 @@
 """Processes that train together: groups of one and of two, over gloo."""
 
 import contextlib
+import datetime
+import faulthandler
 
 import torch
 import torch.distributed as dist
+
+WAIT = 300  # seconds after which processes that wait for one another give up
 
 
 @contextlib.contextmanager
 def group(folder, rank=0, size=1):
     """The group that meets in a folder."""
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=size,
+        timeout=datetime.timedelta(seconds=WAIT),
+    )
     try:
         yield
     finally:
@@ -24,5 +34,6 @@ def in_two(folder, call, *args):
 
 def _process(rank, folder, call, args):
     torch.set_num_threads(1)
+    faulthandler.dump_traceback_later(2 * WAIT, exit=True)
     with group(folder, rank, 2):
         torch.save(call(rank, *args), f"{folder}/{rank}.pt")
