@@ -46,7 +46,7 @@ def find_layer(model: nn.Module, layer: nn.Module | str | None, reshape: Reshape
     Raises:
         TypeError, ValueError: there is no such module.
     """
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules(remove_duplicate=False))
     if not (reshape is None or callable(reshape)) and reshape not in ("tokens", "channels_last"):
         raise unknown("reshape", reshape, ["tokens", "channels_last", "a function"])
     if layer is None and reshape is not None:
@@ -63,7 +63,7 @@ def find_layer(model: nn.Module, layer: nn.Module | str | None, reshape: Reshape
         return layer
     if layer is not None:
         raise TypeError(f"layer must be a module, a dotted name or None, got {type(layer).__name__}")
-    convolutions = [module for module in modules.values() if isinstance(module, nn.Conv2d)]
+    convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
     if not convolutions:
         raise ValueError("layer=None takes the model's last nn.Conv2d, but the model has none: name a layer")
     return convolutions[-1]

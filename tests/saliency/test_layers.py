@@ -387,6 +387,14 @@ def test_the_last_call_of_a_layer_counts(layer, create_graph, method):
     assert_close(found.detach(), saliency.METHODS[method](model, x, 1, layer="last"))
 
 
+@WITH_LAYER
+def test_a_layer_has_all_its_names(method):
+    model, x = Shared().eval(), torch.rand(2, 3, 8, 8)
+    model.again = model.shared
+    explain = saliency.METHODS[method]
+    assert torch.equal(explain(model, x, 1, layer="again"), explain(model, x, 1, layer="shared"))
+
+
 def test_the_last_call_of_a_layer_counts_in_the_invariance_loss():
     model, x = Shared().eval(), torch.rand(4, 3, 8, 8)
 
