@@ -26,7 +26,9 @@ class _NoThirdDerivative(Function):
     def backward(ctx: Any, *grads: Tensor) -> None:
         raise RuntimeError(
             "third derivatives are not available: a loss of salnb.Objective can be differentiated once, and "
-            "a map taken with create_graph=True once (what ran inside fast_double_backward(): twice in all)"
+            "a map taken with create_graph=True once (what ran inside fast_double_backward(): twice in all); "
+            "for more, as for a model that takes a gradient in its forward pass, go inside "
+            "salnb.double_backward.second_derivatives_of_pytorch()"
         )
 
 

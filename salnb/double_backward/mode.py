@@ -102,7 +102,7 @@ class _Shared:
     """A context that sets switches of the whole process: entered by the first thread, left by the last."""
 
     def __init__(self, make: Callable[[], AbstractContextManager[None]]):
-        self.make, self.lock, self.inside = make, threading.Lock(), 0
+        self.make, self.lock, self.inside = make, threading.RLock(), 0
 
     def __enter__(self) -> None:
         with self.lock:
@@ -124,9 +124,9 @@ _fast = True
 
 @contextmanager
 def second_derivatives_of_pytorch() -> Iterator[None]:
-    """Context in which `differentiable_twice` leaves the derivatives to PyTorch, to see what it costs.
+    """Context in which second derivatives are PyTorch's: slower, and differentiable any number of times.
 
-    It acts on all threads.
+    It acts on all threads, and on `fast_double_backward`, `salnb.Objective` and saliency maps alike.
     """
     global _fast
     before, _fast = _fast, False

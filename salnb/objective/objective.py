@@ -33,7 +33,7 @@ from salnb.objective.compiled import CompiledStep
 from salnb.objective.parallel import check_parallel, check_unwrapped, sharing_processes
 from salnb.objective.precision import LossScale, full_precision
 from salnb.objective.terms import Losses, StepInputs, StepModules, TermSettings, step_losses
-from salnb.saliency.isolation import check_usable
+from salnb.saliency.isolation import alone, check_usable
 
 __all__ = ["Objective"]
 
@@ -248,7 +248,7 @@ class Objective(nn.Module):
         target = as_labels(target)
         step = self.steps_done if step is None else check_integer("step", step, 0, 2**62)
         keep_graph = torch.is_grad_enabled()
-        with torch.inference_mode(False), torch.set_grad_enabled(keep_graph):
+        with alone(self.model.modules()), torch.inference_mode(False), torch.set_grad_enabled(keep_graph):
             # what inference mode made can take part in no graph
             images, target, partners, masks = map(_normal, (images, target, partners, masks))
             self._place_buffers(images)

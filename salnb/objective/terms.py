@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from salnb import saliency
 from salnb._common.catalog import METHODS, MethodSpec
-from salnb._common.checks import at_least_float32, at_least_float32_dtype, check_several_classes
+from salnb._common.checks import at_least_float32, at_least_float32_dtype, check_several_classes, is_traced
 from salnb._common.outputs import ModelCall, described
 from salnb.augment import Augmentation
 from salnb.double_backward.functions import check_second_derivative
@@ -29,7 +29,13 @@ from salnb.objective.class_terms import ClassTerm
 from salnb.objective.precision import LossScale, autocast_dtype, full_precision
 from salnb.objective.unlabelled import class_and_consistency, own_classes
 from salnb.saliency.layers import is_sequence_first
-from salnb.saliency.recording import ForwardRecorder, class_scores, recorded_outputs, scores_of_all
+from salnb.saliency.recording import (
+    ForwardRecorder,
+    class_scores,
+    recorded_outputs,
+    scores_of_all,
+    warn_caller,
+)
 
 __all__ = ["Losses", "StepInputs", "StepModules", "TermSettings", "step_losses", "weighted_sum"]
 
@@ -315,6 +321,11 @@ def _invariance(features: dict[str, Tensor], n: int, settings: TermSettings) -> 
     for name in weights:
         if name not in features:
             raise ValueError(f"layers: the forward pass of the model never calls its module {name!r}")
+        if torch.is_grad_enabled() and not (features[name].requires_grad or is_traced(features[name])):
+            warn_caller(
+                f"layers: {name!r} gives features without a gradient, as it works under torch.no_grad() or "
+                "all parameters up to it are frozen: the invariance loss cannot train them"
+            )
     halves = ({name: out[half] for name, out in features.items()} for half in (slice(n), slice(n, None)))
     return invariance_loss(
         *halves, distance=settings.layer_distance, weights=weights, relative=settings.layer_relative

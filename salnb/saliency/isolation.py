@@ -1,7 +1,7 @@
 """Running a model without a trace: alone among threads, and with its state put back afterwards."""
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,10 +13,11 @@ from torch.nn.parameter import is_lazy
 
 from salnb._common.checks import is_traced
 
-__all__ = ["check_usable", "left_as_found"]
+__all__ = ["alone", "check_usable", "left_as_found"]
 
 _free = threading.Condition()
 _owners: dict[int, int] = {}  # the thread that each module is taken by, both by id
+_wanted: dict[int, list[int]] = {}  # the modules that each waiting thread wants
 
 
 @contextmanager
@@ -30,11 +31,10 @@ def left_as_found(model: nn.Module) -> Iterator[None]:
     network that builds itself when it first runs. What a model keeps in lists and dictionaries stays as the
     pass left it.
 
-    Threads that run models with a module in common wait for one another; a model whose forward pass calls
-    this again, in the same thread, does not wait for itself.
+    Threads that run models with a module in common wait for one another, as in `alone`.
     """
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
-    with _alone(modules):
+    with alone(modules):
         modes = [module.training for module in modules]
         copies = _copies_of_statistics(modules)  # by the id of the original, which may be in several places
         moving = [module for module in modules if _may_move(module)]
@@ -57,12 +57,22 @@ def left_as_found(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _alone(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Context in which no other thread is inside with any of these modules."""
+def alone(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Context in which no other thread is inside with any of these modules.
+
+    A thread that is inside already may enter again.
+
+    Raises:
+        RuntimeError: threads that are inside wait for one another.
+    """
     me = threading.get_ident()
     names = [id(module) for module in modules]
     with _free:
-        _free.wait_for(lambda: all(_owners.get(name, me) == me for name in names))
+        _wanted[me] = names
+        try:
+            _free.wait_for(lambda: _may_enter(me))
+        finally:
+            del _wanted[me]
         taken = [name for name in names if name not in _owners]  # the others are taken further out
         _owners.update(dict.fromkeys(taken, me))
     try:
@@ -72,6 +82,26 @@ def _alone(modules: Sequence[nn.Module]) -> Iterator[None]:
             for name in taken:
                 del _owners[name]
             _free.notify_all()
+
+
+def _may_enter(me: int) -> bool:
+    """Whether no other thread has a module that this one wants."""
+    met: set[int] = set()
+    ahead = _holders(me)
+    while ahead - met:
+        met |= ahead
+        ahead = set().union(*map(_holders, ahead))
+        if me in ahead:
+            raise RuntimeError(
+                "threads wait for one another: a model's forward pass takes a map of, or trains, a model "
+                "that another thread is running, and whose forward pass does the same with this one"
+            )
+    return not met
+
+
+def _holders(thread: int) -> set[int]:
+    """The other threads that have a module which this one waits for."""
+    return {_owners[name] for name in _wanted.get(thread, ()) if name in _owners} - {thread}
 
 
 def _may_move(module: nn.Module) -> bool:

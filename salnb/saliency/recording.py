@@ -41,6 +41,7 @@ __all__ = [
     "recorded_outputs",
     "reduce_channels",
     "scores_of_all",
+    "warn_caller",
 ]
 
 
@@ -184,7 +185,7 @@ class ForwardRecorder:
         self.model, self.spec, self.reshape = model, METHODS[method], reshape
         self.layer = find_layer(model, layer, reshape) if self.spec.layer else None
         if self.spec.layer and layer is None and (better := stem_before_attention(model)):
-            _warn(better)
+            warn_caller(better)
         self.last_convolution = LastConvolution(model) if self.spec.layer and layer is None else None
         self.on_last = (
             OnLastDimension(model) if self.spec.layer and layer is not None and reshape is None else None
@@ -216,7 +217,8 @@ class ForwardRecorder:
             got = f"{tuple(output.shape)} of {output.dtype}" if tensor else type(output).__name__
             way = ": for tokens (N, 1 + hw, C), pass reshape='tokens'" if tensor and output.ndim == 3 else ""
             raise ValueError(f"{name} must be one whose output has shape (N, C, h, w), got {got}{way}")
-        if not self.frozen_stem:
+        without = torch.is_grad_enabled() and not output.requires_grad
+        if not (self.frozen_stem or without):
             return output
         self._stem.close()  # from here on a graph is needed
         return output.detach().requires_grad_()
@@ -238,19 +240,19 @@ class ForwardRecorder:
             if self.reshape is not None:
                 activation, slope = (rearranged(x, self.reshape, images) for x in (activation, slope))
                 if not (create_graph or is_traced(slope) or slope.any()):
-                    _warn("the scores depend on no feature that reshape keeps: name an earlier layer")
+                    warn_caller("the scores depend on no feature that reshape keeps: name an earlier layer")
             maps.append(_class_activation(activation, slope, images.shape[-2:]).to(images.dtype))
         if self.spec.pixels:
             with self.relu_rule.active() if self.relu_rule else nullcontext():
                 gradient = _gradient(score, images, "images", create_graph=create_graph)  # eq. 1
             maps.append(reduce_channels(gradient, reduce))
         if unreached:
-            _warn(
+            warn_caller(
                 "ReLUs that no rule reaches, as they run in another thread, or where PyTorch is not called "
                 f"from Python: {', '.join(unreached)}; there the map has the plain gradient"
             )
         elif no_relu:
-            _warn("no ReLU was met in the forward pass: without one, the map is the plain gradient")
+            warn_caller("no ReLU was met in the forward pass: without one, the map is the plain gradient")
         return maps[0] * maps[1] if len(maps) == 2 else maps[0]
 
     def _activation(self, images: Tensor) -> Tensor:
@@ -274,7 +276,7 @@ def _gradient(
 ) -> Tensor:
     """The gradient of a score with respect to `source`."""
     gradient = None
-    if score.requires_grad:
+    if score.requires_grad and source.requires_grad:
         # a gradient that needs none itself would pass by a `once_differentiable` without a word
         seed = torch.ones_like(score).requires_grad_(create_graph)
         (gradient,) = torch.autograd.grad(
@@ -282,7 +284,7 @@ def _gradient(
         )
     if gradient is None:
         raise NoGradientError(
-            f"no gradient flows from the model's scores to its {name}: between them it works under "
+            f"no gradient flows from the model's scores to its {name}: between them or there it works under "
             "torch.no_grad() or inference_mode(), detaches a tensor, makes integers or an argmax of it, or "
             f"does not use the {name} at all"
         )
@@ -300,7 +302,7 @@ def _class_activation(activation: Tensor, slope: Tensor, size: torch.Size) -> Te
 _NOT_THE_CALLER = ("salnb", "torch", "contextlib")
 
 
-def _warn(message: str) -> None:
+def warn_caller(message: str) -> None:
     """Warn at the line of the caller's that led here."""
     level, frame = 1, sys._getframe()
     while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in _NOT_THE_CALLER:

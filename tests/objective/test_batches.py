@@ -11,6 +11,7 @@ from torch import nn
 
 from salnb import Objective, saliency
 from salnb.augment import CutMix, HorizontalFlip, MixUp
+from salnb.double_backward import second_derivatives_of_pytorch
 from salnb.losses import class_loss
 from tests.helpers.networks import conv_bn
 from tests.helpers.tolerances import assert_close
@@ -264,6 +265,36 @@ def test_a_third_derivative_is_told_in_the_users_terms():
     gradients = torch.autograd.grad(loss, list(objective.parameters()), create_graph=True, allow_unused=True)
     with pytest.raises(RuntimeError, match=r"a loss of salnb.Objective can be differentiated once"):
         sum(g.square().sum() for g in gradients if g is not None).backward()
+
+
+class Energy(nn.Module):
+    """Looks at the gradient of an energy."""
+
+    def __init__(self):
+        super().__init__()
+        self.energy, self.rest = nn.Conv2d(3, 4, 3), conv_bn()
+
+    def forward(self, x):
+        (force,) = torch.autograd.grad(self.energy(x).tanh().sum(), x, create_graph=True)
+        return self.rest(force)
+
+
+def test_a_model_that_takes_a_gradient_needs_the_derivatives_of_pytorch():
+    model, x = Energy().double().eval(), images().double()
+    both = torch.cat([x, x.flip(-1)]).requires_grad_()
+    objective = Objective(model, HorizontalFlip(1.0), normalize=None)
+    with pytest.raises(RuntimeError, match=r"takes a gradient .*second_derivatives_of_pytorch\(\)"):
+        objective(x, TARGET).total.backward()
+    with second_derivatives_of_pytorch():
+        loss = objective(x, TARGET).saliency_loss
+        found = torch.autograd.grad(loss, list(model.energy.parameters()))
+    score = model(both).gather(1, TARGET.repeat(2)[:, None]).sum()
+    (gradient,) = torch.autograd.grad(score, both, create_graph=True)
+    maps = gradient.abs().amax(1, keepdim=True)
+    expected = (maps[:4] - maps[4:].flip(-1)).square().mean()
+    assert_close(loss, expected)
+    for a, b in zip(found, torch.autograd.grad(expected, list(model.energy.parameters())), strict=True):
+        assert_close(a, b)
 
 
 def test_transforms_are_told():

@@ -236,6 +236,20 @@ def test_where_no_gradient_flows_from_the_scores_it_says_so(cut, method):
         explain(method, model, images())
 
 
+@pytest.mark.parametrize("create_graph", [False, True], ids=["map", "map-with-graph"])
+def test_a_layer_behind_which_all_is_cut_off(create_graph):
+    """What follows it is all that Grad-CAM looks at, and the images are what guided Grad-CAM needs, too."""
+    model = First(nn.Conv2d(3, 3, 1)).eval()
+    expected = explain("grad_cam", model, images(), layer="first")
+    plain = model.first.forward
+    model.first.forward = torch.no_grad()(plain)
+    found = explain("grad_cam", model, images(), layer="first", create_graph=create_graph)
+    assert_close(found, expected)
+    assert found.requires_grad is create_graph
+    with pytest.raises(ValueError, match="no gradient flows from the model's scores to its images"):
+        explain("guided_grad_cam", model, images(), layer="first", create_graph=create_graph)
+
+
 def test_a_layer_beside_the_way_is_named():
     class Aside(nn.Module):
         def __init__(self):

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from salnb import saliency
+from salnb import Objective, saliency
+from salnb.augment import HorizontalFlip
 from tests.helpers.networks import conv_bn
 from tests.helpers.surroundings import (
     METHODS,
@@ -55,6 +56,59 @@ def test_threads_do_not_wait_for_other_models():
         found = list(pool.map(lambda model: explain("guided_backprop", model, images()), models))
     for map_ in found:
         assert torch.equal(map_, explain("guided_backprop", plain, images()))
+
+
+def test_a_training_step_beside_a_map_keeps_its_statistics():
+    """It waits for the map, which lends the model copies."""
+    done, model = threading.Event(), First(nn.Identity())
+    expected = copy.deepcopy(model)
+    Objective(expected, HorizontalFlip(1.0))(images(), torch.tensor([0, 1]))
+
+    def train():
+        Objective(model, HorizontalFlip(1.0))(images(), torch.tensor([0, 1]))
+        done.set()
+
+    training = threading.Thread(target=train)
+
+    def first(x):
+        training.start()
+        done.wait(0.5)  # a step that did not wait would be through by then
+        return x
+
+    whole = nn.Sequential(Meanwhile(first), model)
+    explain("vanilla_gradient", whole, images())
+    training.join()
+    for found, wanted in zip(model.rest.buffers(), expected.rest.buffers(), strict=True):
+        assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("first", ["a map", "a step"])
+def test_threads_that_wait_for_one_another_are_told(first):
+    class Both(nn.Module):
+        """Takes a map of a part of another model, once that is running, too."""
+
+        def __init__(self):
+            super().__init__()
+            self.net = conv_bn()
+
+        def forward(self, x):
+            barrier.wait()
+            return self.net(x * saliency.vanilla_gradient(self.others[0], x, 0))
+
+    barrier = threading.Barrier(2, timeout=60)
+    one, other = Both().eval(), Both().eval()
+    one.others, other.others = [other.net], [one.net]
+
+    def run(model):
+        if first == "a map":
+            return saliency.grad_cam(model, images(), 1, layer="net.3")
+        return Objective(model, HorizontalFlip(), gamma=0.0)(images(), torch.tensor([0, 1])).total
+
+    with ThreadPoolExecutor(2) as pool:
+        runs = [pool.submit(run, model) for model in (one, other)]
+    refused = [run.exception() for run in runs if run.exception()]
+    assert len(refused) == 1
+    assert "threads wait for one another" in str(refused[0])
 
 
 def test_a_model_may_explain_itself():
