@@ -1,6 +1,7 @@
 """Bad settings, batches and models: each is named in one clear error."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -174,3 +175,20 @@ class Pair(nn.Module):
 class First(nn.Module):
     def forward(self, pair):
         return pair[0]
+
+
+@pytest.mark.parametrize("cut", ["frozen", "no_grad"])
+def test_features_that_cannot_be_trained_are_told(cut):
+    model = conv_bn()
+    if cut == "frozen":
+        model[0].requires_grad_(False)
+    else:
+        plain = model[0].forward
+        model[0].forward = lambda x: torch.no_grad()(plain)(x)
+    objective = Objective(model, HorizontalFlip(1.0), beta=1.0, gamma=0.0, layers=["0", "3"])
+    with pytest.warns(UserWarning, match="layers: '0' gives features without a gradient") as told:
+        objective(images(), TARGET).total.backward()
+    assert len(told) == 1
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("error")
+        objective(images(), TARGET)

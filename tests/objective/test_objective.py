@@ -377,24 +377,6 @@ def test_shuffled_pairs_compare_each_map_with_another_image():
     assert_close(objective(images, labels).saliency_loss, expected, 1e-9)
 
 
-@pytest.mark.parametrize("cut", ["frozen", "no_grad"])
-def test_features_that_cannot_be_trained_are_told(cut):
-    model = conv_bn()
-    if cut == "frozen":
-        model[0].requires_grad_(False)
-    else:
-        plain = model[0].forward
-        model[0].forward = lambda x: torch.no_grad()(plain)(x)
-    objective = Objective(model, HorizontalFlip(1.0), beta=1.0, gamma=0.0, layers=["0", "3"])
-    x = torch.rand(4, 3, 8, 8)
-    with pytest.warns(UserWarning, match="layers: '0' gives features without a gradient") as told:
-        objective(x, TARGET).total.backward()
-    assert len(told) == 1
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("error")
-        objective(x, TARGET)
-
-
 def test_relative_layers():
     model, images, labels = conv_bn().double().eval(), torch.rand(4, 3, 8, 8).double(), torch.arange(4)
     options = {"beta": 1.0, "gamma": 0.0, "layers": ["2"], "layer_distance": "l1"}
