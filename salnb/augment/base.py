@@ -32,7 +32,10 @@ class NotInvertibleError(RuntimeError):
 
 @dataclass(frozen=True)
 class Params:
-    """What was drawn for one batch, to be saved and replayed: tensors whose first dimension is N."""
+    """What was drawn for one batch, to be saved and replayed: tensors whose first dimension is N.
+
+    Boxes are in pixels, and so for images of the size that they were drawn for, which is not checked.
+    """
 
     def __init_subclass__(cls) -> None:
         """Make each kind of params a pytree, so that it passes through tracers as its tensors."""
