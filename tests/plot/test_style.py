@@ -31,5 +31,5 @@ def test_a_picture_has_more_pixels_than_it_is_shown_with():
     fig = figure(picture=True)
     data, shown = _drawn(fig, kind="jpeg")
     width = Image.open(BytesIO(data)).width
-    assert shown["width"] == pytest.approx(width / 1.6, abs=1)
+    assert shown["width"] == pytest.approx(width / 2, abs=1)
     assert _drawn(fig, kind="svg") is None
