@@ -17,6 +17,7 @@ _OUTPUT = re.compile(
     r'(<div class="output [^"]*highlight[^"]*")(>\s*<div class="highlight">\s*<pre>(.*?)</pre>)', re.DOTALL
 )
 _TAG = re.compile(r"<[^>]+>")
+_NARROWEST, _WIDEST_TABLE = 56, 92  # characters: what fills a phone at a size to read, and what may shrink for it
 _SCRIPT = re.compile(r'<script (?P<head>[^>]*)src="(?P<file>[^"?]+)[^>]*></script>')
 # the text waits for styles: for none of extensions that are not used, and for no script on the same line
 _THEBE_STYLE = re.compile(r"<link [^>]*sphinx-thebe\.css[^>]*>\s*")
@@ -42,9 +43,13 @@ def mend(app: Sphinx, page: str, template: str, context: dict[str, Any], doctree
 
 
 def _with_width(found: re.Match[str]) -> str:
-    """What is printed says how many characters wide it is, so that the style can make it fit."""
-    lines = html.unescape(_TAG.sub("", found[3])).splitlines()
-    return f'{found[1]} style="--characters: {max(map(len, lines), default=1)}"{found[2]}'
+    """What is printed says how many characters wide it is, so that the style can make it fit.
+
+    Lines that are longer than any table wrap instead: to fit a phone, they would be too small to read.
+    """
+    widths = map(len, html.unescape(_TAG.sub("", found[3])).splitlines())
+    width = max((width for width in widths if width <= _WIDEST_TABLE), default=0)
+    return f'{found[1]} style="--characters: {max(width, _NARROWEST)}"{found[2]}'
 
 
 def _is_thebe(file: Any) -> bool:
