@@ -219,7 +219,7 @@ class Objective(nn.Module):
 
         Refused with a `RuntimeError` are models (and augmentations) that a graph would not repeat: those
         that look at values, change their own attributes, or draw random numbers from Python or NumPy. What a
-        model takes from global variables, files or clocks is not noticed.
+        model takes from global variables, files or clocks is not noticed, nor what is written by `.data`.
 
         Nothing is gained on a CPU. Below torch 2.9 Inductor is refused there: it writes beyond its buffers.
         A graph has the memory format of model and images: convolutions in half precision want channels_last.

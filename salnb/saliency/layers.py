@@ -10,10 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from salnb._common.autograd import nodes_of
 from salnb._common.catalog import unknown
+from salnb.double_backward.functions import Convolution
 
 __all__ = ["LastConvolution", "OtherLayerError", "Reshape", "check_layout", "check_tokens", "find_layer"]
-__all__ += ["OnLastDimension", "is_sequence_first", "rearranged", "stem_before_attention"]
+__all__ += ["OnLastDimension", "convolution_behind", "is_sequence_first", "rearranged"]
+__all__ += ["stem_before_attention"]
 
 #: how a layer's output becomes (N, C, h, w); see `grad_cam`
 Reshape = str | Callable[[Tensor], Tensor] | None
@@ -113,6 +116,21 @@ class LastConvolution:
             f"{_name(self.model, self.module)}: name it, or another layer",
             self.module,
         )
+
+
+def convolution_behind(model: nn.Module, scores: Tensor, output: Tensor) -> str | None:
+    """What to call a convolution after a layer's `output` that is no `nn.Conv2d`; None if there is none."""
+    since = -1 if output.grad_fn is None else output.grad_fn._sequence_nr()
+    scripted = any(getattr(module, "original_name", "") == "Conv2d" for module in model.modules())
+    for node in nodes_of(scores):
+        if node._sequence_nr() <= since:
+            continue
+        if scripted and "DifferentiableGraph" in node.name():
+            return "a convolution in scripted code"
+        plain = node.name().startswith("Convolution") and not node._saved_transposed
+        if isinstance(getattr(node, "rule", None), Convolution) or (plain and len(node._saved_stride) == 2):
+            return "a convolution that is no nn.Conv2d"
+    return None
 
 
 class OnLastDimension:

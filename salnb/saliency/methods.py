@@ -242,10 +242,10 @@ def grad_cam(
         images: see `vanilla_gradient`.
         target: see `vanilla_gradient`.
         layer: the layer whose output is used, as a module of `model` or by its dotted name. None is the
-            `nn.Conv2d` that runs last, with a warning where all attention comes after it. Of a layer that
-            runs several times, the last output counts. Its output must have the images in their order: a
-            model that shuffles the batch before the layer, as ShuffleBN does, gets maps of other images,
-            which no shape tells.
+            `nn.Conv2d` that runs last, with a warning where all attention comes after it, or a convolution
+            that is no such module. Of a layer that runs several times, the last output counts. Its output
+            must have the images in their order: a model that shuffles the batch before the layer, as
+            ShuffleBN does, gets maps of other images, which no shape tells.
         reshape: how a layer's output becomes (N, C, h, w). None: it is that; "tokens": from (N, 1 + hw, C),
             the grid having the images' ratio of height to width, and up to eight other tokens coming first;
             "channels_last": from (N, h, w, C); or a function, applied to the output's gradient as well.

@@ -27,6 +27,7 @@ from salnb.saliency.layers import (
     Reshape,
     check_layout,
     check_tokens,
+    convolution_behind,
     find_layer,
     rearranged,
     stem_before_attention,
@@ -234,7 +235,7 @@ class ForwardRecorder:
         no_relu = self.relu_rule is not None and not self.relu_rule.relu_count
         maps: list[Tensor] = []
         if self.layer is not None:
-            activation, keep = self._activation(images), create_graph or self.spec.pixels
+            activation, keep = self._activation(images, score), create_graph or self.spec.pixels
             slope = _gradient(score, activation, "layer", retain_graph=keep, create_graph=create_graph)
             activation = activation if create_graph else activation.detach()
             if self.reshape is not None:
@@ -255,7 +256,7 @@ class ForwardRecorder:
             warn_caller("no ReLU was met in the forward pass: without one, the map is the plain gradient")
         return maps[0] * maps[1] if len(maps) == 2 else maps[0]
 
-    def _activation(self, images: Tensor) -> Tensor:
+    def _activation(self, images: Tensor, score: Tensor) -> Tensor:
         """The output of the layer that was asked for, or of the last convolution that ran."""
         layer, activation = self.layer, self.outputs.get("layer")
         if self.last_convolution is not None and self.last_convolution.module is not layer:
@@ -264,6 +265,9 @@ class ForwardRecorder:
             raise ValueError(
                 "layer is a module of the model that its forward pass never calls, or calls in another thread"
             )
+        by_default = self.last_convolution is not None and not is_traced(score)
+        if by_default and (behind := convolution_behind(self.model, score, activation)):
+            warn_caller(f"layer=None takes the last nn.Conv2d, but {behind} runs after it: name a layer")
         if self.reshape is None:
             check_layout(self.model, layer, activation, images, self.on_last)
         elif self.reshape == "tokens":

@@ -1,5 +1,8 @@
 """Losses on maps: networks of all kinds have the right gradient, or are refused."""
 
+from contextlib import nullcontext
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -218,3 +221,40 @@ def test_a_compiled_network_has_the_right_gradient(method):
         loss = saliency.METHODS[method](network, x, 1, create_graph=True, **kwargs).square().sum()
         gradients.append(torch.autograd.grad(loss, model[0].weight)[0])
     assert torch.equal(*gradients)
+
+
+class Functional(nn.Module):
+    """A convolution by its function, of a kind that is asked for."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.weight, self.function = nn.Parameter(torch.rand(6, 6, 3, 3)), function
+
+    def forward(self, x):
+        return self.function(x, self.weight)
+
+
+BEHIND = {
+    "function": (lambda: Functional(F.conv2d), True),
+    "scripted": (lambda: torch.jit.script(nn.Sequential(nn.Conv2d(6, 6, 3), nn.Tanh())), True),
+    "transposed": (lambda: nn.ConvTranspose2d(6, 6, 3), False),
+    "one dimension": (
+        lambda: Functional(lambda x, w: F.conv1d(x.flatten(2), w[..., 0], padding=1).view_as(x)),
+        False,
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated", "error:layer=None takes")
+@pytest.mark.parametrize("create_graph", [False, True], ids=["map", "map-with-graph"])
+@pytest.mark.parametrize("method", ["grad_cam", "guided_grad_cam"])
+@pytest.mark.parametrize("behind", BEHIND)
+def test_a_last_convolution_that_is_no_module_is_told(behind, method, create_graph):
+    make, told = BEHIND[behind]
+    network, x = conv_bn(), torch.rand(2, 3, 8, 8)
+    model = nn.Sequential(*network[:6], make(), *network[6:]).eval()
+    explain = partial(saliency.METHODS[method], model, x, 1, create_graph=create_graph)
+    explain(layer="3")
+    for _ in range(3):  # scripted code becomes a graph of its own after some passes
+        with pytest.warns(UserWarning, match="layer=None takes .* runs after it") if told else nullcontext():
+            explain()
