@@ -100,7 +100,7 @@ test-pages: _build/site.stamp  ## test the built pages in headless Chromium
 	$(BIN)/python -m pytest tests/book/test_pages.py
 
 test-slow: $(READY)  ## the tests that take minutes
-	$(BIN)/python -m pytest -m slow --ignore tests/book/test_pages.py
+	$(BIN)/python -m pytest -m slow -o faulthandler_timeout=3600 --ignore tests/book/test_pages.py
 
 # the oldest versions that pyproject.toml promises, in an environment of their own
 OLDEST := .venv-oldest
