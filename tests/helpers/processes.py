@@ -22,6 +22,7 @@ def group(folder, rank=0, size=1):
     )
     try:
         yield
+        dist.barrier()  # none hangs up on another that has still to read
     finally:
         dist.destroy_process_group()
 
