@@ -12,7 +12,6 @@ call.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Hashable
 from functools import partial
 from typing import Any, NamedTuple
@@ -26,6 +25,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils import _pytree as pytree
 
 from salnb._common.checks import at_least_float32_dtype, check_labels
+from salnb._common.warning import warn_caller
 from salnb.double_backward.recomputation import stored_instead
 from salnb.objective.graph_key import changes, graph_key, refuse_what_a_graph_forgets
 from salnb.objective.precision import autocast_dtype, full_precision
@@ -118,10 +118,9 @@ class CompiledStep:
         """What changes in each step makes each step compile."""
         if (count := len(self._graphs)) >= 8 and count & (count - 1) == 0:
             last = dict(list(self._graphs)[-1])
-            warnings.warn(
+            warn_caller(
                 f"compile() is about to compile its graph number {count + 1}; since the last one, these have "
-                f"changed: {', '.join(changes(last, names)[:5])}",
-                stacklevel=4,
+                f"changed: {', '.join(changes(last, names)[:5])}"
             )
 
 

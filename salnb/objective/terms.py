@@ -19,6 +19,7 @@ from salnb import saliency
 from salnb._common.catalog import METHODS, MethodSpec
 from salnb._common.checks import at_least_float32, at_least_float32_dtype, check_several_classes, is_traced
 from salnb._common.outputs import ModelCall, described
+from salnb._common.warning import warn_caller
 from salnb.augment import Augmentation
 from salnb.double_backward.functions import check_second_derivative
 from salnb.double_backward.mode import differentiable_twice
@@ -29,13 +30,7 @@ from salnb.objective.class_terms import ClassTerm
 from salnb.objective.precision import LossScale, autocast_dtype, full_precision
 from salnb.objective.unlabelled import class_and_consistency, own_classes
 from salnb.saliency.layers import is_sequence_first
-from salnb.saliency.recording import (
-    ForwardRecorder,
-    class_scores,
-    recorded_outputs,
-    scores_of_all,
-    warn_caller,
-)
+from salnb.saliency.recording import ForwardRecorder, class_scores, recorded_outputs, scores_of_all
 
 __all__ = ["Losses", "StepInputs", "StepModules", "TermSettings", "step_losses", "weighted_sum"]
 

@@ -1,8 +1,6 @@
 """One recorded forward pass, and the maps taken from it: the common ground of all saliency methods."""
 
-import sys
 import threading
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
@@ -15,6 +13,7 @@ from torch import Tensor, nn
 from salnb._common.catalog import METHODS
 from salnb._common.checks import at_least_float32, check_several_classes, is_channels_last, is_traced
 from salnb._common.outputs import AS_IT_IS, ModelCall, described
+from salnb._common.warning import warn_caller
 from salnb.double_backward.recomputation import (
     again_in_recomputation,
     is_recomputing,
@@ -42,7 +41,6 @@ __all__ = [
     "recorded_outputs",
     "reduce_channels",
     "scores_of_all",
-    "warn_caller",
 ]
 
 
@@ -218,8 +216,8 @@ class ForwardRecorder:
             got = f"{tuple(output.shape)} of {output.dtype}" if tensor else type(output).__name__
             way = ": for tokens (N, 1 + hw, C), pass reshape='tokens'" if tensor and output.ndim == 3 else ""
             raise ValueError(f"{name} must be one whose output has shape (N, C, h, w), got {got}{way}")
-        without = torch.is_grad_enabled() and not output.requires_grad
-        if not (self.frozen_stem or without):
+        cut_off = torch.is_grad_enabled() and not output.requires_grad
+        if not (self.frozen_stem or cut_off):
             return output
         self._stem.close()  # from here on a graph is needed
         return output.detach().requires_grad_()
@@ -300,15 +298,3 @@ def _class_activation(activation: Tensor, slope: Tensor, size: torch.Size) -> Te
     weights = slope.mean((2, 3), keepdim=True)
     cam = (weights * activation).sum(1, keepdim=True).clamp(min=0)
     return F.interpolate(cam, size=size, mode="bilinear", align_corners=False)
-
-
-#: packages whose frames may lie between a warning and the caller's line
-_NOT_THE_CALLER = ("salnb", "torch", "contextlib")
-
-
-def warn_caller(message: str) -> None:
-    """Warn at the line of the caller's that led here."""
-    level, frame = 1, sys._getframe()
-    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in _NOT_THE_CALLER:
-        level, frame = level + 1, frame.f_back
-    warnings.warn(message, stacklevel=level)
