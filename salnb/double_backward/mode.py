@@ -102,7 +102,7 @@ class _Shared:
     """A context that sets switches of the whole process: entered by the first thread, left by the last."""
 
     def __init__(self, make: Callable[[], AbstractContextManager[None]]):
-        self.make, self.lock, self.inside = make, threading.RLock(), 0
+        self.make, self.lock, self.inside = make, threading.Lock(), 0
 
     def __enter__(self) -> None:
         with self.lock:

@@ -34,7 +34,7 @@ Context = Callable[[], AbstractContextManager]
 # whose norm layers, subclasses of PyTorch's, do what those do
 _KNOWN = ("torch", "torchvision", "timm")
 
-_lock = threading.RLock()  # a context that is collected as garbage in here takes it again
+_lock = threading.Lock()
 _plain_enter, _plain_exit = saved_tensors_hooks.__enter__, saved_tensors_hooks.__exit__
 _users = 0  # how many contexts, of all threads, want hooks to be wrapped
 
