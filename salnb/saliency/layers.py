@@ -127,8 +127,8 @@ def convolution_behind(model: nn.Module, scores: Tensor, output: Tensor) -> str 
             continue
         if scripted and "DifferentiableGraph" in node.name():
             return "a convolution in scripted code"
-        plain = node.name().startswith("Convolution") and not node._saved_transposed
-        if isinstance(getattr(node, "rule", None), Convolution) or (plain and len(node._saved_stride) == 2):
+        plain = node.name().startswith("Convolution") and len(node._saved_stride) == 2
+        if plain or isinstance(getattr(node, "rule", None), Convolution):
             return "a convolution that is no nn.Conv2d"
     return None
 

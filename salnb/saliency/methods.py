@@ -320,7 +320,8 @@ def _explain(
                     frozen_stem=frozen_stem,
                 )
             except OtherLayerError as error:
-                layer = error.layer
+                # with the whole graph the default may serve after all, and tells what ran behind it
+                frozen_stem, layer = False, layer if frozen_stem else error.layer
             except (NoGradientError, CheckpointError):
                 # what switches gradients on and off around the layer, or recomputes it, needs the whole graph
                 if not frozen_stem:

@@ -237,7 +237,7 @@ class Functional(nn.Module):
 BEHIND = {
     "function": (lambda: Functional(F.conv2d), True),
     "scripted": (lambda: torch.jit.script(nn.Sequential(nn.Conv2d(6, 6, 3), nn.Tanh())), True),
-    "transposed": (lambda: nn.ConvTranspose2d(6, 6, 3), False),
+    "transposed": (lambda: nn.ConvTranspose2d(6, 6, 3), True),
     "one dimension": (
         lambda: Functional(lambda x, w: F.conv1d(x.flatten(2), w[..., 0], padding=1).view_as(x)),
         False,
@@ -258,3 +258,12 @@ def test_a_last_convolution_that_is_no_module_is_told(behind, method, create_gra
     for _ in range(3):  # scripted code becomes a graph of its own after some passes
         with pytest.warns(UserWarning, match="layer=None takes .* runs after it") if told else nullcontext():
             explain()
+
+
+@pytest.mark.parametrize("method", ["grad_cam", "guided_grad_cam"])
+def test_so_is_one_behind_a_module_that_is_not_the_last_by_name(method):
+    network = conv_bn()
+    model = nn.Sequential(*network[:6], Functional(F.conv2d), *network[6:]).eval()
+    model[-1].unused = nn.Conv2d(1, 1, 1)
+    with pytest.warns(UserWarning, match="layer=None takes .* runs after it"):
+        saliency.METHODS[method](model, torch.rand(2, 3, 8, 8), 1)
