@@ -17,10 +17,8 @@ _OUTPUT = re.compile(
     r'(<div class="output [^"]*highlight[^"]*")(>\s*<div class="highlight">\s*<pre>(.*?)</pre>)', re.DOTALL
 )
 _TAG = re.compile(r"<[^>]+>")
-_NARROWEST, _WIDEST_TABLE = (
-    56,
-    92,
-)  # characters: what fills a phone at a size to read, and what may shrink for it
+# characters of a line: what fills a phone at a good size, and what may still shrink to fit one
+_NARROWEST, _WIDEST_TABLE = 56, 92
 _SCRIPT = re.compile(r'<script (?P<head>[^>]*)src="(?P<file>[^"?]+)[^>]*></script>')
 # the text waits for styles: for none of extensions that are not used, and for no script on the same line
 _THEBE_STYLE = re.compile(r"<link [^>]*sphinx-thebe\.css[^>]*>\s*")
