@@ -44,6 +44,10 @@ BROKEN_NUMBERS = r"""() => [...document.querySelectorAll('article td')]
   })
   .map(cell => cell.innerText)"""
 
+TOO_SMALL = """() => [...document.querySelectorAll('.cell_output pre')]
+  .filter(output => output.offsetParent && parseFloat(getComputedStyle(output).fontSize) < 5.5)
+  .map(output => output.innerText.slice(0, 60))"""
+
 pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: install it to test the pages"),
     pytest.mark.skipif(not (HTML / "index.html").exists(), reason="the site is not built: run `make book`"),
@@ -192,13 +196,16 @@ def test_page_fits_a_phone(browser, site, path):
 @pytest.mark.parametrize("width", [1280, 390])
 @pytest.mark.parametrize("path", PAGES)
 def test_nothing_is_cut_off(browser, site, path, width):
-    """No column of a table, no line of code, nothing printed and no formula, folds included; no number is parted."""
+    """No column of a table, no line of code, nothing printed and no formula, folds included.
+
+    No number is parted, and what shrinks to fit can still be read.
+    """
     page = browser.new_page(viewport={"width": width, "height": 900})
     settled(page, site + path)
     page.evaluate("document.querySelectorAll('details').forEach(fold => { fold.open = true; })")
-    cut, parted = page.evaluate(CUT_OFF), page.evaluate(BROKEN_NUMBERS)
+    cut, parted, small = (page.evaluate(what) for what in (CUT_OFF, BROKEN_NUMBERS, TOO_SMALL))
     page.close()
-    assert (cut, parted) == ([], [])
+    assert (cut, parted, small) == ([], [], [])
 
 
 @pytest.mark.parametrize("path", PAGES)
