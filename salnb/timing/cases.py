@@ -20,7 +20,7 @@ PAPER = {
 }
 TABLE_4 = tuple(PAPER)
 PRECISIONS = ("32", "tf32", "bf16")
-MODES = ("eager", "compiled")
+MODES = ("eager", "compiled", "captured")
 # what a study takes where it is not told: on a CPU, elsewhere
 _USUAL = {"budget": (55.0, 570.0), "batch": (2, 32), "size": (64, 224), "iterations": (8, 200)}
 # the methods whose cost is compared, the dearest last
@@ -43,6 +43,7 @@ class Case:
         samples: noisy copies, for SmoothGrad only; 0 with the other methods.
         plain: with the second derivatives that PyTorch has, instead of those of `salnb.double_backward`.
         originals_only: a baseline whose batch lacks the augmented images.
+        captured: `Objective.compile(mode="cuda-graphs")`, or the baseline's network as CUDA graphs.
     """
 
     network: str
@@ -56,6 +57,7 @@ class Case:
     samples: int = 0
     plain: bool = False
     originals_only: bool = False
+    captured: bool = False
 
     @property
     def baseline(self) -> "Case":
@@ -64,8 +66,8 @@ class Case:
 
     @property
     def mode(self) -> str:
-        """Whether the step is "compiled" or "eager"."""
-        return MODES[self.compiled]
+        """Whether the step is "eager", "compiled" or "captured"."""
+        return "captured" if self.captured else MODES[self.compiled]
 
     @property
     def arithmetic(self) -> str:
@@ -130,6 +132,10 @@ class Settings:
                     raise catalog.unknown(name, value, known)
         if self.device == "cpu" and "tf32" in (self.precisions or ()):
             raise ValueError("precisions: tf32 is for GPUs: with device cpu, take 32 or bf16")
+        if self.device in ("cpu", "mps") and "captured" in (self.modes or ()):
+            raise ValueError(
+                f"modes: captured is for NVIDIA's GPUs: with device {self.device}, take eager or compiled"
+            )
         size = self.size or int(_USUAL["size"][self.device != "cpu"])
         for network in self.networks or ():
             catalog.check_size(network, size)
@@ -201,13 +207,15 @@ def _gpu_cases(settings: Settings) -> Iterator[Case]:
         yield from _beside(case)
     yield from _each(fast, every=(1, 4, 16))
     yield replace(fast, channels_last=True)
-    yield replace(fast, compiled=True)
-    yield replace(first, precision="tf32", compiled=True)
+    for case in (fast, replace(first, precision="tf32")):
+        yield replace(case, compiled=True)
+        yield replace(case, captured=True)
     yield from _each(fast, batch=(8, 16, 32, 64, 128, 256))
     yield from _methods(fast, samples=25)
     yield from _each(fast, network=more)
     for network in networks:
         yield from _beside(replace(first, network=network))
+    yield from _each(first, precision=("bf16", "tf32", "32"), network=networks, captured=[True])
     yield from _each(first, precision=("bf16", "tf32"), network=networks, compiled=[True])
     yield from _each(first, precision=("32", "tf32"), network=more)
     for precision in ("bf16", "tf32"):

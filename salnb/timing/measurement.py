@@ -132,7 +132,7 @@ def _with(case: Case, measured: Measured, name: str, find: Callable[[], Any]) ->
 
 
 def _parts(case: Case, watch: Stopwatch, averaged: int) -> dict[str, float] | None:
-    parts = _nanoseconds(watch.parts(averaged)) if case.every == 1 and not case.compiled else None
+    parts = _nanoseconds(watch.parts(averaged)) if case.every == 1 and case.mode == "eager" else None
     watch.laps.append([])  # what follows is none of the protocol's
     return parts
 

@@ -141,8 +141,12 @@ def read_timing(path: str | Path) -> dict[str, Any]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no timing record {path}")
     record = read_record(path)
-    if record.get("schema") == _BEFORE_BYTES and isinstance(record.get("rows"), list):
-        record |= {"schema": SCHEMA, "rows": [_with_bytes(row) for row in record["rows"]]}
+    if isinstance(record.get("rows"), list):
+        if record.get("schema") == _BEFORE_BYTES:
+            record |= {"schema": SCHEMA, "rows": [_with_bytes(row) for row in record["rows"]]}
+        for row in record["rows"]:
+            if isinstance(row, dict):
+                row.setdefault("captured", False)  # there was no such mode before
     try:
         return check_record(record)
     except ValueError as error:

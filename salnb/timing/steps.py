@@ -61,7 +61,7 @@ class TimedStep(ABC):
         case: what to run.
         device: on what.
         mark: told the name of each part as it begins: "forward", "input gradient" (with a saliency method),
-            "loss" and "backward". Compiled steps have no parts.
+            "loss" and "backward". Only eager steps have parts.
         model: of the case's network; None draws one.
     """
 
@@ -80,9 +80,9 @@ class TimedStep(ABC):
         if case.channels_last:
             self.model = self.model.to(memory_format=torch.channels_last)
             self.images = self.images.contiguous(memory_format=torch.channels_last)
-        inner = _unmarked if case.compiled else mark
+        inner = mark if case.mode == "eager" else _unmarked
         self.prepared = _Prepared(AUGMENTATIONS[AUGMENTATION](), self.images, inner)
-        if not case.compiled:
+        if case.mode == "eager":
             self.model.register_forward_pre_hook(lambda module, args: mark("forward"))
             self.model.register_forward_hook(lambda module, args, output: mark(self.after_forward))
 
@@ -99,10 +99,15 @@ class TimedStep(ABC):
     def __call__(self) -> None:
         """Run it once."""
         self.model.zero_grad()
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.case.precision == "bf16"):
+        with self._autocast():
             loss = self.loss()
         self.mark("backward")
         loss.backward()
+
+    def _autocast(self, **options: Any) -> torch.autocast:
+        return torch.autocast(
+            self.device.type, torch.bfloat16, enabled=self.case.precision == "bf16", **options
+        )
 
 
 class BaselineStep(TimedStep):
@@ -123,6 +128,10 @@ class BaselineStep(TimedStep):
             labels = self.prepared.targets(self.target, self.prepared.params)
             self.batch = pixels, torch.cat([self.target, labels])
         self.network = torch.compile(self.model, dynamic=False) if self.case.compiled else self.model
+        if self.case.captured:
+            # what autocast keeps of a weight would not be made anew when a graph is run again
+            with self._autocast(cache_enabled=False):
+                self.network = torch.cuda.make_graphed_callables(self.model, self.batch[:1])
 
     def loss(self) -> Tensor:
         """The cross-entropy."""
@@ -148,7 +157,9 @@ class SaliencyStep(TimedStep):
                 method_options=case.method_options,
                 every=case.every,
             )
-        if case.compiled:
+        if case.captured:
+            self.objective.compile(mode="cuda-graphs")
+        elif case.compiled:
             self.objective.compile()
 
     def loss(self) -> Tensor:

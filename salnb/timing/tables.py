@@ -119,7 +119,7 @@ def rows_of(record: Record, **wanted: Any) -> list[TimingRow]:
 
 
 def _matching(record: Record, **wanted: Any) -> list[TimingRow]:
-    wanted = {"channels_last": False, "plain": False, "originals_only": False} | wanted
+    wanted = {"captured": False, "channels_last": False, "plain": False, "originals_only": False} | wanted
     return [row for row in record["rows"] if wanted.items() <= row.items()]
 
 
@@ -138,7 +138,8 @@ def pairs(record: Record) -> dict[str, Pair]:
 def ratio_series(record: Record) -> dict[str, dict[str, float]]:
     """For each precision and mode, such as "fp32 eager", the ratios of the networks."""
     found: dict[str, dict[str, float]] = {}
-    for row in _matching(record, method=METHOD, every=1, batch=record["protocol"]["batch"]):
+    usual = {"method": METHOD, "every": 1, "batch": record["protocol"]["batch"]}
+    for row in [row for captured in (False, True) for row in _matching(record, **usual, captured=captured)]:
         if row["ratio"]:
             case = case_of(row)
             found.setdefault(f"{case.arithmetic} {case.mode}", {})[row["network"]] = row["ratio"]

@@ -266,6 +266,7 @@ def test_an_interrupted_study_says_so(tmp_path, monkeypatch, capsys):
         (["--precisions", "fp32"], "precisions 'fp32' is unknown"),
         (["--modes", "compile"], "modes 'compile' is unknown \\(did you mean 'compiled'"),
         (["--device", "cpu", "--precisions", "tf32"], "tf32 is for GPUs"),
+        (["--device", "cpu", "--modes", "eager", "captured"], "modes: captured is for NVIDIA's GPUs"),
         (["--device", "cpu", "--networks", "vit_b_16"], "size must be 224 for vit_b_16, got 64"),
         (["--networks", "vgg16", "--size", "16"], "size must be at least 32 for vgg16, got 16"),
         (["--out", "record"], "out must be a file whose name ends in .json, got record"),

@@ -58,7 +58,7 @@ def test_bytes_are_those_of_the_batch_and_of_the_parameters():
     assert total(CASE.baseline) < total(CASE)
     half = total(dataclasses.replace(CASE.baseline, originals_only=True))
     assert half == pytest.approx(total(dataclasses.replace(CASE.baseline, batch=2)), rel=1e-2)
-    for alike in ({"precision": "tf32"}, {"channels_last": True}, {"compiled": True}):
+    for alike in ({"precision": "tf32"}, {"channels_last": True}, {"compiled": True}, {"captured": True}):
         assert total(dataclasses.replace(CASE, **alike)) == total(CASE)
     assert total(dataclasses.replace(CASE, precision="bf16")) < total(CASE)
     every = total(dataclasses.replace(CASE, every=4))

@@ -160,6 +160,9 @@ def test_the_plan_of_a_gpu_holds_every_question():
         for compiled in (False, True):
             found = {c.network for c in cases if (c.precision, c.compiled) == (precision, compiled)}
             assert found == networks, (precision, compiled)
+        captured = {c.network for c in cases if c.captured and c.precision == precision}
+        assert captured >= set(TABLE_4), precision
+    assert not [case for case in cases if case.captured and case.compiled]
     assert {case.network for case in cases if case.channels_last and case.compiled} == networks
     assert {case.every for case in cases} == {1, 4, 16}
     assert {case.batch for case in cases} == {8, 16, 32, 64, 128, 256}

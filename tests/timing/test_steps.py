@@ -74,6 +74,25 @@ def test_a_compiled_step_is_the_objectives_own(monkeypatch):
     assert called == ["model", "objective"]
 
 
+def test_a_captured_step_is_the_objectives_own(monkeypatch):
+    called = []
+
+    def graphed(model, arguments):
+        called.append(("model", len(arguments), torch.is_autocast_cache_enabled()))
+        return model
+
+    monkeypatch.setattr(steps.Objective, "compile", lambda self, mode=None: called.append(mode))
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", graphed)
+    for method in (None, "vanilla_gradient"):
+        told = []
+        case = Case("small", method, precision="bf16", captured=True, batch=2, size=16)
+        steps.step_of(case, torch.device("cpu"), told.append)()
+        assert told == ["backward"]
+    assert called == [("model", 1, False), "cuda-graphs"]
+    assert case.label.startswith("small, bf16, captured")
+    assert case.baseline.captured
+
+
 def test_the_images_were_augmented_beforehand(monkeypatch):
     step = steps.step_of(Case("small", batch=2, size=16), torch.device("cpu"))
     inner = step.objective.augmentation.augmentation

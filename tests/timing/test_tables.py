@@ -58,6 +58,9 @@ def test_series_are_told_apart_by_precision_and_mode(record, changed):
     assert found["fp32 eager"] == {row["network"]: row["ratio"] for row in eager}
     row_of(changed, network="resnet50", method="vanilla_gradient")["precision"] = "bf16"
     assert list(tables.ratio_series(changed)["bf16 eager"]) == ["resnet50"]
+    row_of(changed, network="resnet50", method="vanilla_gradient", precision="bf16")["captured"] = True
+    assert list(tables.ratio_series(changed)["bf16 captured"]) == ["resnet50"]
+    assert not [row for row in tables.method_rows(changed) if row["captured"]]
 
 
 def test_batches_that_did_not_fit_are_told(record, changed):
