@@ -208,6 +208,22 @@ def test_nothing_is_cut_off(browser, site, path, width):
     assert (cut, parted, small) == ([], [], [])
 
 
+@pytest.mark.parametrize("path", [page for page in PAGES if "tag_full-width" in (HTML / page).read_text()])
+def test_figures_of_many_panels_are_wide(browser, site, path):
+    for window, at_least in ((1280, 800), (1024, 600)):
+        page = browser.new_page(viewport={"width": window, "height": 900})
+        settled(page, site + path)
+        page.evaluate(ALL_IMAGES)
+        pictures = page.evaluate(
+            "[...document.querySelectorAll('div.cell.tag_full-width img')].map(i => i.getBoundingClientRect().width)"
+        )
+        needed = page.evaluate("document.documentElement.scrollWidth")
+        page.close()
+        assert pictures
+        assert min(pictures) > at_least
+        assert needed <= window, "the page scrolls sideways"
+
+
 @pytest.mark.parametrize("path", PAGES)
 def test_page_is_light(page, site, path):
     """At most 2.5 MB with all that it loads, uncompressed; and no script that the text waits for."""
