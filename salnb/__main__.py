@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, get_type_hints
 
 from salnb._common import catalog
+from salnb._common.devices import check_device_name
 from salnb._common.files import write_atomic
 from salnb._common.image_folder import check_out, find_images, photographs
 from salnb._common.packages import require
@@ -66,7 +67,10 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
 def _train(args: argparse.Namespace) -> int:
     options = vars(args).copy()
     resume, file = options.pop("resume"), options.pop("config")
-    config = Config(**(_read_settings(file) | options if file else options))
+    try:
+        config = Config(**(_read_settings(file) | options if file else options))
+    except TypeError as error:  # a value of another kind, which only a file can have
+        raise ValueError(f"config {file}: {error}") from error
     config.check_run(resume=resume)
     # from here on torch is loaded, which takes seconds: all that can be told without it has been
     from salnb.train import fit
@@ -116,6 +120,7 @@ def _explain_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _explain(args: argparse.Namespace) -> int:
+    check_device_name(args.device)
     files = photographs(args.photos)
     if args.method not in catalog.METHODS:
         raise catalog.unknown("method", args.method, catalog.METHODS)
@@ -158,6 +163,9 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
+    check_device_name(args.device)
+    if args.batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {args.batch_size}")
     if not os.path.exists(os.path.join(args.run, "model.json")):
         raise ValueError(f"{args.run} is no finished run: it has no model.json")
     theirs = _settings_of(args.run)

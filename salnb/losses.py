@@ -20,6 +20,7 @@ from torch import Tensor
 from salnb._common.checks import (
     at_least_float32,
     check_labels,
+    check_samples,
     check_several_classes,
     check_target_of_logits,
     check_tensors,
@@ -54,8 +55,7 @@ FEATURE_DISTANCES = frozenset({"l1", "l2"})
 # The smallest standard deviation that "zscore" divides by, as a share of the map's largest absolute value.
 # What is flatter is noise: a map constant up to rounding, divided by its deviation, has gradients of 1e8.
 _FLAT = 1e-3
-# images nearer than this, as a share of the size of their features, are the same up to rounding
-_SAME_IMAGE = 1e-6
+_SAME_IMAGE = 1e-6  # images nearer than this, as a share of their features' size, are one up to rounding
 
 
 def class_loss(logits: Tensor, target: Tensor) -> Tensor:
@@ -334,6 +334,7 @@ def outside_loss(maps: Tensor, masks: Tensor, known: Tensor | None = None) -> Te
     tensor(4.)
     """
     _check_maps(maps, masks, "masks")
+    check_samples("known", known, len(maps))
     each = at_least_float32(maps).masked_fill(masks, 0).square().sum((1, 2, 3))
     return each.mean() if known is None else (each * known).sum() / known.sum().clamp(min=1)
 
@@ -364,7 +365,7 @@ def with_other_images(maps: Tensor, new_maps: Tensor, valid: Tensor) -> tuple[Te
 
 
 def _check_maps(maps: Tensor, valid: Tensor | None, name: str = "valid") -> None:
-    check_tensors({"maps": maps} if valid is None else {"maps": maps, name: valid})
+    check_tensors({"maps": maps} if valid is None and name == "valid" else {"maps": maps, name: valid})
     if maps.ndim != 4 or not maps.is_floating_point():
         raise ValueError(f"maps must be floating-point (N, C, H, W), got {tuple(maps.shape)} of {maps.dtype}")
     if valid is None:
@@ -385,7 +386,7 @@ def _check_same_shape(name: str, tensor: Tensor, other_name: str, other: Tensor)
 
 
 def _check_known(argument: str, given: str, allowed: frozenset[str]) -> None:
-    if given not in allowed:
+    if not isinstance(given, str) or given not in allowed:
         names = sorted(allowed)
         raise ValueError(f"{argument} must be one of {names}, got {given!r}{did_you_mean(given, names)}")
 

@@ -113,6 +113,14 @@ def check_tensors(given: Mapping[str, Any]) -> None:
             raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
 
 
+def check_samples(name: str, given: Any, n: int) -> None:
+    """Raise a TypeError or ValueError unless this is None, or says of n samples which count."""
+    if given is not None:
+        check_tensors({name: given})
+        if given.dtype is not torch.bool or given.shape != (n,):
+            raise ValueError(f"{name} must be bool of ({n},), got {tuple(given.shape)} of {given.dtype}")
+
+
 def check_generator(generator: Any) -> None:
     """Raise a TypeError unless this is a generator of torch or None."""
     if generator is not None and not isinstance(generator, torch.Generator):

@@ -36,6 +36,7 @@ def resolve_device(name: str, *, advice: str | None = None) -> torch.device:
     Raises:
         ValueError: this machine has no such device.
     """
+    check_device_name(name)
     import torch
 
     there = best_device() if name == "auto" else name

@@ -133,7 +133,7 @@ def images_to_test(
     """
     root, kept = Path(root), Path(record) if record is not None else None
     workers = min(4, os.cpu_count() or 1)
-    if kept and kept.exists() and results.read_record(kept)["root"] == str(root.absolute()):
+    if kept and kept.exists() and _is_one(results.read_record(kept)["root"], root):
         dataset = image_folder(root, size, workers=workers, record=kept)
         return dataset.test, dataset.classes
     found = find_images(root)
@@ -168,3 +168,8 @@ def _masks(root: Path, paths: list[str]) -> list[Path]:
         told = f"{len(lacking)} of {len(paths)} images have no mask: {named(lacking)}"
         raise ValueError(f"data_dir {root}: {told}")
     return [mask for mask in masks if mask is not None]
+
+
+def _is_one(folder: str, other: Path) -> bool:
+    """Whether two names are of one folder."""
+    return Path(folder).exists() and Path(folder).samefile(other)

@@ -235,7 +235,7 @@ def _batch_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     """`torch.nn.functional.batch_norm` of images `(N, C, H, W)` and vectors `(N, C)`."""
-    if not _plain(input, weight, bias) or input.ndim not in (2, 4):
+    if not _plain(input, weight, bias) or input.ndim not in (2, 4) or not input.numel():
         return NotImplemented
     if input.numel() == input.shape[1] if training else running_mean is None:
         return NotImplemented  # for PyTorch's own error

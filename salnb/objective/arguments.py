@@ -10,10 +10,29 @@ from torch import Tensor
 from salnb._common.checks import check_mask
 from salnb._common.limits import check_integer, check_number
 
-__all__ = ["check_pairs", "check_state", "check_weight", "layer_weights", "whole_number"]
+__all__ = [
+    "as_options",
+    "check_pairs",
+    "check_scalars",
+    "check_state",
+    "layer_weights",
+    "whole_number",
+]
+
+_WEIGHTS = ("alpha", "beta", "gamma", "consistency", "confidence", "balance")
+_FLAGS = ("layer_relative", "detach_original", "shuffle_pairs", "originals_only")
 
 
-def check_weight(name: str, value: Any) -> None:
+def check_scalars(given: Mapping[str, Any]) -> None:
+    """Raise a TypeError or a ValueError that names the first wrong weight or flag of an `Objective`."""
+    for name in _WEIGHTS:
+        _check_weight(name, given[name])
+    for name in _FLAGS:
+        if not isinstance(given[name], bool):
+            raise TypeError(f"{name} must be True or False, got {given[name]!r}")
+
+
+def _check_weight(name: str, value: Any) -> None:
     """Raise a TypeError or a ValueError unless this is a finite number of at least 0."""
     allowed = f"{name} must be a finite number of at least 0"
     scalar: Any = Real | Tensor
@@ -21,6 +40,13 @@ def check_weight(name: str, value: Any) -> None:
         raise TypeError(f"{allowed}, got {value!r}")
     if not 0 <= value < float("inf"):
         raise ValueError(f"{allowed}, got {value}")
+
+
+def as_options(given: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The options of a saliency method, whatever their names; a TypeError if they have none."""
+    if not (given is None or isinstance(given, Mapping)):
+        raise TypeError(f"method_options must be a mapping from names to values, got {given!r}")
+    return dict(given or {})
 
 
 def whole_number(name: str, value: int, least: int) -> int:

@@ -77,7 +77,7 @@ class Balance(nn.Module):
 
 
 def _length(loss: Tensor, parameters: Sequence[Tensor], processes: tuple[str, int] | None) -> Tensor:
-    if not loss.requires_grad:
+    if not loss.requires_grad or not parameters:
         return loss.new_zeros(())
     found = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
     with torch.no_grad():

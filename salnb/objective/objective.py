@@ -25,7 +25,14 @@ from salnb._common.limits import check_integer
 from salnb._common.outputs import check_model_kwargs, check_output, given_twice
 from salnb.augment import Augmentation
 from salnb.losses import DISTANCES, FEATURE_DISTANCES, NORMALIZATIONS
-from salnb.objective.arguments import check_pairs, check_state, check_weight, layer_weights, whole_number
+from salnb.objective.arguments import (
+    as_options,
+    check_pairs,
+    check_scalars,
+    check_state,
+    layer_weights,
+    whole_number,
+)
 from salnb.objective.balance import EVERY, Balance
 from salnb.objective.captured import CapturedStep
 from salnb.objective.class_terms import ClassTerm
@@ -163,7 +170,7 @@ class Objective(nn.Module):
         self.alpha, self.beta, self.gamma = alpha, beta, gamma
         self.layers = layer_weights(layers)
         self.layer_distance, self.layer_relative = layer_distance, layer_relative
-        self.method, self.method_options, self.score = method, dict(method_options or {}), score
+        self.method, self.method_options, self.score = method, as_options(method_options), score
         self.normalize, self.distance, self.pool = normalize, distance, pool
         self.every, self.warmup = every, warmup
         self.detach_original, self.shuffle_pairs = detach_original, shuffle_pairs
@@ -174,7 +181,7 @@ class Objective(nn.Module):
         self.score_scale, self.gradient_scale = LossScale(12, top=12), LossScale(14, top=24)
         self.balance = Balance(balance)
         self._compiled: CompiledStep | None = None
-        self._second_derivative_checked = self._target_checked = False
+        self._second_derivative_checked, self._target_checked = (0, ""), False  # of a model, with a method
         self._check_settings()
         self._check_model()
         self._place_buffers(next(model.parameters(), None))
@@ -268,9 +275,11 @@ class Objective(nn.Module):
             if self._compiled and keep_graph and self._compiled.applies(images):
                 losses = self._compiled(modules, inputs, weights, settings)
             else:
-                check = not self._second_derivative_checked
+                checked = id(self.model), self.method
+                check = settings.measured or self._second_derivative_checked != checked
                 losses = step_losses(modules, inputs, weights, settings, check_derivative=check)
-                self._second_derivative_checked |= losses.has_saliency and keep_graph
+                if losses.has_saliency and keep_graph:
+                    self._second_derivative_checked = checked
         if not self._target_checked and self.class_term.own is None:  # on a CPU it has looked already
             check_normalized(target, wait=True)
         self._target_checked = True
@@ -336,9 +345,7 @@ class Objective(nn.Module):
         """What can be told from each argument alone."""
         if not isinstance(self.model, nn.Module):
             raise TypeError(f"model must be an nn.Module, got {type(self.model).__name__}")
-        for name in ("alpha", "beta", "gamma", "consistency", "confidence"):
-            check_weight(name, getattr(self, name))
-        check_weight("balance", self.balance.share)
+        check_scalars(vars(self) | {"balance": self.balance.share})
         for name, least in (("pool", 1), ("every", 1), ("warmup", 0)):
             setattr(self, name, whole_number(name, getattr(self, name), least))
         if self.num_classes is not None:
@@ -358,7 +365,7 @@ class Objective(nn.Module):
             ("layer_distance", self.layer_distance, sorted(FEATURE_DISTANCES)),
             ("score", self.score, SCORES),
         ):
-            if value not in known:
+            if value not in [*known]:
                 raise unknown(name, value, known)
         if not isinstance(self.augmentation, Augmentation):
             got = type(self.augmentation).__name__

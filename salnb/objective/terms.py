@@ -7,7 +7,7 @@
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ from salnb._common.checks import at_least_float32, at_least_float32_dtype, check
 from salnb._common.outputs import ModelCall, described
 from salnb._common.warning import warn_caller
 from salnb.augment import Augmentation
-from salnb.double_backward.functions import check_second_derivative
+from salnb.double_backward.functions import check_second_derivative, second_derivatives_kept
 from salnb.double_backward.mode import differentiable_twice
 from salnb.double_backward.recomputation import model_of_the_forward_pass
 from salnb.losses import invariance_loss, outside_loss, saliency_loss, with_other_images
@@ -197,10 +197,12 @@ def step_losses(
             known = own.known if own else known
             if inputs.masks:  # as in the paper that this is from, of all classes at once
                 explained = torch.ones_like(logits)
-            maps = _maps(
-                modules, recorder, pixels, logits, explained, settings, call, create_graph=keep_graph
-            )
-            if keep_graph and check_derivative:
+            checked = keep_graph and check_derivative
+            with second_derivatives_kept(logits) if checked else nullcontext():
+                maps = _maps(
+                    modules, recorder, pixels, logits, explained, settings, call, create_graph=keep_graph
+                )
+            if checked:
                 check_second_derivative(maps)
     with full_precision(images):
         seen = n if settings.originals_only else 2 * n

@@ -15,13 +15,15 @@ def check_arguments(
     model: nn.Module, images: Tensor, call: ModelCall, reduce: str | None, score: str, *, create_graph: bool
 ) -> None:
     """Check what all saliency methods are called with; see `salnb.saliency.vanilla_gradient`."""
-    if not callable(model):
+    if not callable(model) or isinstance(model, type):
         raise TypeError(f"model must be an nn.Module, got {model!r}")
     check_output(call.output)
     check_model_kwargs(call.kwargs)
     check_images(images)
     check_no_transform()
     check_usable(model)
+    if not isinstance(create_graph, bool):
+        raise TypeError(f"create_graph must be True or False, got {create_graph!r}")
     if create_graph:
         _check_whole(model)
     check_finite(images, name="images")

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from numbers import Number
 from typing import Any
 
 import torch
@@ -25,11 +26,11 @@ def left_as_found(model: nn.Module) -> Iterator[None]:
     """Context in which a model may be run, and after which it is as it was.
 
     Put back, also after an error: buffers, whether written to or replaced, parameters that were replaced (not
-    what was written to them) and whether they require a gradient, the train or eval mode, and, of the modules
-    that are not PyTorch's own, attributes that are numbers, tensors or None. Buffers and attributes that such
-    modules did not have are taken away, unless the pass has made them parameters or modules too, as in a
-    network that builds itself when it first runs. What a model keeps in lists and dictionaries stays as the
-    pass left it.
+    what was written to them) and whether they require a gradient, the train or eval mode, attributes that are
+    tensors, and, of the modules that are not PyTorch's own, those that are numbers or None. Buffers and
+    attributes that such modules did not have are taken away, unless the pass has made them parameters or
+    modules too, as in a network that builds itself when it first runs. What a model keeps in lists and
+    dictionaries stays as the pass left it.
 
     Threads that run models with a module in common wait for one another, as in `alone`.
     """
@@ -38,6 +39,8 @@ def left_as_found(model: nn.Module) -> Iterator[None]:
         modes = [module.training for module in modules]
         copies = _copies_of_statistics(modules)  # by the id of the original, which may be in several places
         moving = [module for module in modules if _may_move(module)]
+        # such as the weight that pruning and spectral_norm make anew in each pass
+        made = [(module, its) for module in modules if (its := _tensors_of(module))]
         lent = [(module, _names(module), *_lend_copies(module, copies)) for module in moving]
         parameters = [(*its, its[-1].requires_grad) for module in modules for its in _parameters_of(module)]
         try:
@@ -48,6 +51,8 @@ def left_as_found(model: nn.Module) -> Iterator[None]:
                     store[name] = parameter
                 if parameter.requires_grad is not flag:
                     parameter.requires_grad_(flag)
+            for module, tensors in made:
+                vars(module).update(tensors)
             for module, names, attributes, buffers in lent:
                 _put_back(module, attributes, buffers)
                 _take_away(module, names)
@@ -146,9 +151,7 @@ def _lend_copies(
 
     attributes = {}
     if not _is_of_torch(type(module)):
-        attributes = {
-            k: v for k, v in vars(module).items() if v is None or isinstance(v, float | int | Tensor)
-        }
+        attributes = {k: v for k, v in vars(module).items() if v is None or isinstance(v, Number | Tensor)}
         for name, value in attributes.items():
             if isinstance(value, Tensor) and not value.requires_grad:
                 vars(module)[name] = copy_of(value)
@@ -173,6 +176,13 @@ def _parameters_of(module: nn.Module) -> list[tuple[dict[str, Any], str, nn.Para
         return []
     store: Any = module._parameters
     return [(store, name, tensor) for name, tensor in store.items() if type(tensor) is nn.Parameter]
+
+
+def _tensors_of(module: nn.Module) -> dict[str, Tensor]:
+    """The attributes of a module of PyTorch's own that are tensors."""
+    if not _is_of_torch(type(module)) or isinstance(module, torch.jit.ScriptModule | LazyModuleMixin):
+        return {}
+    return {name: value for name, value in vars(module).items() if isinstance(value, Tensor)}
 
 
 def _names(module: nn.Module) -> tuple[set[str], ...]:

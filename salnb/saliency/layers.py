@@ -49,6 +49,8 @@ def find_layer(model: nn.Module, layer: nn.Module | str | None, reshape: Reshape
     Raises:
         TypeError, ValueError: there is no such module.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, whose layers can be named, got {type(model).__name__}")
     modules = dict(model.named_modules(remove_duplicate=False))
     if not (reshape is None or callable(reshape)) and reshape not in ("tokens", "channels_last"):
         raise unknown("reshape", reshape, ["tokens", "channels_last", "a function"])

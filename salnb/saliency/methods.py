@@ -23,6 +23,7 @@ In a function that `torch.compile` was given, the methods run as they are, uncom
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ from salnb._common.checks import (
     check_target,
 )
 from salnb._common.outputs import ModelCall
-from salnb.double_backward.functions import check_second_derivative
+from salnb.double_backward.functions import check_second_derivative, second_derivatives_kept
 from salnb.double_backward.mode import as_written, differentiable_twice
 from salnb.saliency.arguments import check_arguments
 from salnb.saliency.isolation import left_as_found
@@ -356,9 +357,11 @@ def _map(
         logits = logits_of(model, pixels, call)
         check_target(target, *logits.shape)
         scores = class_scores(logits, target, score)
-        maps = recorder.maps(pixels, scores, create_graph=create_graph, reduce=reduce)
+        refusal = "create_graph=True", "leave create_graph out"
+        with second_derivatives_kept(scores, *refusal) if create_graph else nullcontext():
+            maps = recorder.maps(pixels, scores, create_graph=create_graph, reduce=reduce)
     if create_graph:
-        check_second_derivative(maps, "create_graph=True", "leave create_graph out")
+        check_second_derivative(maps, *refusal)
     return maps
 
 

@@ -59,6 +59,8 @@ def logits_of(model: nn.Module, images: Tensor, call: ModelCall = AS_IT_IS) -> T
     if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[0] != images.shape[0]:
         wanted = f"logits of shape (N, K) with N = {images.shape[0]}"
         raise ValueError(f"model must return {wanted}, got {described(logits)}")
+    if logits.is_complex():
+        raise ValueError(f"model must return real logits, got {logits.dtype}: take their .real or .abs()")
     return logits
 
 

@@ -120,12 +120,14 @@ def _pass_where(positive: Tensor, grad: Tensor, upper: float | None = None) -> T
     return torch.ops.aten.hardtanh_backward(grad, positive, 0, upper)
 
 
-#: what PyTorch's own ReLUs leave in a graph, and the attribute that is zero where the function is a ReLU
+#: what ReLUs, or what is taken away to make one, leave in a graph, and the attribute that is zero in these
 _NODES = {
     "Relu": None,
     "Threshold": "_saved_threshold",
     "Clamp": "_saved_min",
     "ClampMin": "_saved_min",
+    "ClampMax": "_saved_max",
+    "Minimum": "_saved_other",
     "Hardtanh": "_saved_min_val",
     "LeakyRelu": "_saved_negative_slope",
     "Elu": "_saved_alpha",
@@ -162,6 +164,8 @@ def _is_unreached(node: Any) -> str | None:
     if kind not in _NODES:
         return None
     bound = getattr(node, attribute) if (attribute := _NODES[kind]) else 0
+    if bound is None:  # of a clamp from above
+        bound = node._saved_max
     return name if is_zero(bound) else None
 
 

@@ -127,6 +127,12 @@ def _masked_fill(input: Tensor, mask: Tensor, value: Any) -> ReLUCall | None:
     return ReLUCall(input, zero=value, plain=lambda x: x.masked_fill(mask, 0))
 
 
+def _index_put(input: Tensor, indices: Any, values: Any, accumulate: bool = False) -> ReLUCall | None:
+    if accumulate or len(indices) != 1 or not isinstance(indices[0], Tensor):
+        return None
+    return _masked_fill(input, indices[0], values)
+
+
 def _set_item(input: Tensor, index: Any, value: Any) -> ReLUCall | None:
     return _masked_fill(input, index, value) if isinstance(index, Tensor) else None
 
@@ -224,6 +230,7 @@ _BY_NAME: dict[str, Callable[..., ReLUCall | None]] = {
     "__rmul__": _multiply,
     "__imul__": _multiply,
     "masked_fill": _masked_fill,
+    "index_put": _index_put,
     "__setitem__": _set_item,
 }
 
