@@ -197,12 +197,11 @@ def step_losses(
             known = own.known if own else known
             if inputs.masks:  # as in the paper that this is from, of all classes at once
                 explained = torch.ones_like(logits)
-            checked = keep_graph and check_derivative
-            with second_derivatives_kept(logits) if checked else nullcontext():
+            with second_derivatives_kept(logits) if keep_graph and check_derivative else nullcontext():
                 maps = _maps(
                     modules, recorder, pixels, logits, explained, settings, call, create_graph=keep_graph
                 )
-            if checked:
+            if keep_graph and check_derivative:
                 check_second_derivative(maps)
     with full_precision(images):
         seen = n if settings.originals_only else 2 * n
