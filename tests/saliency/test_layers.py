@@ -236,10 +236,10 @@ class CustomRMSNorm(nn.Module):
 
 
 @pytest.mark.parametrize("layer", ["permute", "on_channels", "relu"])
-@pytest.mark.parametrize("on_channels", [nn.Linear(8, 8), CustomRMSNorm()], ids=["linear", "norm"])
+@pytest.mark.parametrize("on_channels", [lambda: nn.Linear(8, 8), CustomRMSNorm], ids=["linear", "norm"])
 @WITH_LAYER
 def test_as_many_channels_as_columns_are_asked_about(method, on_channels, layer):
-    model, x = Last(on_channels), torch.rand(2, 3, 8, 8)
+    model, x = Last(on_channels()), torch.rand(2, 3, 8, 8)
     with pytest.raises(ValueError, match=r"cannot be told from it: pass reshape='channels_last'"):
         saliency.METHODS[method](model, x, 1, layer=layer)
     assert saliency.METHODS[method](model, x, 1, layer=layer, reshape="channels_last").any()
