@@ -120,7 +120,7 @@ def _explain_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _explain(args: argparse.Namespace) -> int:
-    check_device_name(args.device)
+    _check_device_and_batch(args)
     files = photographs(args.photos)
     if args.method not in catalog.METHODS:
         raise catalog.unknown("method", args.method, catalog.METHODS)
@@ -130,8 +130,6 @@ def _explain(args: argparse.Namespace) -> int:
     options = {name: value for name in ("layer", "reshape") if (value := getattr(args, name)) is not None}
     if options and not catalog.METHODS[args.method].layer and not args.all:
         raise ValueError(f"{', '.join(options)}: for the methods with Grad-CAM, got {args.method}")
-    if args.batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {args.batch_size}")
     catalog.check_trained(args.model)
     check_out(args.out, files, args.all, args.augment)
     from salnb import explain, trained
@@ -152,6 +150,12 @@ def _explain(args: argparse.Namespace) -> int:
     return 1 if wrong else 0
 
 
+def _check_device_and_batch(args: argparse.Namespace) -> None:
+    check_device_name(args.device)
+    if args.batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {args.batch_size}")
+
+
 def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("run", metavar="RUN", help="folder of a finished run")
@@ -163,9 +167,7 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
-    check_device_name(args.device)
-    if args.batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {args.batch_size}")
+    _check_device_and_batch(args)
     if not os.path.exists(os.path.join(args.run, "model.json")):
         raise ValueError(f"{args.run} is no finished run: it has no model.json")
     theirs = _settings_of(args.run)

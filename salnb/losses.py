@@ -55,7 +55,7 @@ FEATURE_DISTANCES = frozenset({"l1", "l2"})
 # The smallest standard deviation that "zscore" divides by, as a share of the map's largest absolute value.
 # What is flatter is noise: a map constant up to rounding, divided by its deviation, has gradients of 1e8.
 _FLAT = 1e-3
-_SAME_IMAGE = 1e-6  # images nearer than this, as a share of their features' size, are one up to rounding
+_SAME_IMAGE = 1e-6  # images nearer than this, as a share of their features' size, are the same up to rounding
 
 
 def class_loss(logits: Tensor, target: Tensor) -> Tensor:

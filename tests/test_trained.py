@@ -339,3 +339,20 @@ def test_settings_from_a_file(run, tmp_path, capsys, monkeypatch):
     (tmp_path / "settings.yml").write_text("- gamma\n")
     assert main(["train", "--out", "x", "--config", str(tmp_path / "settings.yml")]) == 2
     assert "must hold settings by their names, got list" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["evaluate", "run", "--device", "gpu"], "device must be auto, cpu, cuda, cuda:N or mps, got 'gpu'"),
+        (["evaluate", "run", "--batch-size", "0"], "batch_size must be at least 1, got 0"),
+        (["explain", "photo.png", "--out", "maps", "--device", "cuda:x"], "device must be auto"),
+        (["train", "--config", "settings.yml", "--out", "run"], "config settings.yml: epochs must be"),
+    ],
+    ids=lambda value: " ".join(value[:1]) if isinstance(value, list) else "",
+)
+def test_wrong_arguments_are_told_in_a_line(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "settings.yml").write_text("epochs: many\n")
+    assert main(arguments) == 2
+    assert capsys.readouterr().err.startswith(f"salnb: error: {message}")

@@ -172,4 +172,4 @@ def _masks(root: Path, paths: list[str]) -> list[Path]:
 
 def _is_one(folder: str, other: Path) -> bool:
     """Whether two names are of one folder."""
-    return Path(folder).exists() and Path(folder).samefile(other)
+    return os.path.exists(folder) and other.exists() and other.samefile(folder)

@@ -331,11 +331,11 @@ class _Split(Function):
 # ---------------------------------------------------------------------------------------------------------
 # What has no second derivative
 
-# first derivatives that raise when they are differentiated: registered from Python, or in C++ as before that
 _REFUSED = (
     "{} differentiates the model twice, and one of its operations has no second derivative ({}): "
     "replace the operation, or {}"
 )
+# first derivatives that raise when they are differentiated: registered from Python, or in C++ as before that
 _OF_TORCHVISION = re.compile(r"torchvision__(\w+?)_backward_|vision::ops::.*?(\w+)BackwardFunction")
 
 

@@ -66,6 +66,8 @@ class Balance(nn.Module):
 
         Both keep their graphs. What is not finite is left out; the returned boolean says whether it was not.
         """
+        if not parameters:
+            raise ValueError("balance compares gradients of parameters, and no parameter requires one")
         found = torch.stack([_length(loss, parameters, processes) for loss in (classes, salience)])
         found = found.to(self.lengths)
         with torch.no_grad():
@@ -77,7 +79,7 @@ class Balance(nn.Module):
 
 
 def _length(loss: Tensor, parameters: Sequence[Tensor], processes: tuple[str, int] | None) -> Tensor:
-    if not loss.requires_grad or not parameters:
+    if not loss.requires_grad:
         return loss.new_zeros(())
     found = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
     with torch.no_grad():

@@ -277,8 +277,8 @@ def _frozen(value: Any, seen: _Seen | None = None, depth: int = 0) -> Hashable:
         seen = _Seen(seen or {})
     if id(value) in seen:
         return "again", seen[id(value)][0]
-    builtin = isinstance(value, types.BuiltinFunctionType) or depth > _DEPTH
-    if builtin or (kind.__module__.split(".")[0] in _OUTSIDE and not isinstance(value, Mapping)):
+    opaque = isinstance(value, types.BuiltinFunctionType) or depth > _DEPTH
+    if opaque or (kind.__module__.split(".")[0] in _OUTSIDE and not isinstance(value, Mapping)):
         return _Same(value)
     if isinstance(value, type | types.ModuleType):
         return _Same(value), _frozen_namespace(value, seen, depth)

@@ -75,7 +75,7 @@ def expected_seconds(case: Case, iterations: int, before: Sequence[Row]) -> floa
 
 def lacking(case: Case, device: torch.device) -> str:
     """What the device lacks for a row; empty where nothing."""
-    if device.type != "cuda" and case.captured:
+    if case.captured and device.type != "cuda":
         return "CUDA graphs are for NVIDIA's GPUs"
     if device.type != "cuda":
         return "TF32 is for NVIDIA's GPUs" if case.precision == "tf32" else ""

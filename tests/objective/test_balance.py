@@ -193,6 +193,13 @@ def test_frozen_parameters_take_no_part():
     assert_close(ratio, torch.tensor(0.5).double(), 1e-6)
 
 
+def test_without_a_parameter_to_train_it_is_refused():
+    objective = objective_of()
+    objective.model.requires_grad_(False)
+    with pytest.raises(ValueError, match="balance compares gradients of parameters"):
+        objective(*batch(0), draw(0))
+
+
 def test_half_precision_measures_finite_lengths():
     objective = Objective(conv_bn(), HorizontalFlip(), balance=0.5)
     with torch.autocast("cpu", dtype=torch.float16):

@@ -53,6 +53,11 @@ class Network(nn.Module):
         return self.last(self.second(self.activation(self.first(x))).relu().mean((2, 3)))
 
 
+class Complex(nn.Module):
+    def forward(self, x):
+        return x + 0j
+
+
 @pytest.fixture
 def batch():
     generator = torch.Generator().manual_seed(1)
@@ -175,3 +180,9 @@ def test_wrong_kinds_of_arguments_are_named(batch):
         saliency.grad_cam(lambda x: network(x), *batch)
     with pytest.raises(TypeError, match=r"model must be an nn\.Module"):
         saliency.vanilla_gradient(nn.Linear, *batch)
+
+
+def test_complex_logits_are_refused(batch):
+    network = nn.Sequential(Network(F.relu), Complex())
+    with pytest.raises(ValueError, match=r"model must return real logits, got torch\.complex64"):
+        saliency.vanilla_gradient(network, *batch)
