@@ -7,7 +7,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-__all__ = ["AS_IT_IS", "ModelCall", "check_model_kwargs", "check_output", "described", "given_twice"]
+__all__ = [
+    "AS_IT_IS",
+    "ModelCall",
+    "check_model_kwargs",
+    "check_output",
+    "check_real",
+    "described",
+    "given_twice",
+]
 
 
 class ModelCall(NamedTuple):
@@ -47,6 +55,12 @@ def check_model_kwargs(kwargs: Any) -> None:
     """Raise a TypeError unless this is None or a mapping from names."""
     if kwargs is not None and not (isinstance(kwargs, Mapping) and all(isinstance(k, str) for k in kwargs)):
         raise TypeError(f"model_kwargs must be a mapping from names, or None, got {kwargs!r}")
+
+
+def check_real(logits: Tensor) -> None:
+    """Raise a ValueError if logits are complex: none of them is the largest, and no loss takes them."""
+    if logits.is_complex():
+        raise ValueError(f"model must return real logits, got {logits.dtype}: take their .real or .abs()")
 
 
 def described(logits: Any) -> str:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from salnb import saliency
 from salnb._common.catalog import METHODS, MethodSpec
 from salnb._common.checks import at_least_float32, at_least_float32_dtype, check_several_classes, is_traced
-from salnb._common.outputs import ModelCall, described
+from salnb._common.outputs import ModelCall, check_real, described
 from salnb._common.warning import warn_caller
 from salnb.augment import Augmentation
 from salnb.double_backward.functions import check_second_derivative, second_derivatives_kept
@@ -358,5 +358,6 @@ def _num_classes(logits: Any, samples: int, num_classes: int | None) -> int:
         raise ValueError(
             f"model must return logits (2N, K) = ({samples}, {num_classes or 'K'}), got {described(logits)}"
         )
+    check_real(logits)
     check_several_classes(logits, name="model must return")
     return shape[1]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from salnb._common.catalog import METHODS
 from salnb._common.checks import at_least_float32, check_several_classes, is_channels_last, is_traced
-from salnb._common.outputs import AS_IT_IS, ModelCall, described
+from salnb._common.outputs import AS_IT_IS, ModelCall, check_real, described
 from salnb._common.warning import warn_caller
 from salnb.double_backward.recomputation import (
     again_in_recomputation,
@@ -59,8 +59,7 @@ def logits_of(model: nn.Module, images: Tensor, call: ModelCall = AS_IT_IS) -> T
     if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[0] != images.shape[0]:
         wanted = f"logits of shape (N, K) with N = {images.shape[0]}"
         raise ValueError(f"model must return {wanted}, got {described(logits)}")
-    if logits.is_complex():
-        raise ValueError(f"model must return real logits, got {logits.dtype}: take their .real or .abs()")
+    check_real(logits)
     return logits
 
 

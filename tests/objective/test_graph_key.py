@@ -123,6 +123,10 @@ CHANGES = {
     "hook": (hooked, lambda v: changed(next(iter(v._forward_hooks.values())).__self__, "eps")),
     "partial of a method": (lambda: partial(Steer().hook), lambda v: changed(v.func.__self__, "eps")),
     "deque": (lambda: collections.deque([1.0]), lambda v: v.append(2.0)),
+    "hyper-parameters of lightning": (
+        lambda: type("AttributeDict", (dict,), {"__module__": "lightning.fabric"})(a=1),
+        lambda v: v.update(a=2),
+    ),
     "bytearray": (lambda: bytearray([1]), lambda v: v.append(2)),
     "array": (lambda: array.array("d", [1.0]), lambda v: v.append(2.0)),
     "array of objects": (objects, lambda v: v[0].append(2.0)),

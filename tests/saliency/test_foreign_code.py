@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from functools import partial
 
 import numpy as np
 import pytest
@@ -184,5 +185,6 @@ def test_wrong_kinds_of_arguments_are_named(batch):
 
 def test_complex_logits_are_refused(batch):
     network = nn.Sequential(Network(F.relu), Complex())
-    with pytest.raises(ValueError, match=r"model must return real logits, got torch\.complex64"):
-        saliency.vanilla_gradient(network, *batch)
+    for call in (partial(saliency.vanilla_gradient, network), Objective(network, HorizontalFlip())):
+        with pytest.raises(ValueError, match=r"model must return real logits, got torch\.complex64"):
+            call(*batch)
