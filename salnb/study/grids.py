@@ -218,9 +218,10 @@ def _training_images(config: Config) -> int:
 def _planned(study: str, scale: Scale, gammas: Gammas, match: Match) -> Cells:
     """The arms of a plan; `gammas` has the share of the gradient of each that is tuned."""
     plan = load_plan(study)
-    for data, (name, arm) in itertools.product(_data(plan, scale), plan.arms.items()):
+    varied = [{"augmentation": name} for name in plan.augmentations] or [{}]
+    for data, augmented, (name, arm) in itertools.product(_data(plan, scale), varied, plan.arms.items()):
         tuned = {"balance": gammas[name.removesuffix(twin_of(""))]} if arm.tuned else {}
-        yield {"data": data, "arm": name}, {**arm.settings, **tuned}
+        yield {"data": data, **augmented, "arm": name}, {**arm.settings, **augmented, **tuned}
 
 
 def _data(plan: Plan, scale: Scale) -> tuple[str, ...]:
@@ -249,6 +250,7 @@ REFERENCES = {
     **dict.fromkeys(("treated", "treated-again"), ("arm", "silu", "test_accuracy")),
     "few-labels": ("arm", "labels", "test_accuracy"),
     "shortcut": ("arm", "reference", "test_worst_group_accuracy"),
+    "table1-again": ("arm", "reference", "test_accuracy"),
 }
 
 STUDIES: dict[str, Callable[[Scale, Gammas, Match], Cells]] = {

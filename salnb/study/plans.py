@@ -72,6 +72,8 @@ class Plan:
         settings: of `salnb.train.Config`, that all arms have at any scale.
         arms: by name, each with these settings; the twins are among them.
         metric: of the runs' results, what is compared.
+        augmentations: with which every arm is run; the primary comparisons are of the means over them. None
+            named: the one of the settings.
         balances: to choose from for the arms that are tuned: the largest with which no run collapses.
         gate: what an arm must have reached.
         negligible: a difference this small, or smaller, does not matter.
@@ -85,6 +87,7 @@ class Plan:
     settings: Mapping[str, Any]
     arms: Mapping[str, Arm]
     metric: str = "test_accuracy"
+    augmentations: tuple[str, ...] = ()
     balances: tuple[float, ...] = ()
     gate: Gate = field(default_factory=Gate)
     negligible: float = 0.01
@@ -137,8 +140,8 @@ def load_plan(study: str) -> Plan:
     if (control := values.get("valid_if")) is not None and control not in arms:
         raise catalog.unknown(f"valid_if in the plan of {study}:", control, arms)
     gate = Gate(**values.pop("gate", {}))
-    balances = tuple(values.pop("balances", ()))
-    return Plan(study=study, arms={**arms, **twins}, gate=gate, balances=balances, **values)
+    several: dict[str, Any] = {name: tuple(values.pop(name, ())) for name in ("balances", "augmentations")}
+    return Plan(study=study, arms={**arms, **twins}, gate=gate, **several, **values)
 
 
 def identity(study: str) -> dict[str, Any]:

@@ -20,8 +20,8 @@ __all__ = ["PLANNED", "STUDY_NAMES", "TUNING", "Scale", "check_known", "load_sca
 _OF_STUDIES = frozenset({"augmentation", "data", "gamma", "model", "out", "seed"})
 
 # those that have a plan, `results/plans/STUDY.yml`, and before each the choice of its weights if it makes one
-PLANNED = ("treated", "treated-again", "few-labels", "shortcut")
-TUNING = tuple(f"{study}-tuning" for study in PLANNED if study != "treated-again")
+PLANNED = ("treated", "treated-again", "few-labels", "shortcut", "table1-again")
+TUNING = tuple(f"{study}-tuning" for study in PLANNED if not study.endswith("-again"))
 STUDY_NAMES = ("gamma", "table1", "table2", "table3", "open", *TUNING, *PLANNED)
 
 

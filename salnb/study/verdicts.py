@@ -9,9 +9,12 @@ from salnb.statistics import Comparison, compare, holm_levels, interval, mean, p
 from salnb.study.plans import Plan, twin_of
 from salnb.study.values import done
 
-__all__ = ["Verdict", "agreement_table", "judge", "markdown"]
+__all__ = ["POOLED", "Verdict", "agreement_table", "judge", "markdown"]
 
 Record = Mapping[str, Any]
+
+# in place of an augmentation: the mean over all of a plan
+POOLED = "mean of all"
 
 # how far maps agree, and how much is in them: columns of a table, with the metrics and their form
 _AGREEMENT = {
@@ -73,23 +76,48 @@ def judge(plan: Plan, records: Sequence[Record]) -> list[Verdict]:
 
     Returns:
         The primary ones first, then in the order of the plan. Unless the plan's positive control helps, the
-        task cannot show what the plan asks, and all others are "task invalid".
+        task cannot show what the plan asks, and all others are "task invalid". Of a plan with several
+        augmentations also those of the means over them, as the augmentation `POOLED`; only these are primary.
     """
     found = []
+    records = [*_pooled(plan, records), *records]
     for name, arm in plan.arms.items():
         if arm.reference is None or arm.is_twin:
             continue
-        for where in dict.fromkeys(record["factors"]["data"] for record in records):
-            ours = [record for record in records if record["factors"]["data"] == where]
+        for where in dict.fromkeys(map(_where, records)):
+            ours = [record for record in records if _where(record) == where]
             rise, treated = _gate(plan, ours, name, arm.reference)
+            primary = arm.primary and dict(where).get("augmentation", POOLED) == POOLED
             for other in (arm.reference, *([twin_of(name)] if arm.twin else [])):
                 for comparison in _compared(ours, name, other, plan.metric):
                     inner = interval(comparison.pairs, 0.9)
-                    found.append(
-                        Verdict(comparison, other, inner, rise, treated, arm.primary, plan.negligible)
-                    )
+                    found.append(Verdict(comparison, other, inner, rise, treated, primary, plan.negligible))
     primary, others = ([v for v in found if v.primary is which] for which in (True, False))
     return _valid(plan, [*_adjusted(primary), *_adjusted(others)])
+
+
+def _where(record: Record) -> tuple[tuple[str, Any], ...]:
+    return tuple((name, value) for name, value in record["factors"].items() if name not in ("arm", "seed"))
+
+
+def _pooled(plan: Plan, records: Sequence[Record]) -> list[Record]:
+    """For each arm and seed, one record with the means over the plan's augmentations, if all are there."""
+    groups: dict[tuple, list[Record]] = {}
+    for record in records if plan.augmentations else ():
+        factors = {**record["factors"], "augmentation": POOLED}
+        groups.setdefault(tuple(factors.items()), []).append(record)
+    pooled: list[Record] = []
+    for key, group in groups.items():
+        factors = dict(key)
+        if len(group) < len(plan.augmentations):
+            continue
+        if len(done(group)) < len(group):
+            pooled.append({"factors": factors, "status": "failed"})
+            continue
+        names = (plan.metric, plan.gate.metric, "train_accuracy")
+        means = {name: mean([reached(record, name) for record in group]) for name in names}
+        pooled.append({"factors": factors, "status": "done", "result": means})
+    return pooled
 
 
 def _valid(plan: Plan, verdicts: Sequence[Verdict]) -> list[Verdict]:

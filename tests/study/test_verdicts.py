@@ -1,6 +1,7 @@
 """Plans and what they decide: the rule by cases, its errors by simulation, and what records say of their plan."""
 
 import dataclasses
+import itertools
 import re
 
 import numpy as np
@@ -10,7 +11,7 @@ from salnb import results
 from salnb.__main__ import main
 from salnb.statistics import holm_levels, interval, p_value
 from salnb.study import plans, verdicts
-from salnb.study.grids import UNCHOSEN, trainings
+from salnb.study.grids import TABLE1_AUGMENTATIONS, UNCHOSEN, trainings
 from salnb.study.plans import Arm, Gate, Plan, load_plan, twin_of
 from salnb.study.scale import PLANNED, TUNING, load_scale
 from salnb.study.weights import choose_balances
@@ -199,6 +200,72 @@ def test_a_large_effect_is_found_and_a_relevant_one_rarely_called_negligible():
     assert share(0.06, lambda found: found[0] == "helps") > 0.95
     assert share(0.01, lambda found: found[0] == "negligible", deviation=0.01) <= 0.05 + 0.033
     assert share(0.0, lambda found: found[0] == "negligible", deviation=0.005) > 0.9
+
+
+# --- several augmentations ---------------------------------------------------------------------------------
+
+SEVERAL = dataclasses.replace(
+    PLAN,
+    augmentations=("rotation", "contrast"),
+    arms={"plain": PLAN.arms["plain"], "maps": Arm(settings={}, reference="plain", primary=True)},
+)
+
+
+def of_several(seed, augmentation, arm, accuracy, **changes):
+    one = record(arm, seed, accuracy, **changes)
+    data, *others = one["factors"].items()
+    return one | {"factors": dict([data, ("augmentation", augmentation), *others])}
+
+
+def several(last="done"):
+    """Three seeds of both arms; contrast gains two points and agrees, rotation loses one and does not."""
+    shifts = {"contrast": (0.02, 0.55), "rotation": (-0.01, 0.4)}
+    made = []
+    for seed in range(3):
+        for name, (shift, agreed) in shifts.items():
+            level = 0.5 + 0.01 * seed
+            made.append(of_several(seed, name, "plain", level))
+            made.append(of_several(seed, name, "maps", level + shift + 0.001 * seed, correlation=agreed))
+    return [*made[:-1], made[-1] | {"status": last}]
+
+
+def test_the_primary_comparison_is_of_the_means_over_the_augmentations():
+    pooled, *single = verdicts.judge(SEVERAL, several())
+    assert pooled.comparison.where == {"data": "digit-scenes", "augmentation": verdicts.POOLED}
+    assert pooled.primary
+    assert not any(v.primary for v in single)
+    assert pooled.rise == pytest.approx(0.075)  # the mean of 0.15 and 0
+    assert pooled.comparison.differences == pytest.approx([0.005, 0.006, 0.007])
+    assert pooled.verdict == "helps"
+    found = {v.comparison.where["augmentation"]: (v.treated, v.comparison.difference) for v in single}
+    assert found == {
+        "contrast": (True, pytest.approx(0.021)),
+        "rotation": (False, pytest.approx(-0.009)),
+    }
+    # alone, so at the level of one test
+    assert pooled.comparison.low == pytest.approx(interval(pooled.comparison.pairs)[0])
+
+
+def test_a_seed_that_lacks_an_augmentation_is_not_in_the_mean():
+    pooled, *_ = verdicts.judge(SEVERAL, several()[:-1])
+    assert pooled.comparison.n == 2
+
+
+def test_a_run_that_failed_spoils_the_gate_of_the_mean():
+    pooled, *_ = verdicts.judge(SEVERAL, several("failed"))
+    assert (pooled.comparison.n, pooled.verdict) == (2, "not treated")
+
+
+def test_a_plan_with_augmentations_runs_each_arm_with_each_of_them():
+    plan = load_plan("table1-again")
+    assert plan.augmentations == TABLE1_AUGMENTATIONS
+    planned = trainings("table1-again", plan.own_scale(), *UNCHOSEN)
+    first = planned[: 9 * len(plan.arms)]
+    assert {t.factors["seed"] for t in first} == {plan.scale["seeds"][0]}
+    assert {(t.factors["augmentation"], t.factors["arm"]) for t in first} == set(
+        itertools.product(plan.augmentations, plan.arms)
+    )
+    assert all(t.settings["augmentation"] == t.factors["augmentation"] for t in planned)
 
 
 # --- tables ------------------------------------------------------------------------------------------------
