@@ -5,27 +5,82 @@ from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from salnb._common.checks import check_mask
+from salnb._common.catalog import METHODS, SCORES, check_balance, check_confidence
+from salnb._common.checks import check_mask, unknown
 from salnb._common.limits import check_integer, check_number
+from salnb._common.outputs import check_output
+from salnb.augment import Augmentation
+from salnb.losses import DISTANCES, FEATURE_DISTANCES, NORMALIZATIONS
 
-__all__ = [
-    "as_options",
-    "check_pairs",
-    "check_scalars",
-    "check_state",
-    "layer_weights",
-    "whole_number",
-]
+__all__ = ["STRUCTURE", "WEIGHTS", "check_pairs", "check_state", "checked_settings"]
 
-_WEIGHTS = ("alpha", "beta", "gamma", "consistency", "confidence", "balance")
+#: the arguments that are weights
+WEIGHTS = ("alpha", "beta", "gamma", "consistency", "confidence", "balance")
+#: those that say which terms there are, and of what
+STRUCTURE = (
+    *("model", "augmentation", "layers", "layer_distance", "layer_relative", "method", "method_options"),
+    *("score", "normalize", "distance", "pool", "every", "warmup", "detach_original", "shuffle_pairs"),
+    *("originals_only", "num_classes", "class_loss", "output"),
+)
 _FLAGS = ("layer_relative", "detach_original", "shuffle_pairs", "originals_only")
 
 
-def check_scalars(given: Mapping[str, Any]) -> None:
+def checked_settings(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What can be told from the arguments of an `Objective` without running the model.
+
+    Args:
+        given: the arguments by name.
+
+    Returns:
+        Those that are kept in another form than they may be given in.
+
+    Raises:
+        TypeError, ValueError: one is not allowed; the message names it.
+    """
+    if not isinstance(given["model"], nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(given['model']).__name__}")
+    _check_scalars(given)
+    kept: dict[str, Any] = {
+        name: _whole_number(name, given[name], least)
+        for name, least in (("pool", 1), ("every", 1), ("warmup", 0), ("num_classes", 1))
+        if given[name] is not None or name != "num_classes"
+    }
+    kept |= {"layers": _layer_weights(given["layers"]), "method_options": _options(given["method_options"])}
+    check_output(given["output"])
+    check_confidence(given["confidence"], given["consistency"], given["originals_only"])
+    if given["confidence"] and given["class_loss"] is not None:
+        raise ValueError(
+            "confidence and class_loss do not go together: leave images without a label out of a loss "
+            "of your own by its ignore_index, or class_loss out"
+        )
+    check_balance(given["balance"], given["alpha"], given["gamma"])
+    _check_names(given)
+    if not isinstance(given["augmentation"], Augmentation):
+        got = type(given["augmentation"]).__name__
+        raise TypeError(f"augmentation must be one of salnb.augment, got {got}")
+    return kept
+
+
+def _check_names(given: Mapping[str, Any]) -> None:
+    """Raise a ValueError that names the first argument whose value is not among those that there are."""
+    known: dict[str, Iterable[str]] = {
+        "method": METHODS,
+        "normalize": sorted(NORMALIZATIONS),
+        "distance": sorted(DISTANCES),
+        "layer_distance": sorted(FEATURE_DISTANCES),
+        "score": SCORES,
+    }
+    for name, values in known.items():
+        value = "none" if name == "normalize" and given[name] is None else given[name]
+        if value not in [*values]:
+            raise unknown(name, value, [*values])
+
+
+def _check_scalars(given: Mapping[str, Any]) -> None:
     """Raise a TypeError or a ValueError that names the first wrong weight or flag of an `Objective`."""
-    for name in _WEIGHTS:
+    for name in WEIGHTS:
         _check_weight(name, given[name])
     for name in _FLAGS:
         if not isinstance(given[name], bool):
@@ -42,14 +97,14 @@ def _check_weight(name: str, value: Any) -> None:
         raise ValueError(f"{allowed}, got {value}")
 
 
-def as_options(given: Mapping[str, Any] | None) -> dict[str, Any]:
+def _options(given: Mapping[str, Any] | None) -> dict[str, Any]:
     """The options of a saliency method, whatever their names; a TypeError if they have none."""
     if not (given is None or isinstance(given, Mapping)):
         raise TypeError(f"method_options must be a mapping from names to values, got {given!r}")
     return dict(given or {})
 
 
-def whole_number(name: str, value: int, least: int) -> int:
+def _whole_number(name: str, value: int, least: int) -> int:
     """The value as an int, if it is a whole number of at least so much."""
     number = check_integer(name, value, -(2**62), 2**62)
     if number < least:
@@ -57,7 +112,7 @@ def whole_number(name: str, value: int, least: int) -> int:
     return number
 
 
-def layer_weights(layers: Sequence[str] | Mapping[str, float]) -> dict[str, float]:
+def _layer_weights(layers: Sequence[str] | Mapping[str, float]) -> dict[str, float]:
     """The weight of each layer by its name; whether the model has it is not looked at.
 
     Raises:

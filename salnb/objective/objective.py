@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from salnb._common.catalog import METHODS, SCORES, check_balance, check_confidence, check_options
+from salnb._common.catalog import check_options
 from salnb._common.checks import (
     as_labels,
     check_images,
@@ -22,17 +22,10 @@ from salnb._common.checks import (
     unknown,
 )
 from salnb._common.limits import check_integer
-from salnb._common.outputs import check_model_kwargs, check_output, given_twice
+from salnb._common.outputs import check_model_kwargs, given_twice
+from salnb._common.warning import warn_caller
 from salnb.augment import Augmentation
-from salnb.losses import DISTANCES, FEATURE_DISTANCES, NORMALIZATIONS
-from salnb.objective.arguments import (
-    as_options,
-    check_pairs,
-    check_scalars,
-    check_state,
-    layer_weights,
-    whole_number,
-)
+from salnb.objective.arguments import STRUCTURE, WEIGHTS, check_pairs, check_state, checked_settings
 from salnb.objective.balance import EVERY, Balance
 from salnb.objective.captured import CapturedStep
 from salnb.objective.class_terms import ClassTerm
@@ -115,7 +108,8 @@ class Objective(nn.Module):
     calls. To have them count optimiser steps, there or where an optimiser calls more than once a step (SAM,
     L-BFGS), pass the step's number, `step=n`, from 0; a generator that is seeded with it draws alike in all
     calls of a step. Parameter groups (`no_weight_decay`, a decay by layers) are made of `model`, as ever. In
-    eval mode the saliency term is always there. Under `torch.no_grad()` or `torch.inference_mode()` the
+    eval mode the saliency term is always there. Settings may be changed between steps, under the names that
+    they have here: the next call checks them. Under `torch.no_grad()` or `torch.inference_mode()` the
     terms are computed without a graph, for validation.
 
     Wrap the objective, not the model: `DistributedDataParallel(objective)`. Autocast applies to the network;
@@ -168,9 +162,10 @@ class Objective(nn.Module):
         self.model = model
         self.augmentation = augmentation
         self.alpha, self.beta, self.gamma = alpha, beta, gamma
-        self.layers = layer_weights(layers)
+        self.layers: Any = layers
         self.layer_distance, self.layer_relative = layer_distance, layer_relative
-        self.method, self.method_options, self.score = method, as_options(method_options), score
+        self.method, self.score = method, score
+        self.method_options: Any = method_options
         self.normalize, self.distance, self.pool = normalize, distance, pool
         self.every, self.warmup = every, warmup
         self.detach_original, self.shuffle_pairs = detach_original, shuffle_pairs
@@ -182,9 +177,18 @@ class Objective(nn.Module):
         self.balance = Balance(balance)
         self._compiled: CompiledStep | None = None
         self._second_derivative_checked, self._target_checked = (0, ""), False  # of a model, with a method
+        self._checked: tuple[Any, Any] = ((), ())
         self._check_settings()
-        self._check_model()
         self._place_buffers(next(model.parameters(), None))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Settings that are assigned later are those of the next call, and checked there."""
+        if name == "class_loss":
+            name, value = "class_term", ClassTerm(value)
+        elif name == "balance" and not isinstance(value, Balance):
+            self.balance.share = value
+            return
+        super().__setattr__(name, value)
 
     # the number of steps decides when the saliency term enters: a resumed training needs it
     def get_extra_state(self) -> Tensor:
@@ -341,35 +345,25 @@ class Objective(nn.Module):
             if like is not None and like.device != next(module.buffers()).device and not is_traced(like):
                 module.to(like.device)
 
+    def _given(self) -> tuple[Any, Any]:
+        """The settings as they are: the weights, and what the model is checked for."""
+        values = vars(self) | {"balance": self.balance.share, "class_loss": self.class_term.own}
+        values |= {"model": self.model, "augmentation": self.augmentation}
+        weights = tuple((type(values[name]), values[name]) for name in WEIGHTS)  # True and 1 are equal
+        others = (values[name] for name in STRUCTURE)
+        frozen = tuple((type(v), tuple(v.items()) if isinstance(v, Mapping) else v) for v in others)
+        return weights, (*frozen, bool(self.beta), bool(self.gamma))
+
     def _check_settings(self) -> None:
-        """What can be told from each argument alone."""
-        if not isinstance(self.model, nn.Module):
-            raise TypeError(f"model must be an nn.Module, got {type(self.model).__name__}")
-        check_scalars(vars(self) | {"balance": self.balance.share})
-        for name, least in (("pool", 1), ("every", 1), ("warmup", 0)):
-            setattr(self, name, whole_number(name, getattr(self, name), least))
-        if self.num_classes is not None:
-            self.num_classes = whole_number("num_classes", self.num_classes, 1)
-        check_output(self.output)
-        check_confidence(self.confidence, self.consistency, self.originals_only)
-        if self.confidence and self.class_term.own is not None:
-            raise ValueError(
-                "confidence and class_loss do not go together: leave images without a label out of a loss "
-                "of your own by its ignore_index, or class_loss out"
-            )
-        check_balance(self.balance.share, self.alpha, self.gamma)
-        for name, value, known in (
-            ("method", self.method, METHODS),
-            ("normalize", "none" if self.normalize is None else self.normalize, sorted(NORMALIZATIONS)),
-            ("distance", self.distance, sorted(DISTANCES)),
-            ("layer_distance", self.layer_distance, sorted(FEATURE_DISTANCES)),
-            ("score", self.score, SCORES),
-        ):
-            if value not in [*known]:
-                raise unknown(name, value, known)
-        if not isinstance(self.augmentation, Augmentation):
-            got = type(self.augmentation).__name__
-            raise TypeError(f"augmentation must be one of salnb.augment, got {got}")
+        """Look at the arguments again if any is another than it was."""
+        if self._given() == self._checked:
+            return
+        values = vars(self) | {"balance": self.balance.share, "class_loss": self.class_term.own}
+        vars(self).update(checked_settings(values | {"model": self.model, "augmentation": self.augmentation}))
+        given = self._given()
+        if given[1] != self._checked[1]:
+            self._check_model()
+        self._checked = given
 
     def _check_model(self) -> None:
         """What can be told from the model and the arguments together."""
@@ -388,12 +382,17 @@ class Objective(nn.Module):
             self._term_settings().recorder(self.model)  # finds the layer, or says that there is none
 
     def _check_call(self, images: Tensor, target: Tensor) -> None:
+        self._check_settings()
         check_images(images)
         check_training_target(target, len(images))
         if self.gamma:
             check_no_transform()
         if self.gamma and torch.is_grad_enabled():
             check_parallel(self, training=self.training, balanced=bool(self.balance.share))
+            if self.training and not any(p.requires_grad for p in self.parameters()):
+                warn_caller(
+                    "no parameter requires a gradient: the backward pass of the losses trains nothing"
+                )
 
 
 def _normal(tensor: Any) -> Any:

@@ -36,7 +36,7 @@ def left_as_found(model: nn.Module) -> Iterator[None]:
     """
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
     with alone(modules):
-        modes = [module.training for module in modules]
+        modes = [(m, m.training) for m in modules if hasattr(m, "training")]  # frozen scripts have none
         copies = _copies_of_statistics(modules)  # by the id of the original, which may be in several places
         moving = [module for module in modules if _may_move(module)]
         # such as the weight that pruning and spectral_norm make anew in each pass
@@ -56,7 +56,7 @@ def left_as_found(model: nn.Module) -> Iterator[None]:
             for module, names, attributes, buffers in lent:
                 _put_back(module, attributes, buffers)
                 _take_away(module, names)
-            for module, mode in zip(modules, modes, strict=True):
+            for module, mode in modes:
                 if module.training is not mode:
                     module.training = mode
 
