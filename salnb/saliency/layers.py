@@ -182,10 +182,11 @@ def check_layout(
     """Raise a ValueError unless a layer's output of four dimensions is (N, C, h, w) of these images.
 
     Channels may come last, as in the stages of Swin transformers, and attention weights have four dimensions
-    as well. A layer for images (`nn.Conv2d` and whatever else is called …2d) is trusted, unless its ratio of
-    height to width tells that its rows are none of the images. Otherwise the shape tells: a feature map has
-    the images' ratio of height to width. Where channels could be taken for rows, the modules inside the layer
-    tell, then those of the model, by what they met in the pass (`on_last`).
+    as well. A layer for images (PyTorch's, and whatever else is called …2d unless parts of it work on the
+    last dimension, or its shape is that of channels last) is trusted, unless its ratio of height to width
+    tells that its rows are none of the images. Otherwise the shape tells: a feature map has the images' ratio
+    of height to width. Where channels could be taken for rows, the modules inside the layer tell, then those
+    of the model, by what they met in the pass (`on_last`).
     """
     shape, on_last = tuple(output.shape), on_last or OnLastDimension(model)
     if shape[0] != len(images):
@@ -195,11 +196,13 @@ def check_layout(
         )
     if shape[2:] == (1, 1):
         raise ValueError("layer must have an output of more than one pixel, got 1×1: choose an earlier layer")
-    if _is_for_images(layer):
+    rows_and_columns = _is_scaled(shape[2:], images.shape[2:])
+    rows_first = _is_scaled(shape[1:3], images.shape[2:])
+    contradicted = (rows_first and not rows_and_columns) or on_last.any_in(layer, shape[0])
+    if _is_for_images(layer) and (isinstance(layer, _ConvNd) or _is_pytorchs(layer) or not contradicted):
         _check_ratio(model, layer, shape[2:], images.shape[2:])
         return
-    rows_and_columns = _is_scaled(shape[2:], images.shape[2:])
-    if _is_scaled(shape[1:3], images.shape[2:]) != rows_and_columns:
+    if rows_first != rows_and_columns:
         fits = rows_and_columns and not (isinstance(layer, _ANY_LAYOUT) and on_last.any_in(model, shape[0]))
     else:
         fits = not on_last.any_in(layer if any(map(_is_for_images, layer.modules())) else model, shape[0])
@@ -251,7 +254,7 @@ def is_sequence_first(model: nn.Module, layer: nn.Module, output: Tensor, n: int
     What is part of one has its layout. Any other layer has that of the sequences in the model where its
     output has n rows of length n, which nothing else tells apart.
     """
-    if type(layer).__module__.startswith("torch.nn.") and not _is_batch_first(layer):
+    if _is_pytorchs(layer) and not _is_batch_first(layer):
         return True
     others = [m for m in model.modules() if isinstance(m, _FOR_SEQUENCES) and not _is_batch_first(m)]
     if output.ndim == 3 and output.shape[:2] == (n, n):
@@ -315,6 +318,10 @@ def stem_before_attention(model: nn.Module) -> str:
 def _is_for_images(module: nn.Module) -> bool:
     """Whether a module is one for (N, C, h, w): PyTorch's, and what follows its names."""
     return isinstance(module, _ConvNd | nn.GroupNorm) or "2d" in type(module).__name__
+
+
+def _is_pytorchs(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("torch.nn.")
 
 
 def _works_on_last(module: nn.Module) -> bool:

@@ -204,3 +204,48 @@ def test_tokens_that_no_score_depends_on_are_told():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         saliency.grad_cam(net, images(), 1, layer="encoder.layers.encoder_layer_0", reshape="tokens")
+
+
+class Mix2d(nn.Module):
+    """Of (N, h, w, C), as in timm's Sequencer2D, whose name says otherwise."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.norm, self.mix = nn.LayerNorm(channels), nn.Linear(channels, channels)
+
+    def forward(self, x):
+        return x + self.mix(self.norm(x))
+
+
+class Shrink2d(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 2, 2)
+
+    def forward(self, x):
+        return self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class Sequencer(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.stem, self.first, self.shrink = nn.Conv2d(3, channels, 1), Mix2d(channels), Shrink2d(channels)
+        self.second, self.head = Mix2d(channels), nn.Linear(channels, 4)
+
+    def forward(self, x):
+        x = self.first(self.stem(x).permute(0, 2, 3, 1))
+        return self.head(self.second(self.shrink(x)).mean((1, 2)))
+
+
+@pytest.mark.parametrize("layer", ["first", "shrink", "second"])
+@pytest.mark.parametrize("size", [(8, 8), (8, 12)])
+@pytest.mark.parametrize("channels", [4, 16])
+def test_channels_last_under_a_name_of_images_is_asked_about(channels, size, layer):
+    net, x = Sequencer(channels), torch.rand(2, 3, *size)
+    told = (
+        channels != 4 or layer != "shrink" or size != (8, 8)
+    )  # as many channels as columns, and no other sign
+    if told:
+        with pytest.raises(ValueError, match="reshape='channels_last'"):
+            saliency.grad_cam(net, x, 1, layer=layer)
+    assert saliency.grad_cam(net, x, 1, layer=layer, reshape="channels_last").shape == (2, 1, *size)
