@@ -242,10 +242,7 @@ class Sequencer(nn.Module):
 @pytest.mark.parametrize("channels", [4, 16])
 def test_channels_last_under_a_name_of_images_is_asked_about(channels, size, layer):
     net, x = Sequencer(channels), torch.rand(2, 3, *size)
-    told = (
-        channels != 4 or layer != "shrink" or size != (8, 8)
-    )  # as many channels as columns, and no other sign
-    if told:
+    if (channels, layer, size) != (4, "shrink", (8, 8)):  # as many channels as columns, and no other sign
         with pytest.raises(ValueError, match="reshape='channels_last'"):
             saliency.grad_cam(net, x, 1, layer=layer)
     assert saliency.grad_cam(net, x, 1, layer=layer, reshape="channels_last").shape == (2, 1, *size)
