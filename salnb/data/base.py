@@ -10,10 +10,11 @@ from typing import IO, Any, NamedTuple, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import default_collate
 
 from salnb._common.files import DamagedFileError
 from salnb._common.limits import check_integer
+from salnb.data.ahead import read_ahead
 
 # what the face of the package shows
 __all__ = ["WHOLE", "Arrays", "Dataset", "DiskImages", "Examples", "Origin", "Share", "Split"]
@@ -187,23 +188,13 @@ class DiskImages:
     ) -> Iterator[Examples]:
         """One pass over the images; see `Split`."""
         orders = _orders(len(self), batch_size, seed, start, share, torch.device("cpu"))
-        loader: DataLoader = DataLoader(
-            self,  # type: ignore[arg-type]
-            batch_sampler=[index.tolist() for index in orders],
-            num_workers=self.workers,
-            pin_memory=torch.cuda.is_available(),
-            collate_fn=_collate,
-        )
-        with torch.device("cpu"):  # it draws a seed
-            ready = iter(loader)
+        batches = [index.tolist() for index in orders]
         try:
-            yield from ready
+            yield from read_ahead(self, batches, self.workers, _collate)
         except DamagedFileError as error:  # from another process with its traceback, of which this is the end
             message = str(error).rpartition("DamagedFileError: ")[2].strip()
             # its frames hold the loader, whose processes would wait until they are collected
             raise DamagedFileError(message) from error.with_traceback(None)
-        finally:
-            del ready
 
 
 @dataclass

@@ -40,6 +40,10 @@ class Interrupted(KeyboardInterrupt):
         super().__init__(message)
         self.signal = number
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Made of both again in another process."""
+        return type(self), (self.signal, *self.args)
+
 
 @dataclass
 class Run:

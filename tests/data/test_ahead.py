@@ -1,0 +1,99 @@
+"""Processes that decode images ahead of time: when one dies, and what then becomes of the pass."""
+
+import os
+import signal
+import subprocess
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from salnb.data.folder import FolderImages
+
+_SIZE = 16
+
+
+@pytest.fixture
+def split(tmp_path):
+    """Forty images, decoded by two processes."""
+    names = [f"{name}/{i}.png" for i in range(20) for name in ("cat", "dog")]
+    for i, name in enumerate(names):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.fromarray(np.full((20, 20, 3), 6 * i, dtype=np.uint8)).save(tmp_path / name)
+    return FolderImages(names, _SIZE, 2, root=tmp_path, classes=("cat", "dog"))
+
+
+def children():
+    """The processes that decode for this one."""
+    path = f"/proc/self/task/{os.getpid()}/children"
+    with open(path) as file:
+        return [
+            int(pid) for pid in file.read().split() if b"pytest" in command(pid) or b"python" in command(pid)
+        ]
+
+
+def command(pid):
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            return file.read()
+    except FileNotFoundError:
+        return b""
+
+
+def end(number):
+    """Send a signal to all that decode, and wait until this process has been told."""
+    decoding = children()
+    assert len(decoding) == 2
+    # from elsewhere: of the one they work for SIGTERM would be a request to finish
+    subprocess.run(["kill", f"-{int(number)}", *map(str, decoding)], check=True)
+    time.sleep(0.5)
+    torch.zeros(1)  # torch's error would be raised here
+
+
+def numbers(batches):
+    return [batch.images[:, 0, 0, 0].tolist() for batch in batches]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("after", [1, 3, 9])
+def test_a_pass_outlives_the_processes_that_sigterm_ended(split, after):
+    expected = numbers(split.epoch(4, seed=1))
+    before = signal.getsignal(signal.SIGCHLD)
+    batches = split.epoch(4, seed=1)
+    found = [next(batches) for _ in range(after)]
+    end(signal.SIGTERM)
+    with pytest.warns(UserWarning, match="this one decodes the rest"):
+        found += batches
+    assert numbers(found) == expected
+    assert signal.getsignal(signal.SIGCHLD) is before
+    assert not children()
+
+
+def test_a_process_that_died_otherwise_is_told_when_a_batch_is_asked_for(split):
+    batches = split.epoch(4, seed=1)
+    next(batches)
+    end(signal.SIGKILL)
+    with pytest.raises(RuntimeError, match=r"DataLoader worker \(pid.*\) is killed by signal: Killed"):
+        list(batches)
+
+
+def test_ctrl_c_is_left_to_the_process_they_work_for(split):
+    expected, batches = numbers(split.epoch(4, seed=1)), split.epoch(4, seed=1)
+    found = [next(batches)]
+    end(signal.SIGINT)
+    assert len(children()) == 2
+    assert numbers([*found, *batches]) == expected
+
+
+def test_a_handler_of_ones_own_is_still_called(split, monkeypatch):
+    seen, batches = [], split.epoch(4, seed=1)
+    list(batches)
+    torchs = signal.getsignal(signal.SIGCHLD)
+    signal.signal(signal.SIGCHLD, lambda *args: seen.append(args))
+    try:
+        list(split.epoch(4, seed=1))
+    finally:
+        signal.signal(signal.SIGCHLD, torchs)
+    assert seen
