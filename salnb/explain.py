@@ -10,7 +10,7 @@ from torch import Tensor
 
 from salnb import results, saliency
 from salnb._common.catalog import METHODS as SPECS
-from salnb._common.files import DamagedFileError, write_atomic
+from salnb._common.files import DamagedFileError, make_folder, write_atomic
 from salnb._common.image_folder import check_out
 from salnb._common.packages import require
 from salnb._common.progress import log_line, progress
@@ -75,14 +75,15 @@ def explain(
         What is wrong with those photographs that cannot be read.
 
     Raises:
-        ValueError: there is no such class, or something would take the place of a photograph.
-        OSError: the folder cannot be written to.
+        ValueError: there is no such class, or something would take the place of a photograph or of what is
+            drawn of another.
+        OSError: the folder cannot be written to, or a file in it, which is named.
         ModuleNotFoundError: the extra `chapters`, which draws, is not installed.
     """
     plot = require("salnb.plot", "chapters", what="explain")
     label = None if target is None else trained.label_of(target)
     check_out(out, files, every_method, augment)
-    (out := Path(out)).mkdir(parents=True, exist_ok=True)
+    make_folder(out := Path(out))
     options, names = dict(method_options or {}), list(files)
     if (layer := f"network.{options.get('layer')}") in dict(trained.model.named_modules()):
         options["layer"] = layer

@@ -16,7 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from salnb._common.files import write_atomic
+from salnb._common.files import make_folder, write_atomic
 from salnb._version import __version__
 
 if TYPE_CHECKING:  # records can be read and compared without waiting for it
@@ -50,7 +50,7 @@ def write_record(path: str | Path, record: Mapping[str, Any]) -> None:
         OSError: it cannot be written (a full disk, say); a record that was there before still is.
     """
     text = json.dumps(record, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    make_folder(Path(path).parent)
     # half a surrogate pair, as in names of files that are no UTF-8, becomes JSON's own escape
     write_atomic(path, text.encode(errors="backslashreplace"))
 

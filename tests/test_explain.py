@@ -1,6 +1,8 @@
 """Maps of photographs: what is drawn, what is written, and what is said of it."""
 
+import errno
 import json
+import os
 import shutil
 
 import numpy as np
@@ -160,6 +162,34 @@ def test_where_nothing_can_be_written_is_told_at_once(run, photos, capsys):
     for name, reason in reasons.items():
         error = refused(run, capsys, photos, "--out", run / name)
         assert error.endswith(f"out {run / name} cannot be written to: {reason}\n")
+
+
+@pytest.mark.parametrize("what", ["methods", "rotation"])
+def test_two_photographs_never_share_a_picture(run, photos, capsys, what):
+    for name in ("cat.png", f"cat-{what}.png"):
+        shutil.copy(photos / "a.png", photos / name)
+    options = ["--all"] if what == "methods" else ["--augment", "rotation"]
+    error = refused(run, capsys, photos, "--out", run / "maps", *options)
+    told = f"cat-{what}.png would be of both {photos}/cat-{what}.png and {photos}/cat.png; explain them into"
+    assert (
+        told in error or f"of both {photos}/cat.png and {photos}/cat-{what}.png; explain them into" in error
+    )
+    assert not (run / "maps").exists()
+
+
+def test_out_without_a_name_is_refused(run, photos, capsys):
+    assert refused(run, capsys, photos, "--out", "").endswith("out must name a folder, got ''\n")
+
+
+def test_a_full_disk_is_told_in_a_line(run, photos, capsys, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("os.fsync", full)
+    assert call(run, photos / "b.jpg", "--out", run / "maps") == 2
+    told = f"salnb: error: [Errno 28] No space left on device: '{run / 'maps' / 'b.npy'}'\n"
+    assert capsys.readouterr().err.endswith(told)
+    assert not list((run / "maps").iterdir())
 
 
 @pytest.mark.parametrize("augmentation", [HorizontalFlip(1.0), CutOut()], ids=["flip", "cutout"])

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-__all__ = ["DamagedFileError", "check_writable", "load_hashed", "locked", "place_error", "remove_drafts"]
-__all__ += ["save_hashed", "sha256", "write_atomic"]
+__all__ = ["DamagedFileError", "check_writable", "load_hashed", "locked", "make_folder"]
+__all__ += ["place_error", "remove_drafts", "save_hashed", "sha256", "write_atomic"]
 
 # what a killed process may leave behind begins with this
 DRAFT = ".draft-"
@@ -53,12 +53,19 @@ def write_atomic(path: str | Path, content: bytes) -> None:
     """Write a file, in a folder that exists, so that its old or its new content is there, never a part.
 
     Raises:
-        OSError: the content could not be written (a full disk, say); what was there before still is.
+        OSError: the content could not be written (a full disk, say); what was there before still is. It names
+            the file.
     """
     path = Path(path)
-    with _draft(path.parent) as file:
+    with _named(path), _draft(path.parent) as file:
         file.write(content)
         _place(file, path)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder, and those that it lies in, unless it is there; an OSError names it."""
+    with _named(folder):
+        folder.mkdir(parents=True, exist_ok=True)
 
 
 def save_hashed(folder: Path, stem: str, state: Any) -> Path:
@@ -129,7 +136,7 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
         FileExistsError: one is at work there.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         end = time.monotonic() + _PATIENCE
@@ -148,6 +155,15 @@ def locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
         with contextlib.suppress(OSError):  # something is in it
             folder.rmdir()
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """What goes wrong is told of this path, and not of a draft or of nothing."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 @contextlib.contextmanager

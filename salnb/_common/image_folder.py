@@ -70,16 +70,24 @@ def check_out(out: str | Path, files: Mapping[str, Path], every_method: bool, au
         augment: of `NAME-AUGMENT.png`, if there are any.
 
     Raises:
-        ValueError: something would take the place of a photograph.
+        ValueError: it is no name of a folder, or something would take the place of a photograph or of what is
+            drawn of another.
         OSError: the folder is a file, cannot be written to, or has a folder of such a name inside.
     """
+    if not os.fspath(out):
+        raise ValueError(f"out must name a folder, got {out!r}")
     out, given = Path(out), {}
     for file in files.values():
         with contextlib.suppress(OSError):  # it is told when it is read
             given[_identity(file)] = file
     more = ["methods"] * every_method + [augment] * (augment is not None)
     endings = [".npy", ".png", *(f"-{one}.png" for one in more)]
-    written = [out / "scores.json", *(out / (name + ending) for name in files for ending in endings)]
+    drawn: dict[Path, str] = {}
+    for name, ending in itertools.product(files, endings):
+        if (other := drawn.setdefault(out / (name + ending), name)) != name:
+            told = f"{name + ending} would be of both {files[other]} and {files[name]}"
+            raise ValueError(f"out {out}: {told}; explain them into two folders")
+    written = [out / "scores.json", *drawn]
     for path in written:
         with contextlib.suppress(OSError):  # it is not there
             if taken := given.get(_identity(path)):

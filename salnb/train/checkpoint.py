@@ -4,7 +4,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from salnb._common.files import DamagedFileError, load_hashed, save_hashed
+from salnb._common.files import DamagedFileError, load_hashed, make_folder, save_hashed
 
 __all__ = ["last_checkpoint", "load_checkpoint", "save_checkpoint"]
 
@@ -20,7 +20,7 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:
     Raises:
         OSError: it could not be written (a full disk, say): the checkpoints that were there still are.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     path = save_hashed(folder, f"step-{step:09d}", state)
     # one of the same step, saved before its epoch was evaluated, says less
     others = [old for old in _newest_first(folder) if old.name.split(".")[0] != path.name.split(".")[0]]
