@@ -22,7 +22,7 @@ from salnb.study import grids
 from salnb.study.plans import load_plan
 from salnb.study.scale import PLANNED, load_scale
 from salnb.timing import cases as timing_plan
-from salnb.train.config import Config
+from salnb.train.config import Config, as_written
 
 _MODEL = "a finished run, torchvision:NAME, timm:NAME or efficientnet_lite0 (default)"
 
@@ -99,7 +99,7 @@ def _read_settings(file: str) -> dict[str, Any]:
     for name in settings:
         if name not in known:
             raise catalog.unknown(f"config {file}:", name, known)
-    return settings
+    return as_written(settings)
 
 
 def _explain_arguments(parser: argparse.ArgumentParser) -> None:
@@ -208,13 +208,17 @@ def _plot_arguments(parser: argparse.ArgumentParser) -> None:
 def _plot(args: argparse.Namespace) -> int:
     if not args.out.endswith(".png"):
         raise ValueError(f"out must be a file whose name ends in .png, got {args.out}")
-    runs = {}
-    for run in args.runs:
+    runs: dict[str, list[Any]] = {}
+    for run in dict.fromkeys(args.runs):
+        path, rows = os.path.join(run, "metrics.jsonl"), runs.setdefault(run.rstrip("/"), [])
         try:
-            with open(os.path.join(run, "metrics.jsonl"), encoding="utf-8") as lines:
-                runs[run.rstrip("/")] = [json.loads(line) for line in lines]
-        except (OSError, ValueError) as error:
+            with open(path, encoding="utf-8") as lines:
+                for line in lines:
+                    rows.append(json.loads(line))
+        except OSError as error:
             raise ValueError(f"{run} is no run with an epoch behind it ({error})") from error
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged: its line {len(rows) + 1} is not JSON ({error})") from error
     plot = require("salnb.plot", "chapters", what="salnb plot")
     write_atomic(args.out, plot.png(plot.show_curves(runs)))
     return 0

@@ -1,6 +1,7 @@
 """Networks by name, untrained and pretrained: all take images in [0, 1] and return logits."""
 
 import importlib.util
+import math
 import pickle
 import warnings
 from collections.abc import Callable, Sequence
@@ -19,7 +20,7 @@ from salnb._common.limits import check_integer
 from salnb._common.packages import require
 
 __all__ = ["PRETRAINED", "Block", "Normalized", "SmallResNet", "build", "imagenet"]
-__all__ += ["load_weights", "pretrained", "read_weights"]
+__all__ += ["load_weights", "pretrained", "read_description", "read_weights"]
 
 # torchvision's names, downloaded on first use; any of its classification models would do
 _TORCHVISION = ("resnet18", "resnet50", "vgg16_bn", "vgg19_bn", "densenet121", "densenet169", "convnext_tiny")
@@ -128,6 +129,7 @@ def build(name: str, num_classes: int) -> Normalized:
         standardised, is its attribute `network`.
 
     Raises:
+        TypeError: `name` is no string, or `num_classes` no whole number.
         ValueError: `name` is unknown, or `num_classes` is less than 2.
         ModuleNotFoundError: timm is asked for and is not installed.
     """
@@ -242,13 +244,14 @@ def load_weights(model: Normalized, name: str, weights: str | Path = "DEFAULT") 
         A line on what was done.
 
     Raises:
-        ValueError: the weights are those of another network, or there are none by default.
+        ValueError: the weights are those of another network, there are none by default, or the `model.json`
+            beside them is damaged.
         ConnectionError, OSError, DamagedFileError: they cannot be downloaded, kept or read.
     """
     if str(weights) != "DEFAULT":
         state = read_weights(weights)
         beside = Path(weights) if Path(weights).is_dir() else Path(weights).parent
-        known = results.read_record(beside / "model.json") if (beside / "model.json").exists() else {}
+        known = read_description(beside) if (beside / "model.json").exists() else None
         mean_std = (known["mean"], known["std"]) if known else None
     elif name.startswith("small"):
         raise ValueError(f"weights of {name} must be a file or a finished run: there are none by default")
@@ -260,6 +263,33 @@ def load_weights(model: Normalized, name: str, weights: str | Path = "DEFAULT") 
         for buffer, values in zip((model.mean, model.std), mean_std, strict=True):
             buffer.copy_(torch.as_tensor(values).view(-1, 1, 1))
     return f"weights {weights}" + "".join(f"; {head} is drawn anew: {why}" for head, why in replaced.items())
+
+
+def read_description(folder: str | Path) -> dict[str, Any]:
+    """What `model.json` in the folder of a run says: "network", "classes", "size", "mean" and "std".
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is damaged; the message names the file and the field.
+    """
+    path = Path(folder) / "model.json"
+    known = results.read_record(path)
+
+    def expect(field: str, condition: bool, what: str) -> None:
+        if not condition:
+            got = repr(known[field]) if field in known else "none"
+            raise ValueError(f"{path} is damaged: {field} must be {what}, got {got}")
+
+    expect("network", isinstance(known.get("network"), str), "the name of a network")
+    classes, size = known.get("classes"), known.get("size")
+    listed = isinstance(classes, list) and len(classes) > 1 and all(isinstance(one, str) for one in classes)
+    expect("classes", listed, "two names or more")
+    expect("size", type(size) is int and size > 0, "a whole number of pixels")
+    for field, least in (("mean", -math.inf), ("std", 0)):
+        given: Any = known.get(field)
+        numbers = isinstance(given, list) and len(given) == 3 and all(type(x) in (int, float) for x in given)
+        expect(field, numbers and min(given) > least, "three numbers" + ", positive" * (field == "std"))
+    return known
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:

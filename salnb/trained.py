@@ -42,8 +42,16 @@ class Trained:
         """Image files as the network takes them: (N, 3, size, size), float32 in [0, 1], on its device.
 
         Raises:
+            TypeError, ValueError: there is none, or one is no path.
             DamagedFileError: one cannot be read; the message names it.
         """
+        if not files:
+            raise ValueError("files must be one or more, got none")
+        for file in files:
+            if not isinstance(file, str | Path):
+                raise TypeError(
+                    f"files must be paths, each an argument of its own, got {type(file).__name__}"
+                )
         images = torch.stack([data.read_photograph(file, self.size) for file in files])
         return images.to(self.model.mean.device).float().div(255)
 
@@ -51,8 +59,11 @@ class Trained:
         """The number of a class from its number, its name, or a part of a name that only one has.
 
         Raises:
+            TypeError: it is no string; a number must be written as one.
             ValueError: there is none, or there are several.
         """
+        if not isinstance(target, str):
+            raise TypeError(f"target must be a string, the number or the name of a class, got {target!r}")
         if target.isdecimal() and int(target) < len(self.classes):
             return int(target)
         lower = [name.lower() for name in self.classes]
@@ -93,13 +104,13 @@ def load(source: str | Path, device: str = "cpu") -> Trained:
         device: where it goes.
 
     Raises:
-        ValueError: there is no such network, no finished run in the folder, or no such device.
+        ValueError: there is no such network, no finished run in the folder, a damaged one, or no such device.
         ConnectionError, OSError, DamagedFileError: the weights cannot be downloaded, kept or read.
     """
     check_trained(str(source))
     kind, _, name = str(source).partition(":")
-    if (record := Path(source) / "model.json").exists():
-        known = results.read_record(record)
+    if (Path(source) / "model.json").exists():
+        known = models.read_description(source)
         name, classes, size = known["network"], known["classes"], known["size"]
         model = models.build(name, len(classes))
         models.load_weights(model, name, source)

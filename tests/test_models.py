@@ -1,5 +1,6 @@
 """Networks by name: what the catalogue says of them is true."""
 
+import json
 import urllib.error
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
+import salnb
 from salnb import models
 from salnb._common import catalog as _catalog
 from salnb._common.files import DamagedFileError
@@ -241,3 +243,32 @@ def test_classes_that_are_no_number(num_classes):
 def test_too_few_classes():
     with pytest.raises(ValueError, match=r"num_classes must lie in \[2, 1e\+06\], got 1"):
         models.build("small", 1)
+
+
+def test_a_name_that_is_none():
+    with pytest.raises(TypeError, match="name of a network must be a string, got 5"):
+        models.build(5, 3)
+
+
+GOOD = {"network": "small", "classes": ["a", "b"], "size": 32, "mean": [0.5] * 3, "std": [0.2] * 3}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *((field, None) for field in GOOD),
+        ("network", 3),
+        ("classes", "ab"),
+        ("classes", ["a"]),
+        ("size", "32"),
+        ("size", True),
+        ("mean", [0.5]),
+        ("std", [0.2, 0.2, 0]),
+    ],
+)
+def test_a_damaged_description_is_told_by_file_and_field(field, value, tmp_path):
+    (tmp_path / "model.json").write_text(json.dumps(GOOD))
+    assert models.read_description(tmp_path) == GOOD
+    (tmp_path / "model.json").write_text(json.dumps(GOOD | {field: value}))
+    with pytest.raises(ValueError, match=rf"model\.json is damaged: {field} must be "):
+        salnb.load(tmp_path)

@@ -12,7 +12,7 @@ import salnb
 from salnb import data, models, results, saliency, trained, trust
 from salnb.__main__ import main
 from salnb.augment import CutMix, HorizontalFlip
-from salnb.train import Config, fit
+from salnb.train import Config, fit, setup
 from tests.helpers.runs import silent
 from tests.helpers.tolerances import assert_close
 
@@ -145,6 +145,18 @@ def test_a_resumed_run_keeps_its_split(photos, tmp_path, run):
     results.write_record(out / "split.json", kept)
     fit(config, resume=True, log=silent, bar=False)
     assert json.loads((out / "split.json").read_text()) == kept
+
+
+def test_the_split_of_a_folder_is_the_same_for_all_seeds(photos, tmp_path):
+    splits = []
+    for seed in (0, 7):
+        config = Config(
+            out=str(tmp_path / str(seed)), data="folder", data_dir=str(photos), size=16, batch_size=4, seed=seed,
+            device="cpu", workers=0,
+        )  # fmt: skip
+        dataset = setup.make_dataset(config, setup.make_fabric(config))
+        splits.append((dataset.train.rows, dataset.validation.rows, dataset.test.rows))
+    assert splits[0] == splits[1]
 
 
 # --- other weights ------------------------------------------------------------------------------------------
@@ -308,6 +320,16 @@ def test_classes_by_number_and_name():
         network.label_of("cat")
     with pytest.raises(ValueError, match="target 'dog' is unknown"):
         network.label_of("dog")
+    with pytest.raises(TypeError, match="target must be a string, .* got 1"):
+        network.label_of(1)
+
+
+def test_what_is_no_photograph_is_refused():
+    network = trained.Trained(None, "", ["a", "b"], 8)
+    with pytest.raises(ValueError, match="files must be one or more, got none"):
+        network.read()
+    with pytest.raises(TypeError, match="files must be paths, each an argument of its own, got list"):
+        network.read(["a.png"])
 
 
 # --- settings from a file -----------------------------------------------------------------------------------
@@ -336,6 +358,9 @@ def test_settings_from_a_file(run, tmp_path, capsys, monkeypatch):
         str(tmp_path / "a"),
     )
     assert (made[1].batch_size, made[1].layers, made[1].beta) == (8, ("network.stage1",), 2.0)
+    (tmp_path / "settings.yml").write_text("precision: 32\nlearning-rate: 1e-3\n")
+    assert main(["train", "--out", str(tmp_path / "c"), "--config", str(tmp_path / "settings.yml")]) == 0
+    assert (made[2].precision, made[2].learning_rate) == ("32", 0.001)
     (tmp_path / "settings.yml").write_text("- gamma\n")
     assert main(["train", "--out", "x", "--config", str(tmp_path / "settings.yml")]) == 2
     assert "must hold settings by their names, got list" in capsys.readouterr().err

@@ -157,9 +157,12 @@ def network(name: str) -> Network:
     """What is known of a network: one of `NETWORKS`, or "timm:" and a name of the package timm.
 
     Raises:
+        TypeError: it is no name.
         ValueError: there is no such network.
         ModuleNotFoundError: timm is asked for and is not installed.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"the name of a network must be a string, got {name!r}")
     if not name.startswith("timm:"):
         if name not in NETWORKS:
             raise unknown("model", name, [*NETWORKS, "timm:NAME"])

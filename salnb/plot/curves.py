@@ -1,6 +1,7 @@
 """What training runs came through, epoch by epoch."""
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -24,10 +25,16 @@ def show_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]], *, size: float 
         size: width of a panel in inches.
 
     Raises:
-        ValueError: there is no run, or one has no line.
+        ValueError: there is no run, or one has no line, or a line lacks a number; the message names it.
     """
     if empty := [name for name, rows in runs.items() if not rows] or (not runs and ["none"]):
         raise ValueError(f"runs must have an epoch behind them, got {', '.join(empty)}")
+    for name, rows in runs.items():
+        for number, row in enumerate(rows, 1):
+            for field in ("epoch", *chain(*_PANELS.values())):
+                if not isinstance(row, Mapping) or not isinstance(row.get(field), int | float):
+                    got = row.get(field) if isinstance(row, Mapping) else row
+                    raise ValueError(f"{field} in line {number} of {name} must be a number, got {got!r}")
     fig, axes = plt.subplots(1, 3, figsize=(3 * size, 0.85 * size), layout="constrained")
     colours = sns.color_palette("colorblind", len(runs))
     for ax, (title, terms) in zip(axes, _PANELS.items(), strict=True):

@@ -12,7 +12,7 @@ from typing import Any
 
 from salnb._common import catalog
 from salnb._common.packages import require
-from salnb.train.config import Config
+from salnb.train.config import Config, as_written
 
 __all__ = ["PLANNED", "STUDY_NAMES", "TUNING", "Scale", "check_known", "load_scale"]
 
@@ -130,7 +130,19 @@ def load_scale(scale: str | Path | Mapping[str, Any]) -> Scale:
         raise ValueError(f"scale {path} is no file with a mapping named scale: {why}") from error
     if not isinstance(content, Mapping) or "scale" not in content:
         raise ValueError(f"scale {path} is no file with a mapping named scale")
-    return _scale(path.stem, content["scale"])
+    return _scale(path.stem, _as_written(content["scale"]))
+
+
+def _as_written(values: Any) -> Any:
+    """What a file says of the settings of runs, as it is meant; see `salnb.train.config.as_written`."""
+    if not isinstance(values, Mapping):
+        return values
+    found = dict(values)
+    if isinstance(found.get("training"), Mapping):
+        found["training"] = as_written(found["training"])
+    if isinstance(found.get("studies"), Mapping):
+        found["studies"] = {study: _as_written(own) for study, own in found["studies"].items()}
+    return found
 
 
 def _scale(name: str, values: Mapping[str, Any]) -> Scale:

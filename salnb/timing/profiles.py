@@ -26,7 +26,11 @@ def read_profile(path: str | Path) -> dict[str, Any]:
         FileNotFoundError: there is none.
         ValueError: it is not such a record; the message names the place.
     """
-    return check_profile(read_record(path))
+    record = read_record(path)
+    try:
+        return check_profile(record)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def check_profile(record: Any) -> dict[str, Any]:
@@ -38,21 +42,37 @@ def check_profile(record: Any) -> dict[str, Any]:
     dearest first, each as name, seconds and launches.
     """
     _expect(isinstance(record, dict) and record.get("schema") == PROFILE_SCHEMA, f"schema {PROFILE_SCHEMA!r}")
+    for name in ("provenance", "protocol", "lacks"):
+        _expect(isinstance(record.get(name), dict), name)
     for name in ("time", "commit", "versions", "device", "device_name"):
         _expect(record["provenance"].get(name), f"provenance.{name}")
     for name in ("protocol", "lacks"):
-        _expect(record.get(name) and all(isinstance(text, str) for text in record[name].values()), name)
-    cases = [case_of(row) for row in record["rows"]]
+        _expect(record[name] and all(isinstance(text, str) for text in record[name].values()), name)
+    rows = record.get("rows")
+    _expect(isinstance(rows, list) and all(isinstance(row, dict) for row in rows), "rows")
+    for i, row in enumerate(rows):
+        _expect(isinstance(row.get("network"), str), f"rows[{i}].network")
+        odd = [name for name, value in row.items() if isinstance(value, list | dict) and name != "kernels"]
+        _expect(not odd, f"a single value of {', '.join(odd)} in rows[{i}]")
+    cases = [case_of(row) for row in rows]
     _expect(cases and len(set(cases)) == len(cases), "rows, each of a case of its own")
     for case, row in zip(cases, record["rows"], strict=True):
         _expect(case.baseline in cases, f"the baseline of {case.label}")
         for name in _SECONDS + _COUNTS:
             kind = float if name in _SECONDS else int
             _expect(type(row.get(name)) is kind and 0 < row[name] < math.inf, f"{name} of {case.label}")
-        spent = [seconds for _, seconds, _ in row["kernels"]]
+        kernels = row.get("kernels")
+        _expect(isinstance(kernels, list) and all(map(_is_kernel, kernels)), f"kernels of {case.label}")
+        spent = [seconds for _, seconds, _ in kernels]
         ordered = spent == sorted(spent, reverse=True) and sum(spent) <= row["kernel_seconds"] * 1.001
         _expect(spent and ordered, f"kernels of {case.label}, the dearest first")
     return record
+
+
+def _is_kernel(entry: Any) -> bool:
+    """Whether this is name, seconds and launches."""
+    kinds = (str, float, int)
+    return isinstance(entry, list) and len(entry) == 3 and all(map(isinstance, entry, kinds))
 
 
 def _expect(condition: Any, what: str) -> None:

@@ -5,7 +5,7 @@ import dataclasses
 import math
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
 from pathlib import Path
@@ -17,7 +17,7 @@ from salnb._common.devices import check_device_name
 from salnb._common.files import check_writable
 from salnb._common.image_folder import find_images
 
-__all__ = ["PRACTICAL", "Config", "torchrun"]
+__all__ = ["PRACTICAL", "Config", "as_written", "torchrun"]
 
 # where and how fast a run is made and how often it is saved; a resumed run may alter these
 PRACTICAL = frozenset({"out", "device", "workers", "save_minutes"})
@@ -32,6 +32,8 @@ _FORMS: dict[Any, Any] = {
     str: str,
     str | None: str,
 }
+
+_WRITTEN_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 
 
 def setting(default: Any, text: str, *, known: Collection[str] = (), least: int | None = None) -> Any:
@@ -53,7 +55,10 @@ class Config:
 
     out: str = setting(dataclasses.MISSING, "folder of the run")
     data: str = setting("digit-scenes", "data set", known=catalog.DATA)
-    data_dir: str | None = setting(None, "folder of images, for data folder")
+    data_dir: str | None = setting(
+        None,
+        "folder of images, for data folder; what it lacks of val and test is put aside, alike for all seeds",
+    )
     skip_unreadable: bool = setting(False, "go on without the images of the folder that cannot be read")
     size: int = setting(32, "height and width of the images, in pixels", least=1)
     train_images: int | None = setting(None, "use only so many training images", least=1)
@@ -250,6 +255,21 @@ class Config:
             raise IsADirectoryError(f"out {folder} holds a folder metrics.jsonl: name another folder")
         if not summary:
             _check_writable(folder)
+
+
+def as_written(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings from a file in YAML as they are meant where its rules would have them otherwise.
+
+    `precision: 32` is a number there, and `learning_rate: 1e-3` a word, as it has no point.
+    """
+    kinds, found = get_type_hints(Config), dict(settings)
+    for field in dataclasses.fields(Config):
+        value = found.get(field.name)
+        if kinds[field.name] is float and isinstance(value, str) and _WRITTEN_NUMBER.fullmatch(value):
+            found[field.name] = float(value)
+        if type(value) is int and str(value) in field.metadata["known"]:
+            found[field.name] = str(value)
+    return found
 
 
 def torchrun(name: str) -> int:

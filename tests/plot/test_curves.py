@@ -38,3 +38,32 @@ def test_from_the_command_line(tmp_path):
     assert main(["plot", str(tmp_path / "first"), str(tmp_path / "second"), "--out", str(out)]) == 0
     with Image.open(out) as picture:
         assert picture.size > (900, 200)
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ('{"epoch": 3, "class_l', "{path} is damaged: its line 3 is not JSON ("),
+        ("{}", "epoch in line 3 of {run} must be a number, got None"),
+        ("[3]", "epoch in line 3 of {run} must be a number, got [3]"),
+        (
+            json.dumps(rows(1)[0] | {"saliency_loss": "low"}),
+            "saliency_loss in line 3 of {run} must be a number",
+        ),
+    ],
+)
+def test_a_damaged_line_is_named(tmp_path, capsys, line, told):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows(2)) + line + "\n")
+    assert main(["plot", str(tmp_path), "--out", str(tmp_path / "curves.png")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"salnb: error: {told.format(path=path, run=tmp_path)}")
+    assert error.count("\n") == 1
+    assert not (tmp_path / "curves.png").exists()
+
+
+def test_where_a_figure_cannot_be_written_is_told_in_a_line(tmp_path, capsys):
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(rows(1)[0]))
+    out = tmp_path / "nowhere" / "curves.png"
+    assert main(["plot", str(tmp_path), "--out", str(out)]) == 2
+    assert capsys.readouterr().err == f"salnb: error: [Errno 2] No such file or directory: '{out}'\n"

@@ -224,3 +224,13 @@ def test_a_built_wheel_holds_scales_and_records(tmp_path):
     assert {f"salnb/scales/{scale}.yml" for scale in SCALES} <= set(names)
     assert any(name.startswith("salnb/records/") for name in names)
     assert "salnb/py.typed" in names  # a type checker takes the package's annotations into account
+
+
+def test_what_yaml_takes_for_something_else_is_as_it_was_meant(tmp_path):
+    path = tmp_path / "own.yml"
+    path.write_text(
+        "scale: {data: [cifar10], networks: [small], seeds: [0], training: {precision: 32}, "
+        "studies: {table1: {training: {learning_rate: 1e-3}}}}"
+    )
+    training = load_scale(path).for_study("table1").training
+    assert training == {"precision": "32", "learning_rate": 0.001}

@@ -1,6 +1,7 @@
 """Records of profiled steps: what they must hold, and the table made of them."""
 
 import copy
+import json
 
 import pytest
 
@@ -25,6 +26,13 @@ BROKEN = {
     "the baseline of resnet50, bf16, eager, 32.32, vanilla gradient": lambda r: r["rows"].pop(0),
     "median_seconds of": lambda r: r["rows"][0].update(median_seconds=0.0),
     "launches of": lambda r: r["rows"][0].update(launches=9.5),
+    "protocol": lambda r: r.pop("protocol"),
+    "provenance": lambda r: r.update(provenance=[]),
+    "rows": lambda r: r.pop("rows"),
+    r"rows\[1\].network": lambda r: r["rows"][1].pop("network"),
+    r"a single value of precision in rows\[0\]": lambda r: r["rows"][0].update(precision=["32"]),
+    "kernels of": lambda r: r["rows"][0].pop("kernels"),
+    "kernels of resnet50": lambda r: r["rows"][0]["kernels"].insert(0, ["gemm", "long", 3]),
     "the dearest first": lambda r: r["rows"][0]["kernels"].reverse(),
 }
 
@@ -33,6 +41,15 @@ BROKEN = {
 def test_what_is_wrong_is_named(place, change):
     with pytest.raises(ValueError, match=f"profiled steps: there must be .*{place}"):
         check_profile(changed(change))
+
+
+def test_a_damaged_file_is_named(tmp_path):
+    path = tmp_path / "profile.json"
+    path.write_text(json.dumps(changed(lambda r: r.pop("rows"))))
+    with pytest.raises(
+        ValueError, match=r"profile\.json: not a record of profiled steps: there must be rows"
+    ):
+        read_profile(path)
 
 
 def test_the_table_has_each_step_beside_its_baseline():
