@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from salnb._common.limits import check_number, check_pair
 from salnb._common.tables import markdown_table
 
 __all__ = [
@@ -189,11 +190,16 @@ def interval(pairs: Sequence[tuple[float, float]], confidence: float = 0.95) -> 
 
     Args:
         pairs: for each seed, what the reference and what is compared with it reached.
-        confidence: between 0 and 1.
+        confidence: a probability, from 0 to 1.
 
     Returns:
         Its ends: -inf and inf where nothing is known of the spread, see `Comparison`.
+
+    Raises:
+        TypeError, ValueError: `confidence` is no probability, there is no pair, or one is not of two finite
+            numbers; the message names which.
     """
+    confidence = check_number("confidence", confidence, 0, 1)
     known = _spread(pairs)
     if known is None:
         return -math.inf, math.inf
@@ -207,7 +213,7 @@ def interval(pairs: Sequence[tuple[float, float]], confidence: float = 0.95) -> 
 def p_value(pairs: Sequence[tuple[float, float]]) -> float:
     """How surprising the mean difference of pairs would be without any effect (two-sided paired t-test).
 
-    One where nothing is known of the spread.
+    One where nothing is known of the spread. For errors see `interval`.
     """
     known = _spread(pairs)
     if known is None:
@@ -228,9 +234,14 @@ def holm_levels(p_values: Sequence[float], alpha: float = 0.05) -> list[float]:
         p_values: of the tests.
         alpha: the probability that any true hypothesis is rejected.
 
+    Raises:
+        TypeError, ValueError: one of these is no probability, from 0 to 1; the message names it.
+
     >>> holm_levels([0.3, 0.01, 0.04], alpha=0.06)
     [0.03, 0.02, 0.03]
     """
+    p_values = [check_number(f"p_values[{i}]", p, 0, 1) for i, p in enumerate(p_values)]
+    alpha = check_number("alpha", alpha, 0, 1)
     count, levels, stopped = len(p_values), [0.0] * len(p_values), False
     level = alpha
     for rank, i in enumerate(sorted(range(count), key=lambda i: p_values[i])):
@@ -243,6 +254,8 @@ def holm_levels(p_values: Sequence[float], alpha: float = 0.05) -> list[float]:
 
 def _spread(pairs: Sequence[tuple[float, float]]) -> tuple[float, float] | None:
     """The mean difference and its standard error; None where nothing is known of the spread."""
+    most = sys.float_info.max
+    pairs = [check_pair(f"pairs[{i}]", pair, -most, most, "two numbers") for i, pair in enumerate(pairs)]
     differences = [ours - theirs for theirs, ours in pairs]
     n, centre = len(differences), mean(differences)
     # equal up to how finely the numbers themselves are told apart

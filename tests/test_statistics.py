@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from salnb import statistics
 from salnb.statistics import Comparison, compare, in_words, markdown, mean, sign_test
 
 
@@ -236,3 +237,25 @@ def test_the_probability_is_that_of_the_sign_test():
 
 def test_nothing_to_compare_is_said():
     assert in_words([]) == "Nothing can be compared: no seed has both."
+
+
+PAIRS = [(0.5, 0.6), (0.4, 0.7), (0.5, 0.5)]
+NO_NUMBERS = {
+    "confidence": lambda x: statistics.interval(PAIRS, x),
+    "alpha": lambda x: statistics.holm_levels([0.3, 0.01], alpha=x),
+    r"p_values\[1\]": lambda x: statistics.holm_levels([0.3, x]),
+}
+
+
+@pytest.mark.parametrize("name", NO_NUMBERS)
+@pytest.mark.parametrize("value", [math.nan, -0.1, 1.5, True, "0.5", None], ids=repr)
+def test_what_is_no_probability_is_refused_by_name(name, value):
+    with pytest.raises((TypeError, ValueError), match=rf"^{name} must .*\[0, 1\], got {value!r}"):
+        NO_NUMBERS[name](value)
+
+
+@pytest.mark.parametrize("pair", [(math.nan, 0.1), (0.1, "0.2"), (True, 0.1), (0.1,), 0.3], ids=repr)
+def test_a_pair_that_is_not_of_two_numbers_is_refused_by_its_place(pair):
+    for function in (statistics.interval, statistics.p_value):
+        with pytest.raises((TypeError, ValueError), match=r"^pairs\[1\] must"):
+            function([PAIRS[0], pair])

@@ -116,7 +116,8 @@ def digit_scenes(
         each scene, by split, and `backgrounds` 2,000 pieces of the photographs.
 
     Raises:
-        TypeError, ValueError: `size` or `name` is not one of those above, or `seed` no whole number.
+        TypeError, ValueError: `size` or `name` is not one of those above, `seed` is no whole number, or
+            `test_scenes` are not whole thousands.
         OSError: the folder cannot be used; the message says what to set.
         ModuleNotFoundError: the extra `train`, which brings digits and photographs, is not installed.
     """
@@ -124,7 +125,9 @@ def digit_scenes(
     files = dict.fromkeys(_SCENES, FAMILIES) if shortcut else PHOTOGRAPHS.get(name)
     if files is None:
         raise unknown("name", name, [*PHOTOGRAPHS, "digit-scenes-shortcut"])
-    test_scenes = check_integer("test_scenes", test_scenes, 1000, 10**6) // 1000 * 1000
+    test_scenes = check_integer("test_scenes", test_scenes, 1000, 10**6)
+    if test_scenes % 1000:
+        raise ValueError(f"test_scenes must be in whole thousands, got {test_scenes}")
     seed, size = check_integer("seed", seed, -(2**60), 2**60), check_integer("size", size, 1, 10_000)
     if size not in (sizes := DATA[name].sizes or ()):
         raise ValueError(f"size of {name} must be one of {', '.join(map(str, sizes))}, got {size}")

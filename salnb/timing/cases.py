@@ -1,12 +1,13 @@
 """Which steps a timing study measures, in which order; free of torch, to answer mistakes at once."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from salnb._common import catalog
 from salnb._common.devices import check_device_name
+from salnb._common.limits import check_integer, check_number
 
 __all__ = ["MODES", "PAPER", "PRECISIONS", "TABLE_4", "TIMED_METHODS", "Case", "Settings", "counted", "plan"]
 
@@ -23,6 +24,7 @@ PRECISIONS = ("32", "tf32", "bf16")
 MODES = ("eager", "compiled", "captured")
 # what a study takes where it is not told: on a CPU, elsewhere
 _USUAL = {"budget": (55.0, 570.0), "batch": (2, 32), "size": (64, 224), "iterations": (8, 200)}
+_MOST, _LONGEST = 10**9, 1e9  # of anything that is counted, and of seconds
 # the methods whose cost is compared, the dearest last
 TIMED_METHODS = sorted(catalog.METHODS, key=lambda method: catalog.METHODS[method].repeats is not None)
 
@@ -104,6 +106,7 @@ class Settings:
         networks, precisions, modes: only rows of these.
 
     Raises:
+        TypeError: a setting is of the wrong type; the message names it.
         ValueError: a setting is not allowed; the message names it.
     """
 
@@ -119,17 +122,15 @@ class Settings:
     def __post_init__(self) -> None:
         """Check every setting, before anything is loaded."""
         check_device_name(self.device)
-        if self.budget is not None and not 0 < self.budget < float("inf"):
-            raise ValueError(f"budget must be a positive number of seconds, got {self.budget}")
+        if self.budget is not None:
+            budget = check_number("budget", self.budget, 0, _LONGEST, above=True)
+            object.__setattr__(self, "budget", budget)
         for name, least in (("batch", 2), ("size", 1), ("iterations", 4)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, check_integer(name, value, least, _MOST))
         choices = {"networks": catalog.NETWORKS, "precisions": PRECISIONS, "modes": MODES}
         for name, known in choices.items():
-            for value in getattr(self, name) or ():
-                if value not in known:
-                    raise catalog.unknown(name, value, known)
+            _check_names(name, getattr(self, name), known)
         if self.device == "cpu" and "tf32" in (self.precisions or ()):
             raise ValueError("precisions: tf32 is for GPUs: with device cpu, take 32 or bf16")
         if self.device in ("cpu", "mps") and "captured" in (self.modes or ()):
@@ -145,6 +146,14 @@ class Settings:
         usual = {name: values[kind != "cpu"] for name, values in _USUAL.items()}
         missing: dict[str, Any] = {name: usual[name] for name in usual if getattr(self, name) is None}
         return replace(self, device=kind if self.device == "auto" else self.device, **missing)
+
+
+def _check_names(what: str, names: Any, known: Collection[str]) -> None:
+    if names is not None and (isinstance(names, str) or not isinstance(names, Sequence)):
+        raise TypeError(f"{what} must be a list of names, got {names!r}")
+    for name in names or ():
+        if name not in list(known):  # which asks nothing of a name
+            raise catalog.unknown(what, name, known)
 
 
 def plan(settings: Settings) -> list[Case]:

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -360,3 +361,10 @@ def test_data_command_prints_what_there_is(cache):
     described = json.loads(answer.stdout)
     assert described["images"] == {"train": 18, "validation": 2, "test": 5}
     assert described["classes"] == 10
+
+
+@pytest.mark.parametrize("count", [1500, 1001, 999, 2000.0, "2000"])
+def test_scenes_of_a_test_that_are_no_thousands_are_refused(count):
+    for make in (data.digit_scenes, partial(data.load, "digit-scenes", 32)):
+        with pytest.raises((TypeError, ValueError), match=r"test_scenes must .*got '?\d"):
+            make(test_scenes=count)

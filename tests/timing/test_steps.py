@@ -1,12 +1,13 @@
 """The steps that the timing study measures, really run: they do what they are called, and nothing besides."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
 
 from salnb import timing
-from salnb.timing import Case, steps, work
+from salnb.timing import Case, Settings, steps, work
 from tests.helpers.timing_records import settings
 
 
@@ -135,3 +136,24 @@ def test_arithmetic_is_counted_without_computing():
     model.eval()(torch.rand(8, 3, 64, 64))
     assert total == 3 * sum(products) - products[0]  # the images themselves have no gradient
     assert total - convolutions == 3 * products[-1]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("budget", value) for value in (math.nan, math.inf, -1, True, "60")),
+        *(
+            (name, value)
+            for name in ("batch", "size", "iterations")
+            for value in (0, True, 8.5, math.nan, "8")
+        ),
+        *(
+            (name, value)
+            for name in ("networks", "precisions", "modes")
+            for value in ("resnet18", 32, [3], [[]])
+        ),
+    ],
+)
+def test_settings_that_are_no_numbers_or_names_are_refused_by_name(name, value):
+    with pytest.raises((TypeError, ValueError), match=f"^{name} "):
+        Settings(**{name: value})
