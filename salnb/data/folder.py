@@ -86,7 +86,8 @@ def image_folder(
     Args:
         root: the folder.
         size: height and width; see `read_photograph`.
-        seed: of what is put aside.
+        seed: of what is put aside. A training run always takes 0, whatever its own seed: runs that are to be
+            compared, seed by seed, have the same test images.
         workers: processes that decode images.
         skip_unreadable: go on without the images that cannot be read.
         record: a file that keeps the split: where it is there, nothing is drawn, and nothing read before.
@@ -99,6 +100,7 @@ def image_folder(
         TypeError, ValueError: a number is not as described; no folder, too few images, classes that differ
             between splits, files in two splits.
         DamagedFileError: images that cannot be read, with names and number.
+        OSError: the record cannot be written.
     """
     root, size = Path(root), check_integer("size", size, 1, 10_000)
     seed, workers = check_integer("seed", seed, -(2**64), 2**64), check_integer("workers", workers, 0, 1000)
