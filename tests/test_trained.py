@@ -320,7 +320,7 @@ def test_classes_by_number_and_name():
         network.label_of("cat")
     with pytest.raises(ValueError, match="target 'dog' is unknown"):
         network.label_of("dog")
-    with pytest.raises(TypeError, match="target must be a string, .* got 1"):
+    with pytest.raises(TypeError, match=r"target must be a string, .* got 1"):
         network.label_of(1)
 
 
