@@ -102,7 +102,8 @@ def show_maps(
         valid: for some of the names, booleans (N, 1, h, w): where one is false, the panel is hatched in
             grey, and the maximum does not count it.
         rescale: False draws maps as they are, so that a difference of maps keeps its size.
-        columns: panels in a row, for one photograph only; None puts all of it in one row.
+        columns: panels in a row, each with its title. Every photograph begins a new row and takes as many as
+            it needs; None gives it one. With across="photos" for one photograph only.
 
     Returns:
         A figure with N × (1 + number of methods) axes, and one for the colour bar.
@@ -119,22 +120,23 @@ def show_maps(
     titles, valid = _check_pictures(images, titles), valid or {}
     _check_maps(maps, len(images), signed, valid)
     _check_look(across, power, opacity)
-    if columns is not None and len(images) != 1:
-        raise ValueError(f"columns is for one photograph, got {len(images)} images")
     power, photos_across = 1.0 if signed else power, across == "photos"
+    if columns is not None and len(images) > 1 and photos_across:
+        raise ValueError(f"columns is for across='methods' or one photograph, got {len(images)} across")
     height, width = images.shape[-2:]
-    across_all = len(images) if photos_across else 1 + len(maps)
-    fig, axes = _panels(
-        len(images) * (1 + len(maps)), across_all if columns is None else columns, size, height / width
-    )
-    axes = axes.reshape(-1, across_all)
-    grid = axes.T if photos_across else axes  # photographs × methods
+    per_photo, wrapped = 1 + len(maps), columns is not None
+    n_columns = columns if columns is not None else len(images) if photos_across else per_photo
+    blocks = len(images) if wrapped else 1
+    fig, axes = _panels(len(images) * per_photo, n_columns, size, height / width, blocks=blocks)
+    # photographs × methods
+    grid = axes.reshape(per_photo, -1).T if photos_across else axes.reshape(-1, per_photo)
     for ax, title, image in zip(grid[:, 0], titles, images, strict=True):
         _draw_image(ax, image)
         (ax.set_title if photos_across else ax.set_ylabel)(title, fontsize="small")
     norm, cmap = (Normalize(-1, 1), DIVERGING) if signed else (PowerNorm(power, 0, 1), SEQUENTIAL)
     for column, (name, values) in zip(grid.T[1:], maps.items(), strict=True):
-        (column[0].set_ylabel if photos_across else column[0].set_title)(name, fontsize="small")
+        for ax in column if wrapped else column[:1]:
+            (ax.set_ylabel if photos_across else ax.set_title)(name, fontsize="small")
         shown = valid.get(name, torch.ones_like(values[:, :1], dtype=torch.bool))
         values, is_map = values.detach().where(shown, 0), values.shape[1] == 1
         values = divide_by_maximum(values) if is_map and rescale else values
@@ -219,19 +221,21 @@ def _check_look(across: str, power: float, opacity: float | None) -> None:
         raise ValueError(f"opacity must lie in [0, 1], got {opacity}")
 
 
-def _panels(count: int, columns: int, size: float, aspect: float) -> tuple[Figure, Any]:
-    """So many bare axes in rows of `columns`, each `size` inches wide."""
+def _panels(count: int, columns: int, size: float, aspect: float, *, blocks: int = 1) -> tuple[Figure, Any]:
+    """So many bare axes in rows of `columns`, each `size` inches wide; each of `blocks` begins a new row."""
     if columns < 1:
         raise ValueError(f"columns must be at least 1, got {columns}")
-    n_rows, n_columns = -(-count // columns), min(columns, count)
+    per_block = count // blocks
+    n_rows, n_columns = blocks * -(-per_block // columns), min(columns, per_block)
     inches = (size * n_columns + 0.8, (size * aspect + 0.18) * n_rows + 0.2)
     fig, axes = plt.subplots(n_rows, n_columns, squeeze=False, layout="compressed", figsize=inches)
     for ax in axes.flat:
         ax.set(xticks=[], yticks=[])
         sns.despine(ax=ax, left=True, bottom=True)
-    for ax in axes.flat[count:]:
+    axes = axes.reshape(blocks, -1)
+    for ax in axes[:, per_block:].flat:
         ax.remove()
-    return fig, axes.flat[:count]
+    return fig, axes[:, :per_block].flatten()
 
 
 def _draw_image(ax: Axes, image: Tensor) -> None:
@@ -263,7 +267,7 @@ def _draw_numbers(ax: Axes, matrix: Tensor, limit: float, struck: Tensor | None)
 
 
 def _colour_bar(fig: Figure, axes: Any, colours: ScalarMappable, power: float, opacity: float | None) -> None:
-    shrink = min(1.0, 2.2 / len(axes))
+    shrink = min(1.0, 2.2 / axes[0].get_gridspec().nrows)
     bar = fig.colorbar(colours, ax=axes, shrink=shrink, aspect=18, pad=0.02, alpha=opacity)
     scale = {0.5: "\n(square-root scale)", 1.0: ""}.get(power, f"\n(scale of power {power:g})")
     bar.set_label(f"share of the map's maximum{scale}", fontsize="small")

@@ -116,12 +116,27 @@ def test_the_maps_of_one_photograph_stand_in_several_rows(photos, maps, across):
     assert len({y for _, y in corners}) == -(-len(panels) // 2)
 
 
+@pytest.mark.parametrize("columns", [2, 3, 7])
+def test_each_photograph_begins_a_row_and_every_panel_has_its_title(photos, columns):
+    maps = dict.fromkeys(("one", "two", "three", "four"), photos[:, :1])
+    *panels, _ = plot.show_maps(photos, maps, ["a", "b", "c"], columns=columns).axes
+    assert [ax.get_title() for ax in panels] == ["", *maps] * 3
+    assert [ax.get_ylabel() for ax in panels] == ["a", *[""] * 4, "b", *[""] * 4, "c", *[""] * 4]
+    places = [ax.get_subplotspec() for ax in panels]
+    rows = -(-5 // columns)
+    assert [place.rowspan.start for place in places] == [
+        photo * rows + i // columns for photo in range(3) for i in range(5)
+    ]
+    assert [place.colspan.start for place in places] == [i % columns for i in range(5)] * 3
+
+
 @pytest.mark.parametrize(
-    ("count", "columns", "message"), [(3, 2, "one photograph, got 3"), (1, 0, "at least 1, got 0")]
+    ("count", "across", "columns", "message"),
+    [(3, "photos", 2, "one photograph, got 3"), (1, "methods", 0, "at least 1, got 0")],
 )
-def test_columns_that_do_not_fit_are_refused(photos, count, columns, message):
+def test_columns_that_do_not_fit_are_refused(photos, count, across, columns, message):
     with pytest.raises(ValueError, match=f"^columns .*{message}"):
-        plot.show_maps(photos[:count], {"one": photos[:count, :1]}, columns=columns)
+        plot.show_maps(photos[:count], {"one": photos[:count, :1]}, across=across, columns=columns)
 
 
 def test_overlay_lies_over_the_grey_photograph(photos, maps):
