@@ -93,7 +93,7 @@ def compare(first: Record, second: Record) -> str:
             label = case.label.replace(", 0+0", "") + (f", {batches} × the batch" if batches != 1 else "")
             cells.append([label, *_cells(*rows)])
     header = ["step", "A ms", "B ms", "A / B", "ratio A", "ratio B", "arithmetic"]
-    return "\n".join([*lines, "", markdown_table(header, cells, rule="---")])
+    return "\n\n".join([*lines, markdown_table(header, cells, rule="---")])
 
 
 def _key(case: Case, usual_batch: int) -> tuple[Case, Fraction]:
