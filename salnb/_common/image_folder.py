@@ -82,17 +82,18 @@ def check_out(out: str | Path, files: Mapping[str, Path], every_method: bool, au
             given[_identity(file)] = file
     more = ["methods"] * every_method + [augment] * (augment is not None)
     endings = [".npy", ".png", *(f"-{one}.png" for one in more)]
-    drawn: dict[Path, str] = {}
-    for name, ending in itertools.product(files, endings):
-        if (other := drawn.setdefault(out / (name + ending), name)) != name:
-            told = f"{name + ending} would be of both {files[other]} and {files[name]}"
-            raise ValueError(f"out {out}: {told}; explain them into two folders")
-    written = [out / "scores.json", *drawn]
+    drawn = [(name, out / (name + ending)) for name, ending in itertools.product(files, endings)]
+    written = [out / "scores.json", *(path for _, path in drawn)]
     for path in written:
         with contextlib.suppress(OSError):  # it is not there
             if taken := given.get(_identity(path)):
                 told = f"{path.name} would replace the photograph {taken}"
                 raise ValueError(f"out {out}: {told}; name another folder")
+    firsts: dict[Path, str] = {}
+    for name, path in drawn:
+        if (other := firsts.setdefault(path, name)) != name:
+            told = f"{path.name} would be of both {files[other]} and {files[name]}"
+            raise ValueError(f"out {out}: {told}; explain them into two folders")
     longest = max(written, key=lambda path: len(os.fsencode(path)))
     try:
         for path in (written[0], longest, *filter(os.path.isdir, written)):
