@@ -164,10 +164,9 @@ class Objective(nn.Module):
         self.alpha, self.beta, self.gamma = alpha, beta, gamma
         self.layers: Any = layers
         self.layer_distance, self.layer_relative = layer_distance, layer_relative
-        self.method, self.score = method, score
         self.method_options: Any = method_options
-        self.normalize, self.distance, self.pool = normalize, distance, pool
-        self.every, self.warmup = every, warmup
+        self.method, self.score, self.normalize, self.distance = method, score, normalize, distance
+        self.pool, self.every, self.warmup = pool, every, warmup
         self.detach_original, self.shuffle_pairs = detach_original, shuffle_pairs
         self.confidence, self.consistency, self.originals_only = confidence, consistency, originals_only
         self.num_classes, self.output = num_classes, output
@@ -230,7 +229,8 @@ class Objective(nn.Module):
 
         Refused with a `RuntimeError` are models (and augmentations) that a graph would not repeat: those
         that look at values, change their own attributes, or draw random numbers from Python or NumPy. What a
-        model takes from global variables, files or clocks is not noticed, nor what is written by `.data`.
+        model takes from global variables, files or clocks is not noticed, nor what is written by `.data`, nor
+        that it seeds PyTorch's generators or sets them back, nor what changes deep inside `model_kwargs`.
 
         Nothing is gained on a CPU. Below torch 2.9 Inductor is refused there: it writes beyond its buffers.
         A graph has the memory format of model and images: convolutions in half precision want channels_last.

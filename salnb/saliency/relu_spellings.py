@@ -169,7 +169,7 @@ class _Sign(NamedTuple):
 
 def note_sign(name: str, result: Any, *args: Any) -> None:
     """Remember of a mask that it is the sign of a tensor, so that `x * (x > 0)` is known for what it is."""
-    if not isinstance(result, Tensor) or result is args[0] or result.is_inference():
+    if not args or not isinstance(result, Tensor) or result is args[0] or result.is_inference():
         return
     if name in _COMPARISONS:
         (x, zero), positive = args[:2], _COMPARISONS[name]
@@ -179,6 +179,8 @@ def note_sign(name: str, result: Any, *args: Any) -> None:
             return
         result._sign = _Sign(x, x._version, result._version, positive, bool(known))  # type: ignore[attr-defined]
     elif isinstance(sign := getattr(args[0], "_sign", None), _Sign) and args[0]._version == sign.made:
+        if result.shape != args[0].shape:
+            return
         positive = sign.positive is not (name in _NEGATIONS)
         result._sign = sign._replace(made=result._version, positive=positive)  # type: ignore[attr-defined]
 
@@ -296,7 +298,20 @@ _COMPARISONS = {
     **dict.fromkeys(("lt", "less", "le", "less_equal", "__lt__", "__le__"), False),
 }
 _NEGATIONS = ("logical_not", "bitwise_not", "__invert__")
-_CASTS = ("to", "type", "type_as", "float", "double", "half", "bfloat16", "int", "long", "bool", "detach")
+_CASTS: tuple[str, ...] = (
+    "to",
+    "type",
+    "type_as",
+    "float",
+    "double",
+    "half",
+    "bfloat16",
+    "int",
+    "long",
+    "bool",
+    "detach",
+)
+_CASTS += ("clone", "contiguous", "reshape", "reshape_as", "view", "view_as", "expand_as")
 
 #: the calls that make the mask of a rectifier, or hand it on, by the names that `note_sign` knows
 SIGNS = {function: name for name in (*_COMPARISONS, *_NEGATIONS, *_CASTS) for function, _ in _functions(name)}
