@@ -17,8 +17,6 @@ __all__ = ["read_ahead"]
 
 # seconds after which it is known how a process ended that left an error behind
 _SETTLED = 1.0
-# 255: it is not known, as the server that the process was forked from was ended as well
-_TERMINATED = (-signal.SIGTERM, 255)
 
 
 def read_ahead(
@@ -80,7 +78,7 @@ def _terminated(ready: Any) -> bool:
     """Whether SIGTERM has ended a process of a loader's iterator."""
     end = time.monotonic() + _SETTLED
     while True:
-        found = any(process.exitcode in _TERMINATED for process in getattr(ready, "_workers", ()))
+        found = any(process.exitcode == -signal.SIGTERM for process in getattr(ready, "_workers", ()))
         if found or time.monotonic() > end:
             return found
         time.sleep(0.05)

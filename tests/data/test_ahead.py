@@ -1,9 +1,9 @@
 """Processes that decode images ahead of time: when one dies, and what then becomes of the pass."""
 
-import os
 import signal
 import subprocess
 import time
+from multiprocessing import active_children
 
 import numpy as np
 import pytest
@@ -25,26 +25,9 @@ def split(tmp_path):
     return FolderImages(names, _SIZE, 2, root=tmp_path, classes=("cat", "dog"))
 
 
-def children():
-    """The processes that decode for this one."""
-    path = f"/proc/self/task/{os.getpid()}/children"
-    with open(path) as file:
-        return [
-            int(pid) for pid in file.read().split() if b"pytest" in command(pid) or b"python" in command(pid)
-        ]
-
-
-def command(pid):
-    try:
-        with open(f"/proc/{pid}/cmdline", "rb") as file:
-            return file.read()
-    except FileNotFoundError:
-        return b""
-
-
 def end(number):
     """Send a signal to all that decode, and wait until this process has been told."""
-    decoding = children()
+    decoding = [process.pid for process in active_children()]
     assert len(decoding) == 2
     # from elsewhere: of the one they work for SIGTERM would be a request to finish
     subprocess.run(["kill", f"-{int(number)}", *map(str, decoding)], check=True)
@@ -68,7 +51,7 @@ def test_a_pass_outlives_the_processes_that_sigterm_ended(split, after):
         found += batches
     assert numbers(found) == expected
     assert signal.getsignal(signal.SIGCHLD) is before
-    assert not children()
+    assert not active_children()
 
 
 def test_a_process_that_died_otherwise_is_told_when_a_batch_is_asked_for(split):
@@ -83,11 +66,11 @@ def test_ctrl_c_is_left_to_the_process_they_work_for(split):
     expected, batches = numbers(split.epoch(4, seed=1)), split.epoch(4, seed=1)
     found = [next(batches)]
     end(signal.SIGINT)
-    assert len(children()) == 2
+    assert len(active_children()) == 2
     assert numbers([*found, *batches]) == expected
 
 
-def test_a_handler_of_ones_own_is_still_called(split, monkeypatch):
+def test_a_handler_of_ones_own_is_still_called(split):
     seen, batches = [], split.epoch(4, seed=1)
     list(batches)
     torchs = signal.getsignal(signal.SIGCHLD)
