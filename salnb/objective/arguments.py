@@ -14,12 +14,11 @@ from salnb._common.outputs import check_output
 from salnb.augment import Augmentation
 from salnb.losses import DISTANCES, FEATURE_DISTANCES, NORMALIZATIONS
 
-__all__ = ["STRUCTURE", "WEIGHTS", "check_pairs", "check_state", "checked_settings"]
+__all__ = ["check_pairs", "check_state", "checked_settings", "snapshot"]
 
-#: the arguments that are weights
-WEIGHTS = ("alpha", "beta", "gamma", "consistency", "confidence", "balance")
-#: those that say which terms there are, and of what
-STRUCTURE = (
+_WEIGHTS = ("alpha", "beta", "gamma", "consistency", "confidence", "balance")
+# the other arguments, which say of what the terms are
+_OTHERS = (
     *("model", "augmentation", "layers", "layer_distance", "layer_relative", "method", "method_options"),
     *("score", "normalize", "distance", "pool", "every", "warmup", "detach_original", "shuffle_pairs"),
     *("originals_only", "num_classes", "class_loss", "output"),
@@ -63,6 +62,17 @@ def checked_settings(given: Mapping[str, Any]) -> dict[str, Any]:
     return kept
 
 
+def snapshot(given: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Arguments of an `Objective` in a form that is equal while they are: the weights, and all others.
+
+    Whether there is an invariance and a saliency term is among the latter.
+    """
+    weights = tuple((type(given[name]), given[name]) for name in _WEIGHTS)  # True and 1 are equal
+    others = (given[name] for name in _OTHERS)
+    frozen = tuple((type(v), tuple(v.items()) if isinstance(v, Mapping) else v) for v in others)
+    return weights, (*frozen, bool(given["beta"]), bool(given["gamma"]))
+
+
 def _check_names(given: Mapping[str, Any]) -> None:
     """Raise a ValueError that names the first argument whose value is not among those that there are."""
     known: dict[str, Iterable[str]] = {
@@ -80,7 +90,7 @@ def _check_names(given: Mapping[str, Any]) -> None:
 
 def _check_scalars(given: Mapping[str, Any]) -> None:
     """Raise a TypeError or a ValueError that names the first wrong weight or flag of an `Objective`."""
-    for name in WEIGHTS:
+    for name in _WEIGHTS:
         _check_weight(name, given[name])
     for name in _FLAGS:
         if not isinstance(given[name], bool):

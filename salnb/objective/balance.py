@@ -4,7 +4,7 @@ A constant weight is strongest when the network is untrained and next to nothing
 shrink at different rates. Here the weight follows their lengths.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ class Balance(nn.Module):
     Args:
         share: ρ, the length wanted of the weighted saliency term's gradient over that of the class loss.
 
-    The averages are saved in the state of the objective.
+    The averages are saved in the state of the objective. They stay float32 in `half()` and the like.
     """
 
     lengths: Tensor
@@ -43,11 +43,22 @@ class Balance(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The weight, a float32 scalar on the module's device; one before anything was measured."""
+        """The weight, a float32 scalar on the module's device.
+
+        It is one before anything was measured, and zero where the first measurements were not finite.
+        """
         classes, salience = self.lengths
-        measured = (self.lengths > 0).all()
+        measured = salience > 0
         weight = self.share * classes / salience.where(measured, 1)
         return weight.where(measured, 1).clamp(max=_HIGHEST)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Balance":
+        """Move the lengths, and leave their dtype: float16 would round and overflow them."""
+        lengths = self.lengths
+        super()._apply(fn, recurse)
+        if not lengths.is_meta:
+            self.lengths = lengths.to(self.lengths.device)
+        return self
 
     def measure(
         self,
@@ -55,6 +66,7 @@ class Balance(nn.Module):
         salience: Tensor,
         parameters: Sequence[Tensor],
         processes: tuple[str, int] | None,
+        scale: Tensor | float = 1.0,
     ) -> Tensor:
         """Take the lengths of a batch into the averages.
 
@@ -63,18 +75,20 @@ class Balance(nn.Module):
             salience: the saliency loss, unweighted.
             parameters: of the model, those that are trained.
             processes: the name and number of those whose mean gradient is measured; None: this one's own.
+            scale: what both losses are multiplied with while their gradients are taken, for float16.
 
         Both keep their graphs. What is not finite is left out; the returned boolean says whether it was not.
         """
         if not parameters:
             raise ValueError("balance compares gradients of parameters, and no parameter requires one")
-        found = torch.stack([_length(loss, parameters, processes) for loss in (classes, salience)])
-        found = found.to(self.lengths)
+        found = torch.stack([_length(loss * scale, parameters, processes) for loss in (classes, salience)])
         with torch.no_grad():
-            averaged = torch.lerp(self.lengths, found, _NEW)
-            updated = torch.where((self.lengths > 0).all(), averaged, found)
-            finite = found.isfinite().all()
-            self.lengths.copy_(torch.where(finite, updated, self.lengths))
+            found = found.to(self.lengths) / scale
+            known, finite = (self.lengths > 0).all(), found.isfinite().all()
+            averaged = torch.where(known, torch.lerp(self.lengths, found, _NEW), found)
+            # a class loss of no length is no weight, until a measurement is finite
+            before = self.lengths.where(known, torch.arange(2, dtype=torch.float32, device=found.device))
+            self.lengths.copy_(torch.where(finite, averaged, before))
         return finite
 
 

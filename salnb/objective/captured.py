@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from salnb.objective.compiled import CompiledStep, Graph, TracedStep
+from salnb.objective.randomness import refuse_seeding
 
 __all__ = ["CapturedStep"]
 
@@ -91,7 +92,8 @@ class CapturedStep(CompiledStep):
 def _run(step: TracedStep, given: tuple) -> tuple[list, list]:
     """The step on parameters that lie where the model's do, but have no hooks: these run in the backward."""
     parameters = {name: p.detach().requires_grad_(p.requires_grad) for name, p in step.named_parameters()}
-    return torch.func.functional_call(step, parameters, given)
+    with refuse_seeding():
+        return torch.func.functional_call(step, parameters, given)
 
 
 def _state(step: TracedStep) -> Iterator[Tensor]:

@@ -29,9 +29,15 @@ from salnb._common.warning import warn_caller
 from salnb.double_backward.recomputation import stored_instead
 from salnb.objective.graph_key import changes, graph_key, refuse_what_a_graph_forgets
 from salnb.objective.precision import autocast_dtype, full_precision
+from salnb.objective.randomness import refuse_seeding
 from salnb.objective.terms import Losses, StepInputs, StepModules, TermSettings, step_losses
 
 __all__ = ["CompiledStep", "Graph", "TracedStep"]
+
+_OWN_GENERATOR = (
+    "compile() needs a model that draws from PyTorch's default generator, and this one has a torch.Generator "
+    "of its own: leave compile() out"
+)
 
 
 class CompiledStep:
@@ -188,7 +194,13 @@ class TracedStep(nn.ModuleDict):
             else tensor.clone()
             for name, tensor in zip([*parameters, *buffers], rest, strict=True)
         }
-        values, gradients = torch.func.functional_call(self, state, (weights, given))
+        with refuse_seeding():
+            values, gradients = torch.func.functional_call(self, state, (weights, given))
+        if changed := [n for n, p in parameters.items() if state[n].requires_grad is not p.requires_grad]:
+            raise RuntimeError(
+                f"compile() needs a model whose forward pass leaves requires_grad alone, but that of "
+                f"{', '.join(changed[:5])} is changed: set it before, or leave compile() out"
+            )
         updated = {name: state[name] for name in buffers}
         # what the caller of make_fx gets to see is a flat list only
         self.num_classes = values[4].shape[1]
@@ -208,6 +220,12 @@ def _compile(step: TracedStep, tensors: list[Tensor], options: dict[str, Any]) -
             "compile() needs a model whose operations do not depend on the values of its tensors "
             f"({error}): leave compile() out for this one"
         ) from error
+    except NotImplementedError as error:  # of torch.fx, before it could hold one
+        if "torch._C.Generator" in str(error):
+            raise RuntimeError(_OWN_GENERATOR) from error
+        raise
+    if any(node.kwargs.get("generator") is not None for node in graph.graph.nodes):
+        raise RuntimeError(_OWN_GENERATOR)
     run = torch.compile(graph, **{"dynamic": False, "fullgraph": True} | options)
     return Graph(run, step.outputs, step.num_classes)
 

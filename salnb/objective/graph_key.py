@@ -12,7 +12,6 @@ import itertools
 import pickle
 import random
 import sys
-import threading
 import types
 from array import array
 from collections import OrderedDict, deque
@@ -29,6 +28,7 @@ from torch.utils import _pytree as pytree
 
 from salnb.double_backward.mode import switches
 from salnb.objective.precision import autocast_dtype
+from salnb.objective.randomness import refuse_other_randomness
 
 __all__ = ["changes", "graph_key", "refuse_what_a_graph_forgets", "structure_key"]
 
@@ -152,15 +152,10 @@ def refuse_what_a_graph_forgets(step: nn.Module, key_of_the_moment: Any) -> Iter
 
     A graph neither draws Python's random numbers nor sets attributes of modules. The attributes are put back.
     """
-    before, drawn = key_of_the_moment(), _python_random()
+    before = key_of_the_moment()
     attributes = [(module, module.__dict__.copy()) for module in step.modules()]
-    with _system_entropy_counted() as drawn_of_system:
+    with refuse_other_randomness():
         yield
-    if drawn_of_system or drawn != _python_random():
-        raise RuntimeError(
-            "compile() needs a model that draws its random numbers with PyTorch, and this one (or its "
-            "augmentation) uses Python's or NumPy's, which a graph would draw only once: leave compile() out"
-        )
     changed = changes(before, key_of_the_moment())
     for module, attributes_before in attributes:  # without tensors of the trace
         module.__dict__.clear()
@@ -172,30 +167,6 @@ def refuse_what_a_graph_forgets(step: nn.Module, key_of_the_moment: Any) -> Iter
             "is filled once, run the model once before; a generator counts as "
             "changed)"
         )
-
-
-@contextmanager
-def _system_entropy_counted() -> Iterator[list[int]]:
-    """A list of how many bytes this thread draws inside for SystemRandom and for NumPy's new generators."""
-    drawn: list[int] = []
-    source: Any = random
-    thread, original = threading.get_ident(), source._urandom
-
-    def counting(size: int) -> bytes:
-        if threading.get_ident() == thread:
-            drawn.append(size)
-        return original(size)
-
-    source._urandom = counting
-    try:
-        yield drawn
-    finally:
-        source._urandom = original
-
-
-def _python_random() -> Hashable:
-    numpy = sys.modules.get("numpy")
-    return random.getstate(), pickle.dumps(numpy.random.get_state()) if numpy else None
 
 
 def _switches(images: Tensor) -> Hashable:

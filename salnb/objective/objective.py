@@ -25,7 +25,7 @@ from salnb._common.limits import check_integer
 from salnb._common.outputs import check_model_kwargs, given_twice
 from salnb._common.warning import warn_caller
 from salnb.augment import Augmentation
-from salnb.objective.arguments import STRUCTURE, WEIGHTS, check_pairs, check_state, checked_settings
+from salnb.objective.arguments import check_pairs, check_state, checked_settings, snapshot
 from salnb.objective.balance import EVERY, Balance
 from salnb.objective.captured import CapturedStep
 from salnb.objective.class_terms import ClassTerm
@@ -228,9 +228,9 @@ class Objective(nn.Module):
         A checkpointed segment is stored; the compiler decides what is recomputed.
 
         Refused with a `RuntimeError` are models (and augmentations) that a graph would not repeat: those
-        that look at values, change their own attributes, or draw random numbers from Python or NumPy. What a
-        model takes from global variables, files or clocks is not noticed, nor what is written by `.data`, nor
-        that it seeds PyTorch's generators or sets them back, nor what changes deep inside `model_kwargs`.
+        that look at values, change their own attributes, draw random numbers from Python, NumPy or an own
+        generator, or seed PyTorch's. What a model takes from global variables, files or clocks is not
+        noticed, nor what is written by `.data`, nor what changes deep inside `model_kwargs`.
 
         Nothing is gained on a CPU. Below torch 2.9 Inductor is refused there: it writes beyond its buffers.
         A graph has the memory format of model and images: convolutions in half precision want channels_last.
@@ -345,25 +345,21 @@ class Objective(nn.Module):
             if like is not None and like.device != next(module.buffers()).device and not is_traced(like):
                 module.to(like.device)
 
-    def _given(self) -> tuple[Any, Any]:
-        """The settings as they are: the weights, and what the model is checked for."""
-        values = vars(self) | {"balance": self.balance.share, "class_loss": self.class_term.own}
-        values |= {"model": self.model, "augmentation": self.augmentation}
-        weights = tuple((type(values[name]), values[name]) for name in WEIGHTS)  # True and 1 are equal
-        others = (values[name] for name in STRUCTURE)
-        frozen = tuple((type(v), tuple(v.items()) if isinstance(v, Mapping) else v) for v in others)
-        return weights, (*frozen, bool(self.beta), bool(self.gamma))
+    def _arguments(self) -> dict[str, Any]:
+        """The settings as they are, under the names of the arguments."""
+        own = {"model": self.model, "augmentation": self.augmentation, "class_loss": self.class_term.own}
+        return vars(self) | own | {"balance": self.balance.share}
 
     def _check_settings(self) -> None:
         """Look at the arguments again if any is another than it was."""
-        if self._given() == self._checked:
+        given = self._arguments()
+        if snapshot(given) == self._checked:
             return
-        values = vars(self) | {"balance": self.balance.share, "class_loss": self.class_term.own}
-        vars(self).update(checked_settings(values | {"model": self.model, "augmentation": self.augmentation}))
-        given = self._given()
-        if given[1] != self._checked[1]:
+        vars(self).update(checked_settings(given))
+        weights, others = snapshot(self._arguments())
+        if others != self._checked[1]:
             self._check_model()
-        self._checked = given
+        self._checked = weights, others
 
     def _check_model(self) -> None:
         """What can be told from the model and the arguments together."""

@@ -249,7 +249,7 @@ def _balanced(modules: StepModules, classes: Tensor, salience: Tensor, settings:
     scale = modules.gradient_scale
     half = torch.float16 in (autocast_dtype(classes), *(p.dtype for p in trained))
     factor = scale.value if half else 1.0
-    finite = modules.balance.measure(classes * factor, salience * factor, trained, settings.processes)
+    finite = modules.balance.measure(classes, salience, trained, settings.processes, factor)
     if half:
         scale.update(finite)
     return modules.balance.weight

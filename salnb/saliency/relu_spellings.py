@@ -178,8 +178,8 @@ def note_sign(name: str, result: Any, *args: Any) -> None:
         if not isinstance(x, Tensor) or x.is_inference() or (known := is_zero(zero)) is False:
             return
         result._sign = _Sign(x, x._version, result._version, positive, bool(known))  # type: ignore[attr-defined]
-    elif isinstance(sign := getattr(args[0], "_sign", None), _Sign) and args[0]._version == sign.made:
-        if result.shape != args[0].shape:
+    elif result.shape == args[0].shape and isinstance(sign := getattr(args[0], "_sign", None), _Sign):
+        if args[0]._version != sign.made:
             return
         positive = sign.positive is not (name in _NEGATIONS)
         result._sign = sign._replace(made=result._version, positive=positive)  # type: ignore[attr-defined]
@@ -298,20 +298,10 @@ _COMPARISONS = {
     **dict.fromkeys(("lt", "less", "le", "less_equal", "__lt__", "__le__"), False),
 }
 _NEGATIONS = ("logical_not", "bitwise_not", "__invert__")
-_CASTS: tuple[str, ...] = (
-    "to",
-    "type",
-    "type_as",
-    "float",
-    "double",
-    "half",
-    "bfloat16",
-    "int",
-    "long",
-    "bool",
-    "detach",
+_CASTS = (
+    *("to", "type", "type_as", "float", "double", "half", "bfloat16", "int", "long", "bool", "detach"),
+    *("clone", "contiguous", "reshape", "reshape_as", "view", "view_as", "expand_as"),
 )
-_CASTS += ("clone", "contiguous", "reshape", "reshape_as", "view", "view_as", "expand_as")
 
 #: the calls that make the mask of a rectifier, or hand it on, by the names that `note_sign` knows
 SIGNS = {function: name for name in (*_COMPARISONS, *_NEGATIONS, *_CASTS) for function, _ in _functions(name)}

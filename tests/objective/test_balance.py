@@ -292,3 +292,36 @@ def test_two_processes_choose_what_one_would(from_two_processes, way):
     for found in from_two_processes:
         for ours, theirs in zip(found[way], whole, strict=True):
             assert_close(ours, theirs, 1e-5)
+
+
+class Steep(nn.Module):
+    """A network of float16 whose gradients, multiplied by the scale that they are taken at, overflow."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Flatten(), nn.Linear(192, 4), nn.Tanh(), nn.Linear(4, 4)).half()
+
+    def forward(self, x):
+        return 30 * self.net(x)
+
+
+def test_the_term_waits_while_no_measurement_is_finite():
+    torch.manual_seed(0)
+    objective = Objective(Steep(), HorizontalFlip(), balance=0.1, normalize="none")
+    images, target = torch.rand(4, 3, 8, 8).half(), torch.arange(4)
+    found = [objective(images, target, draw(0)) for _ in range(8 * EVERY)]
+    gammas = [float(losses.gamma) for losses in found]
+    assert gammas[0] == 0  # it overflows at first
+    assert 0 < gammas[-1] != 1
+    assert set(gammas[: gammas.index(next(g for g in gammas if g))]) == {0.0}
+
+
+@pytest.mark.parametrize("convert", [nn.Module.half, nn.Module.bfloat16, nn.Module.double])
+def test_lengths_keep_their_precision(convert):
+    objective = objective_of()
+    trained(objective, 2)
+    lengths = objective.balance.lengths.clone()
+    convert(objective)
+    assert objective.balance.lengths.dtype is torch.float32
+    assert torch.equal(objective.balance.lengths, lengths)
+    assert torch.equal(objective.get_extra_state()[1:].float(), lengths)
