@@ -28,15 +28,21 @@ ALL_IMAGES = """() => Promise.all([...document.images].map(image => {
   image.loading = 'eager';
   return image.complete || new Promise(done => { image.onload = image.onerror = done; });
 }))"""
-# on a phone, a table may be wider than the box in which it scrolls
 CUT_OFF = """() => [...document.querySelectorAll('article table, article pre, article div.math')]
   .filter(part => part.offsetParent)
   .map(part => part.closest('.pst-scrollable-table-container') || part)
-  .filter(part => part.getBoundingClientRect().right > innerWidth + 1
-    || (part.scrollWidth > part.clientWidth + 1
-      && !(innerWidth < 480 && part.matches('.pst-scrollable-table-container')
-        && getComputedStyle(part).overflowX === 'auto')))
+  .filter(part => part.scrollWidth > part.clientWidth + 1
+    || part.getBoundingClientRect().right > innerWidth + 1)
   .map(part => [part.tagName, part.scrollWidth, part.clientWidth, part.innerText.slice(0, 60)])"""
+BROKEN_NUMBERS = r"""() => [...document.querySelectorAll('article td')]
+  .filter(cell => cell.offsetParent && /^[-+–]?[\d.,]+( ?%)?$/.test(cell.innerText.trim()))
+  .filter(cell => {
+    const text = document.createRange();
+    text.selectNodeContents(cell);
+    const tops = [...text.getClientRects()].filter(line => line.width > 1).map(line => line.top);
+    return Math.max(...tops) - Math.min(...tops) > 6;
+  })
+  .map(cell => cell.innerText)"""
 # words, numbers and names of tables that stand on more than one line; a hyphen may end a line
 PARTED_WORDS = r"""() => [...document.querySelectorAll('article :is(td, th)')]
   .filter(cell => cell.offsetParent)
@@ -209,12 +215,13 @@ def test_page_fits_a_phone(browser, site, path):
 def test_nothing_is_cut_off(browser, site, path, width):
     """No column of a table, no line of code, nothing printed and no formula, folds included.
 
-    No word or number of a table is parted, and what shrinks to fit can still be read.
+    No number of a table is parted, and no word where there is room; what shrinks to fit can still be read.
     """
     page = browser.new_page(viewport={"width": width, "height": 900})
     settled(page, site + path)
     page.evaluate("document.querySelectorAll('details').forEach(fold => { fold.open = true; })")
-    cut, parted, small = (page.evaluate(what) for what in (CUT_OFF, PARTED_WORDS, TOO_SMALL))
+    in_pieces = PARTED_WORDS if width > 768 else BROKEN_NUMBERS
+    cut, parted, small = (page.evaluate(what) for what in (CUT_OFF, in_pieces, TOO_SMALL))
     page.close()
     assert (cut, parted, small) == ([], [], [])
 
