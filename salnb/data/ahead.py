@@ -48,7 +48,7 @@ def read_ahead(
         collate_fn=collate,
         worker_init_fn=_leave_ctrl_c,
     )
-    with torch.device("cpu"):  # it draws a seed
+    with torch.device("cpu"), _ctrl_c_waits():  # it draws a seed
         ready = iter(loader)
     done = 0
     with _deaths_in_turn() as turn:
@@ -72,6 +72,21 @@ def read_ahead(
 def _leave_ctrl_c(number: int) -> None:
     """A terminal sends it to all processes alike: these end when the one they work for does, or says so."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
+@contextlib.contextmanager
+def _ctrl_c_waits() -> Iterator[None]:
+    """Hold Ctrl-C back while processes start, which inherit this, until they ignore it."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _terminated(ready: Any) -> bool:

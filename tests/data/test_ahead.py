@@ -1,5 +1,6 @@
 """Processes that decode images ahead of time: when one dies, and what then becomes of the pass."""
 
+import os
 import signal
 import subprocess
 import time
@@ -10,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from salnb.data import ahead
 from salnb.data.folder import FolderImages
 
 _SIZE = 16
@@ -26,13 +28,15 @@ def split(tmp_path):
 
 
 def end(number):
-    """Send a signal to all that decode, and wait until this process has been told."""
+    """Send a signal to all that decode, and wait until it has ended them, as this process is told."""
     decoding = [process.pid for process in active_children()]
     assert len(decoding) == 2
     # from elsewhere: of the one they work for SIGTERM would be a request to finish
     subprocess.run(["kill", f"-{int(number)}", *map(str, decoding)], check=True)
-    time.sleep(0.5)
-    torch.zeros(1)  # torch's error would be raised here
+    if number != signal.SIGINT:
+        for process in decoding:
+            os.waitid(os.P_PID, process, os.WEXITED | os.WNOWAIT)
+        torch.zeros(1)  # torch's error would be raised here
 
 
 def numbers(batches):
@@ -62,11 +66,13 @@ def test_a_process_that_died_otherwise_is_told_when_a_batch_is_asked_for(split):
         list(batches)
 
 
-def test_ctrl_c_is_left_to_the_process_they_work_for(split):
-    expected, batches = numbers(split.epoch(4, seed=1)), split.epoch(4, seed=1)
-    found = [next(batches)]
+@pytest.mark.parametrize("seconds", [0, 1], ids=["at once", "late"])
+def test_ctrl_c_is_left_to_the_process_they_work_for(split, monkeypatch, seconds):
+    expected, ignore = numbers(split.epoch(4, seed=1)), ahead._leave_ctrl_c
+    monkeypatch.setattr(ahead, "_leave_ctrl_c", lambda number: (time.sleep(number * seconds), ignore(number)))
+    batches = split.epoch(4, seed=1)
+    found = [next(batches)]  # of process 0: the other one may not have begun
     end(signal.SIGINT)
-    assert len(active_children()) == 2
     assert numbers([*found, *batches]) == expected
 
 
