@@ -90,7 +90,7 @@ def torchvision_equivalents(size: int) -> dict[str, torch.nn.Module]:
         "cutout": v2.RandomErasing(p=1.0, scale=(0.25, 0.25), ratio=(1.0, 1.0)),
         "mixup": v2.MixUp(num_classes=CLASSES),
         "cutmix": v2.CutMix(num_classes=CLASSES),
-        "augmix": v2.AugMix(),
+        "augmix": v2.AugMix(all_ops=False, interpolation=bilinear),
     }
 
 

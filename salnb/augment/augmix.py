@@ -8,9 +8,10 @@ from torch import Tensor
 
 from salnb._common.checks import at_least_float32, at_least_float32_dtype
 from salnb._common.limits import check_integer, check_number
-from salnb.augment.base import Augmentation, Draw, Params, apply_where, column
+from salnb.augment.base import Augmentation, Draw, Params, column
 from salnb.augment.mixing import ALPHAS
 from salnb.augment.photometric import check_channels
+from salnb.augment.pieces import apply_where, on_cpu
 from salnb.augment.warp import Warp, affine_warp, compose, fully_valid, resample
 
 __all__ = ["AugMix", "AugMixParams"]
@@ -99,32 +100,38 @@ def recolour(images: Tensor, operation: Tensor, level: Tensor) -> Tensor:
     return apply_where(operation == OPERATIONS.index("solarize"), solarize, images, threshold)
 
 
-def run_chain(images: Tensor, operation: Tensor, level: Tensor, *, colours: bool) -> Tensor:
+def run_chain(images: Tensor, operation: Tensor, level: Tensor, movement: Tensor, *, colours: bool) -> Tensor:
     """Take each image through its chain; movements in a row are one resampling.
 
     Args:
         images: `(N, C, H, W)`, or maps, which only move.
         operation: `(N, depth)`.
         level: `(N, depth)`.
+        movement: `(N, depth, 2, 3)`, the `step_matrix` of each step.
         colours: whether photometric operations act; they do not on maps.
     """
-    size = images.shape[-2:]
-    level = level.to(at_least_float32_dtype(images.dtype))
-    still = step_matrix(torch.full_like(operation[:, 0], NONE), level[:, 0], size)
-    matrix, moved = still, torch.zeros_like(operation[:, 0], dtype=torch.bool)
+    coloured = (operation > NONE) & (operation < FIRST_GEOMETRIC)
+    still = torch.eye(2, 3, dtype=movement.dtype, device=movement.device)
+    matrix, moved = still.expand_as(movement[:, 0]), torch.zeros_like(coloured[:, 0])
 
     def settle(images: Tensor, chosen: Tensor) -> Tensor:
         return apply_where(chosen, lambda some, back: resample(some, Warp(back)), images, matrix)
 
-    for kind, strength in zip(operation.unbind(-1), level.unbind(-1), strict=True):
-        coloured = (kind > NONE) & (kind < FIRST_GEOMETRIC)
-        images = settle(images, coloured & moved)
-        if colours:
-            images = recolour(images, kind, strength)
-        matrix = torch.where(coloured[:, None, None], still, matrix)
-        matrix = compose(matrix, step_matrix(kind, strength, size))
-        moved = (moved & ~coloured) | (kind >= FIRST_GEOMETRIC)
+    for step in range(operation.shape[1]):
+        kind, recoloured = operation[:, step], coloured[:, step]
+        if _any(recoloured):
+            images = settle(images, recoloured & moved)
+            if colours:
+                images = recolour(images, kind, level[:, step])
+            matrix = still.where(recoloured[:, None, None], matrix)
+        matrix = compose(matrix, movement[:, step])
+        moved = (moved & ~recoloured) | (kind >= FIRST_GEOMETRIC)
     return settle(images, moved)
+
+
+def _any(chosen: Tensor) -> bool:
+    """Whether any sample may be chosen; where that is not known, yes."""
+    return not on_cpu(chosen) or bool(chosen.any())
 
 
 class AugMix(Augmentation[AugMixParams]):
@@ -145,6 +152,7 @@ class AugMix(Augmentation[AugMixParams]):
     params_class = AugMixParams
     unit_range = True
     piecewise = True
+    division = 8
 
     def __init__(self, severity: float = 3.0, width: int = 3, depth: int = -1, alpha: float = 1.0) -> None:
         super().__init__()
@@ -186,9 +194,10 @@ class AugMix(Augmentation[AugMixParams]):
     def _mix(self, images: Tensor, params: AugMixParams, *, colours: bool) -> Tensor:
         mixed = images * column(1 - params.mixed_weight, images)
         weights = params.chain_weight * params.mixed_weight[:, None]
-        for operation, level, weight in zip(
-            params.operation.unbind(1), params.level.unbind(1), weights.unbind(1), strict=True
-        ):
-            chain = run_chain(images, operation, level, colours=colours)
+        operation, level = params.operation, params.level.to(at_least_float32_dtype(images.dtype))
+        movement = step_matrix(operation.flatten(), level.flatten(), images.shape[-2:])
+        movement = movement.unflatten(0, operation.shape)
+        for i, weight in enumerate(weights.unbind(1)):
+            chain = run_chain(images, operation[:, i], level[:, i], movement[:, i], colours=colours)
             mixed = torch.addcmul(mixed, chain, column(weight, images))
         return mixed

@@ -2,8 +2,6 @@
 
 import dataclasses
 import inspect
-import itertools
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
@@ -17,10 +15,9 @@ from salnb._common.checks import (
     check_generator,
     check_images,
     check_mask,
-    is_channels_last,
-    is_traced,
     plain,
 )
+from salnb.augment.pieces import in_pieces
 
 # what the face of the package shows; the rest serves those who write an augmentation
 __all__ = ["Augmentation", "Batch", "Draw", "NotInvertibleError", "Params"]
@@ -134,71 +131,6 @@ class Draw:
         return torch.empty_like(order).scatter(0, order, order.roll(1))
 
 
-def on_cpu(tensor: Tensor) -> bool:
-    """Whether values can be looked at for free: the host would wait for a GPU, and a trace has none."""
-    return tensor.device.type == "cpu" and not is_traced(tensor)
-
-
-def apply_where(chosen: Tensor, kernel: Callable[..., Tensor], images: Tensor, *per_sample: Tensor) -> Tensor:
-    """Apply a kernel to the chosen samples and leave the others as they are.
-
-    Only the chosen samples are computed where it is known which they are, else all.
-
-    Args:
-        chosen: `(N,)` booleans.
-        kernel: a function of images `(M, C, H, W)` and of the per-sample tensors that keeps the shape.
-        images: `(N, C, H, W)`.
-        *per_sample: tensors of first dimension N.
-    """
-    if not on_cpu(images):
-        return torch.where(chosen[:, None, None, None], kernel(images, *per_sample), images)
-    index = chosen.nonzero()[:, 0]
-    if len(index) == len(images):
-        return kernel(images, *per_sample)
-    result = images.clone()
-    if len(index):
-        result[index] = kernel(images[index], *(values[index] for values in per_sample))
-    return result
-
-
-# numbers that a core's cache holds along with the intermediate results of a few steps
-PIECE = 2**20
-
-
-def in_pieces(function: Callable[..., Any], samples: Tensor, params: P) -> Any:
-    """Call a function that treats each sample on its own with one piece of the batch after another.
-
-    On a CPU a large batch takes several times as long as its arithmetic where there are many steps: every
-    intermediate result goes through memory that the system first has to hand out page by page. Pieces that
-    stay in the cache avoid that.
-
-    Args:
-        function: of samples and their params, to a tensor or a tuple of tensors of as many samples.
-        samples: `(N, ...)`.
-        params: of N samples.
-    """
-    length = max(1, PIECE * len(samples) // samples.numel())
-    if length >= len(samples) or not on_cpu(samples):
-        return function(samples, params)
-    pieces = [slice(start, start + length) for start in range(0, len(samples), length)]
-    results = (function(samples[piece], params.piece(piece)) for piece in pieces)
-    first = next(results)
-    if any(part.requires_grad for part in pytree.tree_leaves(first)):
-        return pytree.tree_map(lambda *parts: torch.cat(parts), first, *results)
-    whole = pytree.tree_map(lambda part: _room(part, len(samples)), first)
-    for piece, result in zip(pieces, itertools.chain([first], results), strict=True):
-        pytree.tree_map(lambda room, part, piece=piece: room[piece].copy_(part), whole, result)
-    return whole
-
-
-def _room(part: Tensor, samples: int) -> Tensor:
-    """An empty tensor like a piece, in its memory format, for so many samples."""
-    memory_format = torch.channels_last if is_channels_last(part) else torch.contiguous_format
-    return torch.empty(
-        samples, *part.shape[1:], dtype=part.dtype, device=part.device, memory_format=memory_format
-    )
-
-
 def column(values: Tensor, images: Tensor) -> Tensor:
     """Per-sample values `(N,)` in the images' dtype, shaped to act on `(N, C, H, W)`."""
     return values.to(images.dtype)[:, None, None, None]
@@ -251,6 +183,8 @@ class Augmentation(nn.Module, Generic[P]):
         unit_range: whether images must lie in [0, 1].
         least_samples: how many images it needs.
         piecewise: whether `_transform` treats each image on its own, so that it may get a batch in pieces.
+        division: how many times smaller than usual these are, for what does much with each image; 0, for what
+            does little, is the whole batch.
     """
 
     params_class: ClassVar[type[Params]]
@@ -258,6 +192,7 @@ class Augmentation(nn.Module, Generic[P]):
     unit_range: bool = False
     least_samples: int = 1
     piecewise: bool = False
+    division: ClassVar[int] = 1
 
     def make_params(self, images: Tensor, generator: torch.Generator | None = None) -> P:
         """Draw for each image of the batch, of which only shape, dtype and device are read.
@@ -282,8 +217,10 @@ class Augmentation(nn.Module, Generic[P]):
         images = check_images(images, unit_range=self.unit_range)
         params = self._checked(params, images, "images")
         if self.piecewise:
-            return in_pieces(self._transform, images, params)
-        return self._transform(images, params)
+            changed = in_pieces(self._transform, images, params, self.division)
+        else:
+            changed = self._transform(images, params)
+        return images.clone() if changed is images else changed
 
     def targets(self, target: Tensor, params: P, num_classes: int | None = None) -> Tensor:
         """The labels of the augmented images: the target itself, or `(N, K)` weights where images are mixed.

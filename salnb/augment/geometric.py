@@ -10,7 +10,8 @@ from torch import Tensor
 
 from salnb._common.checks import at_least_float32_dtype
 from salnb._common.limits import check_number, check_pair, check_range
-from salnb.augment.base import Augmentation, Draw, P, Params, apply_where, everywhere, in_pieces, on_cpu
+from salnb.augment.base import Augmentation, Draw, P, Params, everywhere
+from salnb.augment.pieces import SMALL_IMAGE, apply_where, in_pieces, on_cpu
 from salnb.augment.warp import Warp, affine_warp, matrix, merge, pull_maps, push_maps, resample, resize_boxes
 
 __all__ = ["Affine", "Geometric", "HorizontalFlip", "Rescale", "ResizedCrop", "Rotation", "VerticalFlip"]
@@ -18,8 +19,6 @@ __all__ += ["AffineParams", "CropParams", "FlipParams"]
 
 # beyond these a factor leaves nothing to be seen, and in half precision overflows soon
 FACTORS = (1e-3, 1e3)
-# below this many pixels a loop over the samples costs more than it saves
-SMALL_IMAGE = 64 * 64
 
 
 @dataclass(frozen=True)
@@ -130,6 +129,7 @@ def _merged(steps: Sequence[Step], images: Tensor) -> Warp:
 
 class _Flip(Geometric[FlipParams]):
     params_class = FlipParams
+    division = 0
     dim: int
 
     def __init__(self, p: float = 0.5) -> None:

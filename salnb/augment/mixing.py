@@ -9,7 +9,8 @@ from torch import Tensor
 
 from salnb._common.checks import check_labels, check_labels_to_mix
 from salnb._common.limits import check_number
-from salnb.augment.base import Augmentation, Draw, Params, in_pieces
+from salnb.augment.base import Augmentation, Draw, Params
+from salnb.augment.pieces import in_pieces
 
 __all__ = ["CutMix", "CutMixParams", "CutOut", "CutOutParams", "MixUp", "MixUpParams"]
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from salnb._common.limits import check_number, check_range
-from salnb.augment.base import Augmentation, Draw, P, Params, apply_where, column, everywhere
+from salnb.augment.base import Augmentation, Draw, P, Params, column, everywhere
+from salnb.augment.pieces import apply_where
 
 __all__ = ["ColorJitter", "Contrast", "Grayscale", "Identity", "Photometric"]
 __all__ += ["ContrastParams", "GrayscaleParams", "IdentityParams", "JitterParams"]

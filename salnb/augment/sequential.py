@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from salnb._common.limits import check_number
-from salnb.augment.base import Augmentation, Draw, Params, everywhere, in_pieces
+from salnb.augment.base import Augmentation, Draw, Params, everywhere
 from salnb.augment.geometric import (
     Affine,
     Geometric,
@@ -19,6 +19,7 @@ from salnb.augment.geometric import (
     push_forward,
 )
 from salnb.augment.photometric import ColorJitter, Contrast, Grayscale
+from salnb.augment.pieces import in_pieces
 
 __all__ = ["Combined", "Sequential", "SequentialParams", "SimCLR"]
 

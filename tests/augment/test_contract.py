@@ -11,8 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from salnb import augment
-from salnb.augment import AUGMENTATIONS
-from salnb.augment import base as augment_base
+from salnb.augment import AUGMENTATIONS, pieces
 from tests.helpers.tolerances import assert_close
 
 CLASSES = 5
@@ -207,7 +206,7 @@ def test_large_batches_in_pieces_give_the_same(name, monkeypatch):
     aug, maps = AUGMENTATIONS[name](), maps_like(images)
     params = aug.make_params(images, generator(11))
     whole = everything(aug, images, maps, labels, params)
-    monkeypatch.setattr(augment_base, "PIECE", 4 * images[0].numel())
+    monkeypatch.setattr(pieces, "PIECE", 4 * images[0].numel())
     for actual, wanted in zip(everything(aug, images, maps, labels, params), whole, strict=True):
         assert torch.equal(actual, wanted)
 
@@ -215,14 +214,14 @@ def test_large_batches_in_pieces_give_the_same(name, monkeypatch):
 def lengths_of_pieces(samples):
     seen = []
     params = augment.FlipParams(torch.ones(len(samples), dtype=torch.bool))
-    augment_base.in_pieces(lambda some, drawn: seen.append((len(some), len(drawn))) or some, samples, params)
+    pieces.in_pieces(lambda some, drawn: seen.append((len(some), len(drawn))) or some, samples, params)
     assert all(samples == params for samples, params in seen)
     return [samples for samples, _ in seen]
 
 
 def test_pieces_are_cut_of_what_is_large_on_a_cpu_and_has_values(monkeypatch):
     images, _ = batch()
-    monkeypatch.setattr(augment_base, "PIECE", 4 * images[0].numel())
+    monkeypatch.setattr(pieces, "PIECE", 4 * images[0].numel())
     assert lengths_of_pieces(images) == [4, 2]
     assert lengths_of_pieces(images[:4]) == [4]
     assert lengths_of_pieces(images.to("meta")) == [6]
@@ -240,7 +239,8 @@ class BatchMean(augment.Identity):
     ("aug", "lengths"),
     [
         (augment.ColorJitter(), [4, 2]),
-        (augment.AugMix(), [4, 2]),
+        (augment.AugMix(), [1] * 6),  # which does much with each
+        (augment.HorizontalFlip(), [6]),  # and which little
         (augment.SimCLR(), [4, 2]),
         (augment.Affine(), [4, 2]),
         (augment.Sequential(augment.HorizontalFlip(), augment.Contrast()), [4, 2]),
@@ -252,7 +252,7 @@ class BatchMean(augment.Identity):
 )
 def test_what_treats_each_image_alone_does_so_in_pieces(aug, lengths, monkeypatch):
     images, _ = batch()
-    monkeypatch.setattr(augment_base, "PIECE", 4 * images[0].numel())
+    monkeypatch.setattr(pieces, "PIECE", 4 * images[0].numel())
     with mock.patch.object(aug, "_transform", wraps=aug._transform) as transform:
         aug.images(images, aug.make_params(images))
     assert [len(call.args[0]) for call in transform.call_args_list] == lengths
@@ -265,7 +265,7 @@ def test_pieces_keep_the_memory_format(name, memory_format, monkeypatch):
     images = images.contiguous(memory_format=memory_format)
     params = ONE[name].make_params(images)
     whole = ONE[name].images(images, params)
-    monkeypatch.setattr(augment_base, "PIECE", 4 * images[0].numel())
+    monkeypatch.setattr(pieces, "PIECE", 4 * images[0].numel())
     assert ONE[name].images(images, params).stride() == whole.stride()
 
 
