@@ -31,7 +31,8 @@ from salnb.saliency.layers import (
     rearranged,
     stem_before_attention,
 )
-from salnb.saliency.relu_rules import ReLURule, relus_unreached
+from salnb.saliency.relu_rules import ReLURule
+from salnb.saliency.relu_unreached import relus_unreached
 
 __all__ = [
     "ForwardRecorder",
@@ -230,7 +231,7 @@ class ForwardRecorder:
         """The maps of `scores` (N,) with respect to `images`, both from the pass that was recorded."""
         score = scores.sum()
         # while the graph is there, and before Grad-CAM's own rectifier
-        unreached = relus_unreached(score) if self.relu_rule else []
+        unreached = relus_unreached(score, self.relu_rule.unreached) if self.relu_rule else []
         no_relu = self.relu_rule is not None and not self.relu_rule.relu_count
         maps: list[Tensor] = []
         if self.layer is not None:
@@ -248,8 +249,9 @@ class ForwardRecorder:
             maps.append(reduce_channels(gradient, reduce))
         if unreached:
             warn_caller(
-                "ReLUs that no rule reaches, as they run in another thread, or where PyTorch is not called "
-                f"from Python: {', '.join(unreached)}; there the map has the plain gradient"
+                "ReLUs that no rule reaches, as they run in another thread, where PyTorch is not called from "
+                "Python, or are made of other operations: "
+                f"{', '.join(unreached)}; there the map has the plain gradient"
             )
         elif no_relu:
             warn_caller("no ReLU was met in the forward pass: without one, the map is the plain gradient")

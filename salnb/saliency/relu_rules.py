@@ -4,16 +4,17 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import repeat
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from salnb._common.autograd import nodes_of
 from salnb.double_backward.recomputation import RecomputedMode
-from salnb.saliency.relu_spellings import SIGNS, SPELLINGS, ReLUCall, is_zero, note_sign
+from salnb.saliency.relu_masks import SIGNS, note_sign
+from salnb.saliency.relu_spellings import EACH, SPELLINGS, ReLUCall
 
-__all__ = ["ReLURule", "Rectifier", "relus_unreached"]
+__all__ = ["ReLURule", "Rectifier"]
 
 
 class ReLURule(RecomputedMode):
@@ -31,6 +32,7 @@ class ReLURule(RecomputedMode):
     Attributes:
         rule_active: whether the rule acts.
         relu_count: the number of ReLUs that were swapped.
+        unreached: the ReLUs that were met and could not be swapped, and that no graph tells.
     """
 
     def __init__(self, rule: str):
@@ -38,6 +40,7 @@ class ReLURule(RecomputedMode):
         self.rule = rule
         self.rule_active = False
         self.relu_count = 0
+        self.unreached: Counter[str] = Counter()
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -52,23 +55,53 @@ class ReLURule(RecomputedMode):
         self, func: Callable, types: Sequence[type], args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func in EACH:
+            return self._each(func, args, kwargs)
         read = SPELLINGS.get(func)
         call = read(*args, **kwargs) if read else None
-        if call is None:
-            result = func(*args, **kwargs)
-            if func in SIGNS:
-                note_sign(SIGNS[func], result, *args, *kwargs.values())
-            return result
+        if call is not None and not call.input.requires_grad:  # by a mask in `torch.vmap`
+            self.unreached[f"{func.__name__} in torch.vmap"] += 1
+            call = None
+        result = (
+            func(*args, **kwargs) if call is None else self._swapped(call, partial(func, *args, **kwargs))
+        )
+        if func in SIGNS:
+            note_sign(SIGNS[func], result, args, kwargs)
+        return result
+
+    def _swapped(self, call: ReLUCall, run: Callable[[], Any]) -> Tensor:
+        """The result of a rectifier, whose backward pass follows the rule; `run` is the call itself."""
         self.relu_count += 1
         x, written = call.input, call.input if call.into is None else call.into
         # the rest of a view's base has a history to be kept
         apart = call.cap is not None or written is not x or (call.in_place and x._is_view())
         if not apart:
-            return Rectifier.apply(x, partial(func, *args, **kwargs), call, call.in_place, self)
+            return Rectifier.apply(x, run, call, call.in_place, self)
         out = Rectifier.apply(x, partial(call.out_of_place, x), call, False, self)
         if call.cap is not None:
             out = out.clamp(max=call.cap)
         return written.copy_(out) if call.in_place else out
+
+    def _each(self, func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """What a call on lists of tensors gives, with those of its parts swapped that are rectifiers."""
+        run, read = EACH[func]
+        columns = [arg if isinstance(arg, list | tuple) else repeat(arg) for arg in args]
+        rows = list(zip(*columns, strict=False)) if args and columns[0] is args[0] else []
+        calls = [read(*row, **kwargs) for row in rows]
+        if not any(calls):
+            return func(*args, **kwargs)
+
+        def alone(others: list, x: Tensor) -> Tensor:
+            others = [[other] if isinstance(other, Tensor) else other for other in others]
+            return run([x], *others, **kwargs)[0]
+
+        results = []
+        for (x, *others), call in zip(rows, calls, strict=True):
+            if call is not None and call.input is x:
+                call = call._replace(plain=partial(alone, others))
+            result = self._swapped(call, partial(alone, others, x)) if call else alone(others, x)
+            results.append(result if func is run else x.copy_(result))
+        return tuple(results) if func is run else results
 
 
 class Rectifier(torch.autograd.Function):
@@ -118,58 +151,3 @@ def _pass_where(positive: Tensor, grad: Tensor, upper: float | None = None) -> T
     if upper is None:
         return torch.ops.aten.threshold_backward(grad, positive, 0)
     return torch.ops.aten.hardtanh_backward(grad, positive, 0, upper)
-
-
-#: what ReLUs, or what is taken away to make one, leave in a graph, and the attribute that is zero in these
-_NODES = {
-    "Relu": None,
-    "Threshold": "_saved_threshold",
-    "Clamp": "_saved_min",
-    "ClampMin": "_saved_min",
-    "ClampMax": "_saved_max",
-    "Minimum": "_saved_other",
-    "Hardtanh": "_saved_min_val",
-    "LeakyRelu": "_saved_negative_slope",
-    "Elu": "_saved_alpha",
-    "Maximum": "_saved_other",
-    "Fmax": "_saved_other",
-}
-
-
-def relus_unreached(scores: Tensor) -> list[str]:
-    """The ReLUs of a graph that no rule has swapped, as words for a warning.
-
-    These run where no mode sees them: in scripted modules, in threads of the model, in an
-    `autograd.Function` of the user's, which is known by its name only.
-    """
-    found: Counter[str] = Counter()
-    for node in nodes_of(scores):
-        if words := _is_unreached(node):
-            found[words] += 1
-    return [f"{words} ({count}×)" for words, count in found.items()]
-
-
-def _is_unreached(node: Any) -> str | None:
-    """What to call a node that is, or may hide, a ReLU; None for others."""
-    name = type(node).__name__  # quicker to get at than `node.name()`
-    if name == "CppFunction":
-        name = node.name()
-    if "DifferentiableGraph" in name:
-        return "scripted code (torch.jit)"
-    kind = name.rstrip("0123456789").removesuffix("Backward")
-    if isinstance(node, torch.autograd.function.BackwardCFunction):
-        function = type(node)._forward_cls  # type: ignore[attr-defined]
-        ours = function.__module__.startswith("salnb.")
-        return f"the Function {kind}" if not ours and _sounds_like_relu(kind) else None
-    if kind not in _NODES:
-        return None
-    bound = getattr(node, attribute) if (attribute := _NODES[kind]) else 0
-    if bound is None:  # of a clamp from above
-        bound = node._saved_max
-    return name if is_zero(bound) else None
-
-
-def _sounds_like_relu(name: str) -> bool:
-    return any(part in name.lower() for part in ("relu", "rectif")) and not any(
-        part in name.lower() for part in ("leaky", "prelu")
-    )

@@ -1,20 +1,15 @@
 """The spellings of a rectifier in PyTorch: which calls compute min(max(x, 0), upper)."""
 
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_mode
-from torch.utils._python_dispatch import _disable_current_modes
 
-from salnb._common.checks import is_batched
+from salnb.saliency.relu_masks import UnknownError, functions_named, is_sign, is_zero
 
-__all__ = ["SIGNS", "SPELLINGS", "ReLUCall", "is_zero", "note_sign"]
+__all__ = ["EACH", "SPELLINGS", "ReLUCall"]
 
 
 class ReLUCall(NamedTuple):
@@ -29,6 +24,7 @@ class ReLUCall(NamedTuple):
         cap: a tensor with a gradient of its own that bounds the result, which the rules leave alone.
         plain: the same, not in place, for the spellings whose derivative on the bounds depends on the version
             of PyTorch; for the others, None, it is zero.
+        by_mask: whether a mask does it, so that nothing in the graph tells what this is.
     """
 
     input: Tensor
@@ -38,6 +34,7 @@ class ReLUCall(NamedTuple):
     zero: Any = 0
     cap: Tensor | None = None
     plain: Callable[[Tensor], Tensor] | None = None
+    by_mask: bool = False
 
     def out_of_place(self, x: Tensor) -> Tensor:
         """The same values in a tensor of their own."""
@@ -95,20 +92,26 @@ def _clamp(input: Tensor, min: Any = None, max: Any = None) -> ReLUCall | None:
 def _maximum(input: Tensor, other: Any) -> ReLUCall | None:
     if not isinstance(other, Tensor):  # a dimension
         return None
-    x, zero = (input, other) if input.requires_grad else (other, input)
+    x, zero = _with_zero(input, other)
     return ReLUCall(x, zero=zero, plain=lambda x: torch.maximum(x, zero))
 
 
 def _fmax(input: Tensor, other: Tensor) -> ReLUCall | None:
-    x, zero = (input, other) if input.requires_grad else (other, input)
+    x, zero = _with_zero(input, other)
     return ReLUCall(x, zero=zero, plain=lambda x: torch.fmax(x, zero))
 
 
+def _with_zero(input: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """Two tensors, with that last which may be zero."""
+    swap = not input.requires_grad or (other.requires_grad and is_zero(input))
+    return (other, input) if swap else (input, other)
+
+
 def _where(condition: Tensor, input: Any, other: Any) -> ReLUCall | None:
-    if _is_sign(condition, input, positive=True):
-        return ReLUCall(input, zero=other, plain=lambda x: torch.where(condition, x, 0))
-    if _is_sign(condition, other, positive=False):
-        return ReLUCall(other, zero=input, plain=lambda x: torch.where(condition, 0, x))
+    if is_sign(condition, input, positive=True):
+        return ReLUCall(input, zero=other, plain=lambda x: torch.where(condition, x, 0), by_mask=True)
+    if is_sign(condition, other, positive=False):
+        return ReLUCall(other, zero=input, plain=lambda x: torch.where(condition, 0, x), by_mask=True)
     return None
 
 
@@ -117,14 +120,34 @@ def _where_of_tensor(input: Tensor, condition: Tensor, other: Any) -> ReLUCall |
 
 
 def _multiply(input: Any, other: Any) -> ReLUCall | None:
-    x, kept = (input, other) if _is_sign(other, input, positive=True) else (other, input)
-    return ReLUCall(x, plain=lambda x: x * kept) if _is_sign(kept, x, positive=True) else None
+    x, kept = (input, other) if is_sign(other, input, positive=True) else (other, input)
+    if not is_sign(kept, x, positive=True):
+        return None
+    return ReLUCall(x, plain=lambda x: x * kept, by_mask=True)
+
+
+def _addcmul(input: Tensor, tensor1: Tensor, tensor2: Tensor, *, value: float = 1) -> ReLUCall | None:
+    call = _multiply(tensor1, tensor2) if value == 1 else None
+    return call and call._replace(zero=input)
+
+
+def _einsum(equation: Any, *operands: Any) -> ReLUCall | None:
+    if not isinstance(equation, str) or len(operands) != 2:
+        return None
+    inputs, _, output = equation.replace(" ", "").partition("->")
+    letters = output.replace("...", "")
+    elementwise = inputs == f"{output},{output}" and len(set(letters)) == len(letters)
+    return _multiply(*operands) if elementwise else None
 
 
 def _masked_fill(input: Tensor, mask: Tensor, value: Any) -> ReLUCall | None:
-    if not _is_sign(mask, input, positive=False):
+    if not is_sign(mask, input, positive=False):
         return None
-    return ReLUCall(input, zero=value, plain=lambda x: x.masked_fill(mask, 0))
+    return ReLUCall(input, zero=value, plain=lambda x: x.masked_fill(mask, 0), by_mask=True)
+
+
+def _masked_scatter(input: Tensor, mask: Tensor, source: Tensor) -> ReLUCall | None:
+    return _masked_fill(input, mask, source)
 
 
 def _index_put(input: Tensor, indices: Any, values: Any, accumulate: bool = False) -> ReLUCall | None:
@@ -137,77 +160,18 @@ def _set_item(input: Tensor, index: Any, value: Any) -> ReLUCall | None:
     return _masked_fill(input, index, value) if isinstance(index, Tensor) else None
 
 
-def is_zero(value: Any) -> bool | None:
-    """Whether this is a zero, or a tensor of zeros that stay zeros; None of what has no values to look at."""
-    if not isinstance(value, Tensor):
-        return isinstance(value, int | float) and value == 0
-    if value.requires_grad or value.is_meta or is_batched(value):
-        return False
-    if isinstance(value, FakeTensor):  # it has a value only where a number made it
-        if value.constant is None:
-            return None
-        with _disable_current_modes():
-            return not value.constant.any()
-    return not value.any()
-
-
 def _certainly_zero(value: Any) -> bool:
     if (zero := is_zero(value)) is None:
-        raise _UnknownError
+        raise UnknownError
     return zero
 
 
-class _Sign(NamedTuple):
-    """Where a mask comes from: a comparison of a tensor with zero."""
-
-    tensor: Tensor
-    version: int
-    made: int  # the version of the mask itself
-    positive: bool  # whether it is true where the tensor is positive; zero may belong to either side
-    known: bool  # false where a traced graph has no values that would tell whether it is zero
-
-
-def note_sign(name: str, result: Any, *args: Any) -> None:
-    """Remember of a mask that it is the sign of a tensor, so that `x * (x > 0)` is known for what it is."""
-    if not args or not isinstance(result, Tensor) or result is args[0] or result.is_inference():
-        return
-    if name in _COMPARISONS:
-        (x, zero), positive = args[:2], _COMPARISONS[name]
-        if not isinstance(x, Tensor) or (isinstance(zero, Tensor) and zero.requires_grad):
-            x, zero, positive = zero, x, not positive
-        if not isinstance(x, Tensor) or x.is_inference() or (known := is_zero(zero)) is False:
-            return
-        result._sign = _Sign(x, x._version, result._version, positive, bool(known))  # type: ignore[attr-defined]
-    elif result.shape == args[0].shape and isinstance(sign := getattr(args[0], "_sign", None), _Sign):
-        if args[0]._version != sign.made:
-            return
-        positive = sign.positive is not (name in _NEGATIONS)
-        result._sign = sign._replace(made=result._version, positive=positive)  # type: ignore[attr-defined]
-
-
-class _UnknownError(Exception):
-    """Whether a call is a ReLU depends on values that a traced graph does not have."""
-
-
-def _is_sign(mask: Any, x: Any, *, positive: bool) -> bool:
-    """Whether a mask says where `x` is positive, or where it is negative."""
-    sign = getattr(mask, "_sign", None)
-    if not isinstance(sign, _Sign) or not isinstance(x, Tensor) or sign.positive is not positive:
-        return False
-    t = sign.tensor
-    unchanged = t._version == sign.version and mask._version == sign.made
-    same = t is x or (t.shape == x.shape and t.stride() == x.stride() and _are_one(t, x))
-    if same and unchanged and x.requires_grad and not sign.known:
-        raise _UnknownError
-    return same and unchanged
-
-
-def _are_one(x: Tensor, y: Tensor) -> bool:
-    """Whether two tensors of one shape have the same memory."""
-    if is_batched(x) or is_batched(y):
-        return False  # which do not say
-    with disable_proxy_modes_tracing() if get_proxy_mode() is not None else nullcontext():
-        return x.is_set_to(y.detach())
+def _has_history(call: ReLUCall) -> bool:
+    """Whether a gradient is wanted of the input, of one in `torch.vmap` only where no graph would tell."""
+    x, functorch = call.input, torch._C._functorch
+    while call.by_mask and functorch.is_functorch_wrapped_tensor(x):
+        x = functorch.get_unwrapped(x)
+    return x.requires_grad
 
 
 _BY_NAME: dict[str, Callable[..., ReLUCall | None]] = {
@@ -231,7 +195,10 @@ _BY_NAME: dict[str, Callable[..., ReLUCall | None]] = {
     "__mul__": _multiply,
     "__rmul__": _multiply,
     "__imul__": _multiply,
+    "addcmul": _addcmul,
+    "einsum": _einsum,
     "masked_fill": _masked_fill,
+    "masked_scatter": _masked_scatter,
     "index_put": _index_put,
     "__setitem__": _set_item,
 }
@@ -257,9 +224,9 @@ def _reader(parse: Callable[..., ReLUCall | None], *, in_place: bool) -> Callabl
             return None
         try:
             call = parse(*args, **kwargs)
-            if call is None or not call.input.requires_grad or not _certainly_zero(call.zero):
+            if call is None or not _has_history(call) or not _certainly_zero(call.zero):
                 return None
-        except _UnknownError:
+        except UnknownError:
             raise RuntimeError(_UNKNOWN.format(parse.__name__.strip("_"))) from None
         if not in_place:
             return call
@@ -273,35 +240,18 @@ def _reader(parse: Callable[..., ReLUCall | None], *, in_place: bool) -> Callabl
     return read
 
 
-def _functions(name: str) -> Iterator[tuple[Callable, str]]:
-    """Every function, method and operator of PyTorch with this name or that of its variant in place."""
-    for home in (torch, Tensor, F, torch._C._nn, torch.ops.aten):
-        for spelled in (name, f"{name}_"):
-            function: Any = getattr(home, spelled, None)
-            operator = isinstance(function, torch._ops.OpOverloadPacket)
-            overloads = [getattr(function, o) for o in function.overloads()] if operator else []
-            for spelling in filter(callable, (function, *overloads)):
-                yield spelling, spelled
-
-
 _IN_PLACE = ("__imul__", "__setitem__")
 
 #: for each call that may be a rectifier, what tells whether it is one
 SPELLINGS = {
     function: _reader(parse, in_place=name in _IN_PLACE or spelled != name)
     for name, parse in _BY_NAME.items()
-    for function, spelled in _functions(name)
+    for function, spelled in functions_named(name)
 } | {Tensor.where: _reader(_where_of_tensor, in_place=False)}
 
-_COMPARISONS = {
-    **dict.fromkeys(("gt", "greater", "ge", "greater_equal", "__gt__", "__ge__"), True),
-    **dict.fromkeys(("lt", "less", "le", "less_equal", "__lt__", "__le__"), False),
+#: the calls on lists of tensors, each with its variant that is not in place and what tells a rectifier
+EACH = {
+    getattr(torch, f"_foreach_{name}{end}"): (getattr(torch, f"_foreach_{name}"), SPELLINGS[function])
+    for name, function in (("clamp_min", torch.clamp_min), ("maximum", torch.clamp_min), ("mul", torch.mul))
+    for end in ("", "_")
 }
-_NEGATIONS = ("logical_not", "bitwise_not", "__invert__")
-_CASTS = (
-    *("to", "type", "type_as", "float", "double", "half", "bfloat16", "int", "long", "bool", "detach"),
-    *("clone", "contiguous", "reshape", "reshape_as", "view", "view_as", "expand_as"),
-)
-
-#: the calls that make the mask of a rectifier, or hand it on, by the names that `note_sign` knows
-SIGNS = {function: name for name in (*_COMPARISONS, *_NEGATIONS, *_CASTS) for function, _ in _functions(name)}

@@ -13,136 +13,8 @@ from salnb.saliency.recording import ForwardRecorder
 from salnb.saliency.relu_rules import ReLURule
 from tests.helpers.finite_differences import assert_gradient
 from tests.helpers.methods import WITH_RULE
+from tests.helpers.relus import OTHERS, SPELLINGS, mask_times_in_place, zeros
 from tests.helpers.tolerances import assert_close
-
-zeros = torch.zeros_like
-aten = torch.ops.aten
-INF = float("inf")
-
-
-def setitem(x):
-    x[x < 0] = 0
-    return x
-
-
-def times_in_place(x):
-    x *= x > 0
-    return x
-
-
-def mask_times_in_place(x):
-    mask = (x > 0).to(x.dtype)
-    mask *= x
-    return mask
-
-
-def mask_turned(x):
-    mask = x > 0
-    mask.logical_not_()
-    return x * mask
-
-
-def mask_of_inference(x):
-    with torch.inference_mode():
-        mask = x > 0
-    return x * 1 if mask.any() else x
-
-
-def half_in_place(x):
-    x[:, 2:].relu_()
-    return torch.cat([x[:, :2].relu(), x[:, 2:]], 1)
-
-
-# name: (what is called on a tensor that may be overwritten, the upper bound)
-SPELLINGS = {
-    "nn.ReLU": (nn.ReLU(), INF),
-    "nn.ReLU(inplace)": (nn.ReLU(inplace=True), INF),
-    "F.relu": (F.relu, INF),
-    "F.relu(inplace)": (lambda x: F.relu(x, inplace=True), INF),
-    "F.relu_": (F.relu_, INF),
-    "torch.relu": (torch.relu, INF),
-    "torch.relu_": (torch.relu_, INF),
-    "Tensor.relu": (lambda x: x.relu(), INF),
-    "Tensor.relu_": (lambda x: x.relu_(), INF),
-    "relu=": (lambda x: F.relu(input=x), INF),
-    "nn.ReLU6": (nn.ReLU6(), 6),
-    "F.relu6(inplace)": (lambda x: F.relu6(x, True), 6),
-    "F.hardtanh": (lambda x: F.hardtanh(x, 0, 6), 6),
-    "F.hardtanh_": (lambda x: F.hardtanh_(x, 0, 2), 2),
-    "nn.Hardtanh": (nn.Hardtanh(0, INF), INF),
-    "nn.Threshold": (nn.Threshold(0, 0), INF),
-    "F.threshold(inplace)": (lambda x: F.threshold(x, 0, 0, True), INF),
-    "torch.threshold": (lambda x: torch.threshold(x, 0, 0), INF),
-    "F.threshold_": (lambda x: F.threshold_(x, 0.0, 0.0), INF),
-    "clamp(min)": (lambda x: x.clamp(min=0), INF),
-    "clamp(0)": (lambda x: torch.clamp(x, 0.0), INF),
-    "clamp(0, 6)": (lambda x: x.clamp(0, 6), 6),
-    "clamp_": (lambda x: x.clamp_(min=0), INF),
-    "clamp(tensor)": (lambda x: x.clamp(min=torch.zeros(())), INF),
-    "clip": (lambda x: torch.clip(x, 0), INF),
-    "clip_": (lambda x: x.clip_(min=0), INF),
-    "clamp_min": (lambda x: x.clamp_min(0), INF),
-    "clamp_min_": (lambda x: torch.clamp_min_(x, 0), INF),
-    "clamp_min(tensor)": (lambda x: torch.clamp_min(x, zeros(x)), INF),
-    "maximum": (lambda x: torch.maximum(x, zeros(x)), INF),
-    "maximum(0, x)": (lambda x: torch.maximum(torch.zeros(()), x), INF),
-    "fmax": (lambda x: x.fmax(torch.zeros(())), INF),
-    "torch.max": (lambda x: torch.max(x, torch.zeros(())), INF),
-    "Tensor.max": (lambda x: zeros(x).max(x), INF),
-    "leaky_relu": (lambda x: F.leaky_relu(x, 0.0), INF),
-    "nn.LeakyReLU(inplace)": (nn.LeakyReLU(0, inplace=True), INF),
-    "rrelu": (lambda x: F.rrelu(x, 0.0, 0.0), INF),
-    "elu": (lambda x: F.elu(x, 0.0), INF),
-    "prelu": (lambda x: F.prelu(x, torch.zeros(1, dtype=x.dtype)), INF),
-    "where": (lambda x: torch.where(x > 0, x, 0.0), INF),
-    "where(x >= 0)": (lambda x: torch.where(x >= 0, x, zeros(x)), INF),
-    "where(x < 0)": (lambda x: torch.where(x < 0, zeros(x), x), INF),
-    "where(not)": (lambda x: torch.where(~(x <= 0), x, 0), INF),
-    "where(0 < x)": (lambda x: torch.where(torch.lt(zeros(x), x), x, 0), INF),
-    "Tensor.where": (lambda x: x.where(x.gt(0), 0), INF),
-    "x * (x > 0)": (lambda x: x * (x > 0), INF),
-    "(x > 0) * x": (lambda x: (x > 0) * x, INF),
-    "x * mask.float": (lambda x: torch.mul(x, (x.detach() > 0).to(x.dtype)), INF),
-    "mask.clone": (lambda x: x * (x > 0).clone().contiguous(), INF),
-    "mask.reshape": (lambda x: x * (x > 0).reshape(x.shape).view(x.shape).double(), INF),
-    "mask.view_as": (lambda x: x * (x > 0).view_as(x).expand_as(x).reshape_as(x), INF),
-    "x *= x > 0": (times_in_place, INF),
-    "mul_": (lambda x: x.mul_(torch.gt(x, other=0).type_as(x)), INF),
-    "mask *= x": (mask_times_in_place, INF),
-    "mask.mul_(x)": (lambda x: (x > 0).type_as(x).mul_(x), INF),
-    "mask.multiply_(x)": (lambda x: (x > 0).type_as(x).multiply_(other=x), INF),
-    "masked_fill": (lambda x: x.masked_fill(x < 0, 0), INF),
-    "masked_fill_": (lambda x: x.masked_fill_(torch.le(x, 0), 0.0), INF),
-    "x[x < 0] = 0": (setitem, INF),
-    "aten.relu": (aten.relu, INF),
-    "aten.relu.default": (aten.relu.default, INF),
-    "aten.relu_.default": (aten.relu_.default, INF),
-    "aten.clamp.default": (lambda x: aten.clamp.default(x, 0), INF),
-    "aten.hardtanh.default": (lambda x: aten.hardtanh.default(self=x, min_val=0, max_val=6), 6),
-    "view": (lambda x: x.view(len(x), -1).relu_().view_as(x), INF),
-    "part": (lambda x: torch.cat([x[:, :2].clone().relu_(), x[:, 2:].relu()], 1), INF),
-    "half in place": (half_in_place, INF),
-}  # fmt: skip
-
-# what looks like a ReLU and is none
-OTHERS = {
-    "nn.LeakyReLU": nn.LeakyReLU(0.1),
-    "clamp(min=-1)": lambda x: x.clamp(min=-1),
-    "clamp(max)": lambda x: x.clamp(max=0.1),
-    "hardtanh": F.hardtanh,
-    "maximum": lambda x: torch.maximum(x, torch.full((), -0.1, dtype=x.dtype)),
-    "elu": F.elu,
-    "where": lambda x: torch.where(x > 0.1, x, 0),
-    "where else": lambda x: torch.where(x > 0, x, x * 0.1),
-    "mask": lambda x: x * torch.ones_like(x),
-    "mask of another": lambda x: x * (x - 0.1 > 0),
-    "mask turned": mask_turned,
-    "mask of inference": mask_of_inference,
-    "masked_fill": lambda x: x.masked_fill(x > 0.5, 0),
-    "dimension": lambda x: x.max(1, keepdim=True).values + x,
-    "dimension 0": lambda x: torch.max(x, 0).values + x,
-    "prelu": nn.PReLU(init=0.1).double(),
-}
 
 
 class Rectified(nn.Module):
@@ -326,6 +198,19 @@ UNREACHED = {
     "function": (lambda: MyReLU.apply, "the Function MyReLU"),
     "thread": (lambda: in_a_thread(torch.relu), "ReluBackward0"),
     "hardtanh in a thread": (lambda: in_a_thread(lambda x: F.hardtanh(x, 0, 6)), "HardtanhBackward0"),
+    "magnitude": (lambda: lambda x: (x + x.abs()) / 2, "AddBackward0 of a tensor and its magnitude"),
+    "halves": (lambda: lambda x: 0.5 * x + abs(x) / 2, "AddBackward0 of a tensor and its magnitude"),
+    "root": (lambda: lambda x: x + x.pow(2).sqrt(), "AddBackward0 of a tensor and its magnitude"),
+    "x * sign": (lambda: lambda x: x + x * x.sign(), "AddBackward0 of a tensor and its magnitude"),
+    "x + relu(-x)": (lambda: lambda x: x + torch.relu(-x), "AddBackward0 of a tensor and its magnitude"),
+    "lerp": (lambda: lambda x: x.lerp(x.abs(), 0.5), "LerpBackward0 of a tensor and its magnitude"),
+    "stack.amax": (lambda: lambda x: torch.stack([x, zeros(x)], -1).amax(-1), "AmaxBackward0 over a stack"),
+    "stack.max": (lambda: lambda x: torch.stack([zeros(x), x]).max(0).values, "MaxBackward0 over a stack"),
+    "cat.amax": (lambda: lambda x: torch.cat([x[None], zeros(x)[None]]).amax(0), "AmaxBackward0 over a stack"),
+    "amin": (lambda: lambda x: -torch.stack([zeros(x), -x]).amin(0), "AminBackward0 over a stack"),
+    "fmin": (lambda: lambda x: -torch.fmin(-x, zeros(x)), "FminBackward0"),
+    "mask in vmap": (lambda: torch.vmap(lambda x: x * (x > 0)), r"mul in torch\.vmap"),
+    "where in vmap": (lambda: torch.vmap(lambda x: torch.where(x > 0, x, 0.0)), r"where in torch\.vmap"),
     "maximum in a thread": (lambda: in_a_thread(lambda x: x.maximum(torch.zeros_like(x))), "MaximumBackward0"),
 }  # fmt: skip
 

@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from salnb import Objective, saliency
 from salnb.augment import HorizontalFlip
 from tests.helpers.methods import WITH_RULE
+from tests.helpers.relus import mask_times_in_place, zeros
 from tests.helpers.tolerances import assert_close
-from tests.saliency.test_relu_spellings import Rectified, images, mask_times_in_place, zeros
+from tests.saliency.test_relu_spellings import Rectified, images
 
 BATCHED = {
     "where": lambda x: torch.vmap(lambda t, u: torch.where(t > 0.1, t, u))(x, torch.full_like(x, 0.1)),
@@ -63,8 +64,10 @@ def images_of_one_seed():
         lambda x, z: x + torch.maximum(x.detach(), zeros(x)),
         lambda x, z: x.clamp(min=torch.tensor(0.0)),
         lambda x, z: mask_times_in_place(x),
+        lambda x, z: x.sub(1) * (1 - (x.sub(1) < 0).to(x)),
+        lambda x, z: torch.maximum(x - 0.1, (x - 0.1) * 0.5),
     ],
-    ids=["where", "x > buffer", "maxout", "detached", "constant", "mask"],
+    ids=["where", "x > buffer", "maxout", "detached", "constant", "mask", "turned", "leaky"],
 )
 def test_what_is_certain_compiles(act):
     compiled, eager = compiled_and_eager(act, 0.0)
