@@ -195,10 +195,12 @@ class Objective(nn.Module):
 
         With `balance` the two lengths that it has measured follow.
         """
-        steps = torch.tensor(self.steps_done)
+        steps, lengths = torch.tensor(self.steps_done, device="cpu"), self.balance.lengths
         if not self.balance.share:
             return steps
-        return torch.cat([steps.view(1), self.balance.lengths.cpu()]).double()
+        if lengths.is_meta:
+            return lengths.new_empty(3).double()
+        return torch.cat([steps.view(1), lengths.cpu()]).double()
 
     def set_extra_state(self, state: Tensor | Mapping[str, int]) -> None:
         """Continue from the number of steps in `state_dict`; older ones have it in a dictionary."""
@@ -209,6 +211,8 @@ class Objective(nn.Module):
             check_state(steps)
             if steps.ndim:
                 steps, lengths = steps[0], steps[1:]
+                if self.balance.lengths.is_meta:
+                    self.balance.to_empty(device="cpu")
                 self.balance.lengths.copy_(lengths)
         self.steps_done = round(float(steps))  # an average of weights may have made it a fraction
 
@@ -343,7 +347,7 @@ class Objective(nn.Module):
         """Keep what is measured where model and images are: it would be waited for on another device."""
         for module in (self.score_scale, self.gradient_scale, self.balance):
             if like is not None and like.device != next(module.buffers()).device and not is_traced(like):
-                module.to(like.device)
+                module.to_empty(device=like.device)  # which these fill in, from the meta device as well
 
     def _arguments(self) -> dict[str, Any]:
         """The settings as they are, under the names of the arguments."""
