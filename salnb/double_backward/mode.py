@@ -197,7 +197,7 @@ def _plain(*tensors: Maybe) -> bool:
     ) and any(t.requires_grad for t in given)
 
 
-def _leaves_functions_alone(kind: type) -> bool:
+def _leaves_functions_alone(kind: Any) -> bool:
     """Whether a kind of tensor neither changes what functions do nor the kind of what they return."""
     return kind.__torch_function__ is torch._C._disabled_torch_function_impl
 
