@@ -13,6 +13,7 @@ call.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -26,11 +27,13 @@ from torch.utils import _pytree as pytree
 
 from salnb._common.checks import at_least_float32_dtype, check_labels
 from salnb._common.warning import warn_caller
+from salnb.double_backward.foreign import has_foreign_functions
 from salnb.double_backward.recomputation import stored_instead
 from salnb.objective.graph_key import changes, graph_key, refuse_what_a_graph_forgets
 from salnb.objective.precision import autocast_dtype, full_precision
 from salnb.objective.randomness import refuse_seeding
 from salnb.objective.terms import Losses, StepInputs, StepModules, TermSettings, step_losses
+from salnb.saliency.isolation import left_as_found
 
 __all__ = ["CompiledStep", "Graph", "TracedStep"]
 
@@ -83,6 +86,7 @@ class CompiledStep:
         graph = self._graphs.get(key)
         if graph is None:
             self._warn_of_many(names)
+            _try_out(step, inputs, weights)
             with refuse_what_a_graph_forgets(step, key_of_the_moment):
                 graph = self._make(step, tensors)
             self._graphs[key] = graph
@@ -148,6 +152,15 @@ def _check_constant(inputs: StepInputs) -> None:
                 f"{names.get(field, field)} must not require a gradient after compile(): only those of the "
                 "parameters of the model are computed; leave compile() out for others"
             )
+
+
+def _try_out(step: TracedStep, inputs: StepInputs, weights: tuple[float, float, float]) -> None:
+    """Run a step without trace: wrong derivatives of custom Functions show in values only."""
+    if step.settings.has_saliency and has_foreign_functions():
+        images = inputs.images
+        devices = [images.device] if images.device.type == "cuda" else []
+        with left_as_found(step), torch.random.fork_rng(devices):
+            step_losses(step.step_modules, inputs, weights, replace(step.settings, measured=False))
 
 
 class TracedStep(nn.ModuleDict):

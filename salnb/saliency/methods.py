@@ -23,7 +23,6 @@ In a function that `torch.compile` was given, the methods run as they are, uncom
 """
 
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -38,8 +37,12 @@ from salnb._common.checks import (
     check_target,
 )
 from salnb._common.outputs import ModelCall
-from salnb.double_backward.functions import check_second_derivative, second_derivatives_kept
 from salnb.double_backward.mode import as_written, differentiable_twice
+from salnb.double_backward.refusals import (
+    check_second_derivative,
+    gradients_put_back,
+    second_derivatives_kept,
+)
 from salnb.saliency.arguments import check_arguments
 from salnb.saliency.isolation import left_as_found
 from salnb.saliency.layers import OtherLayerError, Reshape
@@ -360,7 +363,13 @@ def _map(
         check_target(target, *logits.shape)
         scores = class_scores(logits, target, score)
         refusal = "create_graph=True", "leave create_graph out"
-        with second_derivatives_kept(scores, *refusal) if create_graph else nullcontext():
+        parameters = model.parameters() if isinstance(model, nn.Module) else ()
+        watched = (
+            second_derivatives_kept(scores, *refusal, parameters)
+            if create_graph
+            else gradients_put_back(scores, parameters)
+        )
+        with watched:
             maps = recorder.maps(pixels, scores, create_graph=create_graph, reduce=reduce)
     if create_graph:
         check_second_derivative(maps, *refusal)

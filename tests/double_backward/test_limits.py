@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from salnb.double_backward import fast_double_backward
-from salnb.double_backward.functions import check_second_derivative
+from salnb.double_backward.refusals import check_second_derivative
 from tests.helpers.double_backward import agree, batch, check, random, second_order
 from tests.helpers.networks import Residual
 from tests.helpers.tolerances import assert_close
