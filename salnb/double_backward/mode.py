@@ -202,6 +202,11 @@ def _leaves_functions_alone(kind: Any) -> bool:
     return kind.__torch_function__ is torch._C._disabled_torch_function_impl
 
 
+def _mixed(input: Tensor, weight: Tensor) -> bool:
+    """Whether these do not go together, which PyTorch says best."""
+    return input.dtype is not weight.dtype and not torch.is_autocast_enabled(input.device.type)
+
+
 def _autocast(*tensors: Any) -> tuple:
     """What autocast would do to the arguments, in a call that it no longer sees; differentiable."""
     device = tensors[0].device.type
@@ -226,7 +231,7 @@ def _conv2d(
     groups: int = 1,
 ) -> Tensor:
     """`torch.nn.functional.conv2d` on a batch."""
-    if not _plain(input, weight, bias) or input.ndim != 4 or weight.ndim != 4:
+    if not _plain(input, weight, bias) or input.ndim != 4 or weight.ndim != 4 or _mixed(input, weight):
         return NotImplemented
     stride, dilation = _pair(stride), _pair(dilation)
     if isinstance(padding, str):
@@ -245,7 +250,7 @@ def _conv2d(
 
 def _linear(input: Tensor, weight: Tensor, bias: Maybe = None) -> Tensor:
     """`torch.nn.functional.linear` of vectors `(N, C)`."""
-    if not _plain(input, weight, bias) or input.ndim != 2 or weight.ndim != 2:
+    if not _plain(input, weight, bias) or input.ndim != 2 or weight.ndim != 2 or _mixed(input, weight):
         return NotImplemented
     return Affine.apply(*_autocast(input, weight, bias), MatrixProduct())
 

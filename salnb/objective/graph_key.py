@@ -38,6 +38,7 @@ _PLAIN |= {torch.memory_format, torch.layout}
 # what is told apart, or what no forward pass looks at
 _SKIPPED = {"_parameters", "_buffers", "_modules", "_state_dict_hooks", "_state_dict_pre_hooks"}
 _SKIPPED |= {"_load_state_dict_pre_hooks", "_load_state_dict_post_hooks", "_non_persistent_buffers_set"}
+_OF_RNNS = {"_flat_weights", "_flat_weight_refs"}  # their parameters once more
 _GLOBAL_HOOKS = [name for name in vars(torch_modules) if name.startswith("_global_") and "_hooks" in name]
 _DEPTH = 4  # of objects within objects or containers: an object that lies deeper is told by its identity
 _DEEP = 50  # of containers within containers
@@ -111,7 +112,11 @@ def _entries(module: nn.Module, tensors: dict[Any, int], tree: _Seen) -> list[tu
     entries: list[tuple] = [("", type(module))]
     # what pruning, weight_norm and spectral_norm set anew in each pass, before it is looked at
     hooks = module._forward_pre_hooks.values()
-    set_anew = {getattr(hook, "_tensor_name", getattr(hook, "name", None)) for hook in hooks} if hooks else ()
+    set_anew: set[Any] = (
+        {getattr(h, "_tensor_name", getattr(h, "name", None)) for h in hooks} if hooks else set()
+    )
+    if isinstance(module, nn.RNNBase):
+        set_anew = set_anew | _OF_RNNS
     for name, value in module.__dict__.items():
         kind = type(value)
         if kind in _PLAIN:

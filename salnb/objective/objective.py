@@ -117,9 +117,9 @@ class Objective(nn.Module):
     `compile()` makes a step faster on GPUs; `torch.compile(objective)` runs it as it is.
 
     Refused, as their gradient would be wrong, are `nn.SyncBatchNorm` in train mode, operations without a
-    second derivative, custom `torch.autograd.Function`s that lose it or write a `.grad`, reentrant and selective activation checkpointing (any other has the gradient of the
-    network without), `DistributedDataParallel(static_graph=True)` and shards of FSDP inside the objective,
-    each with an error that says what to do instead.
+    second derivative, custom Functions that lose it or write a `.grad`, reentrant and selective activation
+    checkpointing (any other has the gradient of the network without), shards of FSDP inside the objective and
+    `DistributedDataParallel(static_graph=True)`, each with an error that says what to do instead.
 
     >>> from salnb import Objective
     >>> from salnb.augment import HorizontalFlip

@@ -275,3 +275,31 @@ def test_what_changes_deep_inside_is_seen_by_a_compiled_step():
             draw = torch.Generator().manual_seed(0)
             totals.append(objective(images, torch.arange(4), draw, model_kwargs={"given": given}).total)
         torch.testing.assert_close(*totals)
+
+
+class Recurrent(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.rows, self.head = kind(24, 5, batch_first=True), nn.Linear(5, 4)
+
+    def forward(self, x):
+        return self.head(self.rows(x.transpose(1, 2).flatten(2))[0].mean(1))
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_networks_are_compiled_once(kind):
+    """They keep their parameters in a list as well, which each step of the optimiser changes."""
+    eager = Objective(Recurrent(kind).double(), HorizontalFlip())
+    compiled, images = copy.deepcopy(eager), torch.rand(4, 3, 8, 8, dtype=torch.float64)
+    compiled.compile(backend="eager")
+    for _ in range(3):
+        totals = []
+        for objective in (eager, compiled):
+            total = objective(images, torch.arange(4), torch.Generator().manual_seed(0)).total
+            gradients = torch.autograd.grad(total, list(objective.parameters()))
+            with torch.no_grad():
+                for parameter, gradient in zip(objective.parameters(), gradients, strict=True):
+                    parameter -= 0.5 * gradient
+            totals.append(total.detach())
+        torch.testing.assert_close(*totals)
+    assert len(compiled._compiled._graphs) == 1
