@@ -54,6 +54,12 @@ class Balance(OwnBuffers):
         weight = self.share * classes / salience.where(measured, 1)
         return weight.where(measured, 1).clamp(max=_HIGHEST)
 
+    def resume(self, lengths: Tensor) -> None:
+        """Go on from lengths that were saved."""
+        if self.lengths.is_meta:
+            self.to_empty(device="cpu")
+        self.lengths.copy_(lengths)
+
     def measure(
         self,
         classes: Tensor,

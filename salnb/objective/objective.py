@@ -25,7 +25,7 @@ from salnb._common.limits import check_integer
 from salnb._common.outputs import check_model_kwargs, given_twice
 from salnb._common.warning import warn_caller
 from salnb.augment import Augmentation
-from salnb.objective.arguments import check_pairs, check_state, checked_settings, snapshot
+from salnb.objective.arguments import NO_PARTS, check_pairs, check_state, checked_settings, snapshot
 from salnb.objective.balance import EVERY, Balance
 from salnb.objective.captured import CapturedStep
 from salnb.objective.class_terms import ClassTerm
@@ -182,12 +182,14 @@ class Objective(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Settings that are assigned later are those of the next call, and checked there."""
-        if name == "class_loss":
-            name, value = "class_term", ClassTerm(value)
-        elif name == "balance" and not isinstance(value, Balance):
+        if name == "balance" and not isinstance(value, Balance):
             self.balance.share = value
-            return
-        super().__setattr__(name, value)
+        elif name in NO_PARTS:
+            vars(self)[name] = value
+        elif name == "class_loss":
+            super().__setattr__("class_term", ClassTerm(value))
+        else:
+            super().__setattr__(name, value)
 
     # the number of steps decides when the saliency term enters: a resumed training needs it
     def get_extra_state(self) -> Tensor:
@@ -210,10 +212,8 @@ class Objective(nn.Module):
                 return
             check_state(steps)
             if steps.ndim:
-                steps, lengths = steps[0], steps[1:]
-                if self.balance.lengths.is_meta:
-                    self.balance.to_empty(device="cpu")
-                self.balance.lengths.copy_(lengths)
+                self.balance.resume(steps[1:])
+                steps = steps[0]
         self.steps_done = round(float(steps))  # an average of weights may have made it a fraction
 
     def compile(self, **options: Any) -> None:
@@ -234,8 +234,7 @@ class Objective(nn.Module):
         Refused with a `RuntimeError` are models (and augmentations) that a graph would not repeat: those
         that look at values, change their own attributes, draw random numbers from Python, NumPy or an own
         generator, or seed PyTorch's. What a model takes from global variables, files or clocks is not
-        noticed, nor what is written by `.data`, nor what changes in an object five levels or more down in
-        others; lists and dictionaries are looked into to the end.
+        noticed, nor what is written by `.data`, nor what changes in objects deep within objects.
 
         Nothing is gained on a CPU. Below torch 2.9 Inductor is refused there: it writes beyond its buffers.
         A graph has the memory format of model and images: convolutions in half precision want channels_last.
