@@ -285,15 +285,23 @@ class _ModelState:
 
 def _views(modules: Iterable[nn.Module]) -> list[tuple[dict, str, Tensor]]:
     """Copies, views of one another, of the buffers and attributes that are, and where they belong."""
-    places: list[tuple[dict, str, Tensor]] = []
+    own, known = [], []
+    # of PyTorch's modules only the buffers matter, and only to views of somebody else's
     for module in modules:
-        if module._buffers or type(module).__module__.split(".")[0] not in _KNOWN:
-            for store in (vars(module), module._buffers):
-                places += [
-                    (store, n, t) for n, t in store.items() if type(t) is Tensor and not t.requires_grad
-                ]
-    copies = copies_that_share(tensor for _, _, tensor in places) if places else {}
+        if type(module).__module__.split(".")[0] in _KNOWN:
+            known.append(module._buffers)
+        else:
+            own += [vars(module), module._buffers]
+    places = _tensors_in(own)
+    if not places:
+        return []
+    places += _tensors_in(known)
+    copies = copies_that_share(tensor for _, _, tensor in places)
     return [(store, name, copies[id(tensor)]) for store, name, tensor in places if id(tensor) in copies]
+
+
+def _tensors_in(stores: list[dict[str, Any]]) -> list[tuple[dict, str, Tensor]]:
+    return [(s, n, t) for s in stores for n, t in s.items() if type(t) is Tensor and not t.requires_grad]
 
 
 def _copied_together(views: list[tuple[dict, str, Tensor]]) -> list[tuple[dict, str, Callable[[], Any]]]:

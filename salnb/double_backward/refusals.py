@@ -78,7 +78,7 @@ def second_derivatives_kept(
       intermediate results, cannot be told from constants and is not noticed.
     * It writes the `.grad` of `parameters`, or of others that the graph leads to: one backward pass of two.
     """
-    watch, nodes = _Watch(), [] if is_traced(scores) else foreign_nodes(scores)
+    watch, nodes = _Watch(), _watched_nodes(scores)
     before = _gradients_of(scores, parameters) if nodes else []
     with ExitStack() as stack:
         for node in nodes:
@@ -107,12 +107,19 @@ def second_derivatives_kept(
 @contextmanager
 def gradients_put_back(scores: Tensor, parameters: Iterable[Tensor] = ()) -> Iterator[None]:
     """Context for gradients of `scores`, after which each `.grad` is what it was, whatever is written."""
-    nodes = [] if is_traced(scores) else foreign_nodes(scores)
+    nodes = _watched_nodes(scores)
     before = _gradients_of(scores, parameters, copied=True) if nodes else []
     try:
         yield
     finally:
         _put_back(before)
+
+
+def _watched_nodes(scores: Tensor) -> list[Any]:
+    """The calls of custom Functions, where their values can be looked at: in no trace and no CUDA graph."""
+    if is_traced(scores) or (scores.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return []
+    return foreign_nodes(scores)
 
 
 _Gradients = list[

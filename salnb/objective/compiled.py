@@ -86,7 +86,6 @@ class CompiledStep:
         graph = self._graphs.get(key)
         if graph is None:
             self._warn_of_many(names)
-            _try_out(step, inputs, weights)
             with refuse_what_a_graph_forgets(step, key_of_the_moment):
                 graph = self._make(step, tensors)
             self._graphs[key] = graph
@@ -112,6 +111,7 @@ class CompiledStep:
         return graph_key(*args)
 
     def _make(self, step: TracedStep, tensors: list[Tensor]) -> Graph:
+        _try_out(step, tensors)
         return _compile(step, tensors, self.options)
 
     def _check_compiler(self, images: Tensor) -> None:
@@ -154,11 +154,12 @@ def _check_constant(inputs: StepInputs) -> None:
             )
 
 
-def _try_out(step: TracedStep, inputs: StepInputs, weights: tuple[float, float, float]) -> None:
+def _try_out(step: TracedStep, tensors: list[Tensor]) -> None:
     """Run a step without trace: wrong derivatives of custom Functions show in values only."""
     if step.settings.has_saliency and has_foreign_functions():
-        images = inputs.images
-        devices = [images.device] if images.device.type == "cuda" else []
+        inputs = pytree.tree_unflatten(tensors[3 : 3 + step.structure.num_leaves], step.structure)
+        device, weights = inputs.images.device, (tensors[0], tensors[1], tensors[2])
+        devices = [device] if device.type == "cuda" else []
         with left_as_found(step), torch.random.fork_rng(devices):
             step_losses(step.step_modules, inputs, weights, replace(step.settings, measured=False))
 

@@ -10,8 +10,8 @@ is asked about, and returns one map per image:
 The model is left as it was found, after an error too: parameters, gradients, buffers, hooks, train or eval
 mode, and attributes of its own that are numbers or tensors, or that it did not have; but not what it keeps in
 lists or dictionaries, nor what its forward pass itself writes to parameters (as `nn.Embedding` does with
-`max_norm`), nor the state of the random numbers. The images are not changed by networks that work in place on
-them.
+`max_norm`) or, by a `backward()` of its own, to their `.grad`, nor the state of the random numbers. The
+images are not changed by networks that work in place on them.
 
 Methods that change the backward pass of ReLU do so only while the map's own gradient is taken, so a loss on a
 map (`create_graph=True`) has the right gradient with respect to the parameters; an operation that has no
