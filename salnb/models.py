@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from salnb import results
+from salnb._common.buffers import OwnBuffers
 from salnb._common.catalog import network as look_up
 from salnb._common.catalog import unknown
 from salnb._common.files import DamagedFileError, place_error
@@ -30,7 +31,7 @@ PRETRAINED = ("efficientnet_lite0", *_TORCHVISION)
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
-class Normalized(nn.Module):
+class Normalized(OwnBuffers):
     """A network that takes images in [0, 1]: (image - mean) / std of each channel, then the network.
 
     Images are of any floating-point dtype; the network gets them in that of its parameters.
@@ -40,10 +41,8 @@ class Normalized(nn.Module):
     std: Tensor
 
     def __init__(self, network: nn.Module, mean: Sequence[float], std: Sequence[float]):
-        super().__init__()
+        super().__init__(mean=[[[value]] for value in mean], std=[[[value]] for value in std])
         self.network = network
-        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (N, K) of images (N, 3, H, W) in [0, 1]."""

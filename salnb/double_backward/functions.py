@@ -7,10 +7,6 @@ The second receives `vx`, `vw` and `vb`, the cotangents of these three, and retu
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,8 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from salnb._common.autograd import nodes_of
-from salnb._common.checks import is_channels_last, is_traced
+from salnb._common.checks import is_channels_last
 from salnb.double_backward import batch_norm, fused
 from salnb.double_backward.bookkeeping import Maybe, last, save, saved, wanted
 
@@ -32,8 +27,6 @@ __all__ = [
     "MatrixProduct",
     "MaxPool2d",
     "ReLU",
-    "check_second_derivative",
-    "second_derivatives_kept",
 ]
 
 aten = torch.ops.aten
@@ -326,66 +319,3 @@ class _Split(Function):
     @last
     def backward(ctx: Any, kept: tuple, *parts: Tensor) -> tuple:
         return torch.cat(parts, ctx.dim), None, None
-
-
-# ---------------------------------------------------------------------------------------------------------
-# What has no second derivative
-
-_REFUSED = (
-    "{} differentiates the model twice, and one of its operations has no second derivative ({}): "
-    "replace the operation, or {}"
-)
-# first derivatives that raise when they are differentiated: registered from Python, or in C++ as before that
-_OF_TORCHVISION = re.compile(r"torchvision__(\w+?)_backward_|vision::ops::.*?(\w+)BackwardFunction")
-
-
-def check_second_derivative(
-    maps: Tensor, what: str = "the saliency term", way_out: str = "use gamma=0"
-) -> None:
-    """Raise a RuntimeError if an operation that `maps` were computed with cannot be differentiated again.
-
-    The error says `what` asks for that, and names a `way_out`.
-
-    PyTorch would say so in the backward pass, in words that do not tell why; asked for the gradients of given
-    tensors only, it may leave the operation's share out without a word.
-    """
-    for node in nodes_of(maps):
-        reason = ""
-        if node.name() in ("torch::autograd::Error", "torch::autograd::NotImplemented"):
-            try:
-                node(*[None] * len(node._input_metadata))
-            except RuntimeError as error:
-                reason = str(error)
-        elif found := _OF_TORCHVISION.search(node.name()):
-            reason = f"the backward pass of {found[1] or found[2]} of torchvision is not differentiable"
-        if reason:
-            raise RuntimeError(_REFUSED.format(what, reason, way_out))
-
-
-@contextmanager
-def second_derivatives_kept(
-    scores: Tensor, what: str = "the saliency term", way_out: str = "use gamma=0"
-) -> Iterator[None]:
-    """Context for gradients of `scores` that keep a graph; a RuntimeError names a Function that loses it.
-
-    So does a backward pass by NumPy, by kernels, under `no_grad` or with `detach` that is not marked as
-    `once_differentiable`: the second derivative would lack its share without a word. One that detaches
-    nothing but what it saved is not noticed.
-    """
-    lost: dict[str, None] = {}
-
-    def look(name: str, inputs: Sequence[Tensor | None], outputs: Sequence[Tensor | None]) -> None:
-        constant = [x for x in inputs if x is not None and not x.requires_grad]
-        if any(y is not None and y.requires_grad for y in outputs) and any(x.any() for x in constant):
-            lost[name] = None
-
-    with ExitStack() as stack:
-        for node in () if is_traced(scores) else nodes_of(scores):
-            if isinstance(node, torch.autograd.function.BackwardCFunction):
-                function = type(node)._forward_cls  # type: ignore[attr-defined]
-                if not function.__module__.startswith("salnb."):
-                    stack.callback(node.register_hook(partial(look, function.__name__)).remove)
-        yield
-    if lost:
-        reason = f"the backward pass of the Function {', '.join(lost)} returns tensors without a graph"
-        raise RuntimeError(_REFUSED.format(what, reason, way_out))

@@ -30,6 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import _get_current_function_mode_stack
 
 from salnb.double_backward import fused
 from salnb.double_backward.functions import (
@@ -46,6 +47,8 @@ from salnb.double_backward.recomputation import RecomputedMode, again_in_recompu
 
 Maybe = Tensor | None
 Size = int | Sequence[int]
+
+_PLAIN_KINDS = (Tensor, torch.nn.Parameter)
 
 
 __all__ = [
@@ -66,9 +69,10 @@ class fast_double_backward(RecomputedMode):  # noqa: N801 (a context manager, us
 
     Replaced are `conv2d`, `linear`, `batch_norm`, `relu`, `max_pool2d`, `avg_pool2d` and `cat`, in every
     spelling (module, functional, method, in-place), and `hardsigmoid`, which PyTorch cannot differentiate
-    twice at all. Everything else goes on to PyTorch unchanged, as do calls that record no graph and inputs
-    that are not batches of dense floating-point images or vectors. Another `TorchFunctionMode` with a rule
-    of its own for ReLU comes first, in whichever order the two are entered. What is recomputed in a backward
+    twice at all. Everything else goes on to PyTorch unchanged, as do calls that record no graph, inputs
+    that are not batches of dense floating-point images or vectors, and tensors whose class has a
+    `__torch_function__` of its own. Another `TorchFunctionMode` sees all calls, in whichever order the two
+    are entered: what it would miss behind a replacement is not replaced. What is recomputed in a backward
     pass (`torch.utils.checkpoint` with `use_reentrant=False`) runs inside again.
 
     Example:
@@ -91,7 +95,12 @@ class fast_double_backward(RecomputedMode):  # noqa: N801 (a context manager, us
         kwargs = kwargs or {}
         replacement = _REPLACEMENTS.get(func)
         # vmap and torch.func.grad ask more of a Function than those below offer: leave their calls alone
-        if replacement and torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():
+        if (
+            replacement
+            and torch.is_grad_enabled()
+            and not torch._C._are_functorch_transforms_active()
+            and not _is_watched()
+        ):
             result = replacement(*args, **kwargs)
             if result is not NotImplemented:
                 return result
@@ -168,12 +177,34 @@ def as_written() -> AbstractContextManager[None]:
     return _eager if "torch._dynamo" in sys.modules else nullcontext()
 
 
+def _is_watched() -> bool:
+    """Whether a mode of the user's, entered before this one, waits for the calls that are not replaced."""
+    if not torch._C._len_torch_function_stack():
+        return False
+    modes = _get_current_function_mode_stack()  # that of the default device and of the tracers are PyTorch's
+    return any(type(mode).__module__.split(".")[0] not in ("salnb", "torch") for mode in modes)
+
+
 def _plain(*tensors: Maybe) -> bool:
     """Whether all tensors (where given) are dense floating-point ones and one of them needs a gradient."""
     given = [t for t in tensors if t is not None]
     return all(
-        isinstance(t, Tensor) and t.is_floating_point() and t.layout is torch.strided for t in given
+        isinstance(t, Tensor)
+        and t.is_floating_point()
+        and t.layout is torch.strided
+        and (type(t) in _PLAIN_KINDS or _leaves_functions_alone(type(t)))
+        for t in given
     ) and any(t.requires_grad for t in given)
+
+
+def _leaves_functions_alone(kind: Any) -> bool:
+    """Whether a kind of tensor neither changes what functions do nor the kind of what they return."""
+    return kind.__torch_function__ is torch._C._disabled_torch_function_impl
+
+
+def _mixed(input: Tensor, weight: Tensor) -> bool:
+    """Whether these do not go together, which PyTorch says best."""
+    return input.dtype is not weight.dtype and not torch.is_autocast_enabled(input.device.type)
 
 
 def _autocast(*tensors: Any) -> tuple:
@@ -200,7 +231,7 @@ def _conv2d(
     groups: int = 1,
 ) -> Tensor:
     """`torch.nn.functional.conv2d` on a batch."""
-    if not _plain(input, weight, bias) or input.ndim != 4 or weight.ndim != 4:
+    if not _plain(input, weight, bias) or input.ndim != 4 or weight.ndim != 4 or _mixed(input, weight):
         return NotImplemented
     stride, dilation = _pair(stride), _pair(dilation)
     if isinstance(padding, str):
@@ -219,7 +250,7 @@ def _conv2d(
 
 def _linear(input: Tensor, weight: Tensor, bias: Maybe = None) -> Tensor:
     """`torch.nn.functional.linear` of vectors `(N, C)`."""
-    if not _plain(input, weight, bias) or input.ndim != 2 or weight.ndim != 2:
+    if not _plain(input, weight, bias) or input.ndim != 2 or weight.ndim != 2 or _mixed(input, weight):
         return NotImplemented
     return Affine.apply(*_autocast(input, weight, bias), MatrixProduct())
 

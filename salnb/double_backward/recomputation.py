@@ -9,8 +9,9 @@ saved pay for a function call.
 """
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from numbers import Number
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+
+from salnb._common.aliases import copies_that_share
 
 __all__ = [
     "RecomputedMode",
@@ -219,7 +222,8 @@ def model_of_the_forward_pass(model: Any) -> AbstractContextManager[None]:
     """Context for a forward pass, whose recomputation finds the model as it was, and leaves it as it is.
 
     Running statistics and whatever else moves with each pass are moved once, and parameters swapped in by
-    `torch.func.functional_call` are those that are recomputed with.
+    `torch.func.functional_call` are those that are recomputed with. So it is with attributes that are tensors
+    or numbers, of modules that are not PyTorch's own.
     """
     if not isinstance(model, nn.Module):
         return nullcontext()
@@ -227,7 +231,7 @@ def model_of_the_forward_pass(model: Any) -> AbstractContextManager[None]:
 
 
 class _ModelState:
-    """The parameters and buffers of a model in one forward pass."""
+    """The parameters, buffers and attributes of a model in one forward pass."""
 
     def __init__(self, model: nn.Module):
         self.model = model
@@ -237,16 +241,31 @@ class _ModelState:
     def at_entry(self) -> Context:
         """What puts the model back into the state of this moment."""
         swaps: list[tuple[dict, str, Callable[[], Any]]] = []
-        for module in self.model.modules():
-            if isinstance(module, torch.jit.ScriptModule | LazyModuleMixin):
-                continue  # of these nothing can be swapped
+        modules = [
+            m for m in self.model.modules() if not isinstance(m, torch.jit.ScriptModule | LazyModuleMixin)
+        ]
+        for module in modules:  # of the others nothing can be swapped
             find: Callable[[Any], Callable[[], Any]] = self._buffer
             if isinstance(module, _NormBase) and type(module).__module__.split(".")[0] in _KNOWN:
                 # in train mode statistics are written and not read, in eval mode read and not written
                 find = self._scratch_like if module.training else _returning
             for store, of in ((module._parameters, _returning), (module._buffers, find)):
                 swaps += [(store, name, of(tensor)) for name, tensor in store.items() if tensor is not None]
-        return lambda: _swapped(swaps)
+            if type(module).__module__.split(".")[0] not in _KNOWN:
+                swaps += self._attributes(vars(module))
+        if not (views := _views(modules)):
+            return lambda: _swapped(swaps)
+        return lambda: _swapped([*swaps, *_copied_together(views)])
+
+    def _attributes(self, values: dict[str, Any]) -> list[tuple[dict, str, Callable[[], Any]]]:
+        """What may move: numbers, and tensors that are no part of a graph, whose copies would keep it."""
+        swaps: list[tuple[dict, str, Callable[[], Any]]] = []
+        for name, value in values.items():
+            if isinstance(value, Number) and name != "training":
+                swaps.append((values, name, _returning(value)))
+            elif type(value) is Tensor and not value.requires_grad:
+                swaps.append((values, name, self._buffer(value)))
+        return swaps
 
     def _scratch_like(self, buffer: Tensor) -> Callable[[], Tensor]:
         kind = (buffer.shape, buffer.dtype, buffer.device)
@@ -264,6 +283,32 @@ class _ModelState:
         return self.copies[buffer][1].clone
 
 
+def _views(modules: Iterable[nn.Module]) -> list[tuple[dict, str, Tensor]]:
+    """Copies, views of one another, of the buffers and attributes that are, and where they belong."""
+    own, known = [], []
+    # of PyTorch's modules only the buffers matter, and only to views of somebody else's
+    for module in modules:
+        if type(module).__module__.split(".")[0] in _KNOWN:
+            known.append(module._buffers)
+        else:
+            own += [vars(module), module._buffers]
+    places = _tensors_in(own)
+    if not places:
+        return []
+    places += _tensors_in(known)
+    copies = copies_that_share(tensor for _, _, tensor in places)
+    return [(store, name, copies[id(tensor)]) for store, name, tensor in places if id(tensor) in copies]
+
+
+def _tensors_in(stores: list[dict[str, Any]]) -> list[tuple[dict, str, Tensor]]:
+    return [(s, n, t) for s in stores for n, t in s.items() if type(t) is Tensor and not t.requires_grad]
+
+
+def _copied_together(views: list[tuple[dict, str, Tensor]]) -> list[tuple[dict, str, Callable[[], Any]]]:
+    copies = copies_that_share(tensor for _, _, tensor in views)
+    return [(store, name, _returning(copies[id(tensor)])) for store, name, tensor in views]
+
+
 def _returning(tensor: Any) -> Callable[[], Any]:
     return lambda: tensor
 
@@ -279,5 +324,5 @@ def _swapped(swaps: list[tuple[dict, str, Callable[[], Any]]]) -> Iterator[None]
     try:
         yield
     finally:
-        for store, name, tensor in before:
+        for store, name, tensor in reversed(before):  # one may be there twice
             store[name] = tensor

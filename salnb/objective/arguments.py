@@ -14,9 +14,11 @@ from salnb._common.outputs import check_output
 from salnb.augment import Augmentation
 from salnb.losses import DISTANCES, FEATURE_DISTANCES, NORMALIZATIONS
 
-__all__ = ["check_pairs", "check_state", "checked_settings", "snapshot"]
+__all__ = ["NO_PARTS", "check_pairs", "check_state", "checked_settings", "snapshot"]
 
 _WEIGHTS = ("alpha", "beta", "gamma", "consistency", "confidence", "balance")
+# what is kept as it is given, also where it is a parameter or module, which it must not be part of
+NO_PARTS = {*_WEIGHTS, "output"} - {"balance"}
 # the other arguments, which say of what the terms are
 _OTHERS = (
     *("model", "augmentation", "layers", "layer_distance", "layer_relative", "method", "method_options"),
@@ -48,6 +50,12 @@ def checked_settings(given: Mapping[str, Any]) -> dict[str, Any]:
     }
     kept |= {"layers": _layer_weights(given["layers"]), "method_options": _options(given["method_options"])}
     check_output(given["output"])
+    if isinstance(given["output"], nn.Module) and given["output"].state_dict():
+        got = type(given["output"]).__name__
+        raise TypeError(
+            f"output must have no parameters and buffers, which nothing would train, got a {got}: let the "
+            "model run it"
+        )
     check_confidence(given["confidence"], given["consistency"], given["originals_only"])
     if given["confidence"] and given["class_loss"] is not None:
         raise ValueError(
@@ -103,6 +111,11 @@ def _check_weight(name: str, value: Any) -> None:
     scalar: Any = Real | Tensor
     if isinstance(value, bool) or not isinstance(value, scalar) or getattr(value, "ndim", False):
         raise TypeError(f"{allowed}, got {value!r}")
+    if isinstance(value, Tensor) and value.requires_grad:
+        raise TypeError(
+            f"{allowed} that requires no gradient, got one that does: detach() it, or weigh the losses of "
+            "the result yourself"
+        )
     if not 0 <= value < float("inf"):
         raise ValueError(f"{allowed}, got {value}")
 

@@ -4,11 +4,13 @@ A constant weight is strongest when the network is untrained and next to nothing
 shrink at different rates. Here the weight follows their lengths.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from salnb._common.buffers import OwnBuffers
 
 __all__ = ["EVERY", "Balance"]
 
@@ -20,7 +22,7 @@ _NEW = 0.2
 _HIGHEST = 1e4
 
 
-class Balance(nn.Module):
+class Balance(OwnBuffers):
     """The weight with which the saliency term's gradient has a share of the class loss's length.
 
     The lengths are those of the gradients of alpha · class loss and of the unweighted saliency loss with
@@ -33,13 +35,13 @@ class Balance(nn.Module):
     """
 
     lengths: Tensor
+    _keeps_dtype = True  # float16 would round and overflow the lengths
 
     def __init__(self, share: float):
-        super().__init__()
-        self.share = share
         # of the class loss's and the saliency loss's gradient; zero: nothing has been measured
-        lengths = torch.zeros(2, dtype=torch.float32)
-        self.register_buffer("lengths", lengths, persistent=False)
+        super().__init__(lengths=[0.0, 0.0])
+        self.lengths = self.lengths.float()  # whatever the default dtype is
+        self.share = share
 
     @property
     def weight(self) -> Tensor:
@@ -52,13 +54,11 @@ class Balance(nn.Module):
         weight = self.share * classes / salience.where(measured, 1)
         return weight.where(measured, 1).clamp(max=_HIGHEST)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Balance":
-        """Move the lengths, and leave their dtype: float16 would round and overflow them."""
-        lengths = self.lengths
-        super()._apply(fn, recurse)
-        if not lengths.is_meta:
-            self.lengths = lengths.to(self.lengths.device)
-        return self
+    def resume(self, lengths: Tensor) -> None:
+        """Go on from lengths that were saved."""
+        if self.lengths.is_meta:
+            self.to_empty(device="cpu")
+        self.lengths.copy_(lengths)
 
     def measure(
         self,

@@ -13,6 +13,7 @@ call.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -26,11 +27,13 @@ from torch.utils import _pytree as pytree
 
 from salnb._common.checks import at_least_float32_dtype, check_labels
 from salnb._common.warning import warn_caller
+from salnb.double_backward.foreign import has_foreign_functions
 from salnb.double_backward.recomputation import stored_instead
 from salnb.objective.graph_key import changes, graph_key, refuse_what_a_graph_forgets
 from salnb.objective.precision import autocast_dtype, full_precision
 from salnb.objective.randomness import refuse_seeding
 from salnb.objective.terms import Losses, StepInputs, StepModules, TermSettings, step_losses
+from salnb.saliency.isolation import left_as_found
 
 __all__ = ["CompiledStep", "Graph", "TracedStep"]
 
@@ -108,6 +111,7 @@ class CompiledStep:
         return graph_key(*args)
 
     def _make(self, step: TracedStep, tensors: list[Tensor]) -> Graph:
+        _try_out(step, tensors)
         return _compile(step, tensors, self.options)
 
     def _check_compiler(self, images: Tensor) -> None:
@@ -148,6 +152,16 @@ def _check_constant(inputs: StepInputs) -> None:
                 f"{names.get(field, field)} must not require a gradient after compile(): only those of the "
                 "parameters of the model are computed; leave compile() out for others"
             )
+
+
+def _try_out(step: TracedStep, tensors: list[Tensor]) -> None:
+    """Run a step without trace: wrong derivatives of custom Functions show in values only."""
+    if step.settings.has_saliency and has_foreign_functions():
+        inputs = pytree.tree_unflatten(tensors[3 : 3 + step.structure.num_leaves], step.structure)
+        device, weights = inputs.images.device, (tensors[0], tensors[1], tensors[2])
+        devices = [device] if device.type == "cuda" else []
+        with left_as_found(step), torch.random.fork_rng(devices):
+            step_losses(step.step_modules, inputs, weights, replace(step.settings, measured=False))
 
 
 class TracedStep(nn.ModuleDict):

@@ -4,7 +4,8 @@ Python runs while a step is traced, and not again. So whatever it may look at be
 the tree of modules, their hyper-parameters and other attributes, hooks, train and eval modes, the kinds of
 all tensors and which of them are one, and PyTorch's global switches. For ResNet-50 this takes about a
 millisecond. Of an object that a method is bound to, it is what the method's code names. What it cannot see:
-global variables of a model's code, files, clocks, and what lies deep within objects.
+global variables of a model's code, files, clocks, and what lies deep within objects (more than four levels;
+containers are looked into to the end).
 """
 
 import functools
@@ -37,8 +38,11 @@ _PLAIN |= {torch.memory_format, torch.layout}
 # what is told apart, or what no forward pass looks at
 _SKIPPED = {"_parameters", "_buffers", "_modules", "_state_dict_hooks", "_state_dict_pre_hooks"}
 _SKIPPED |= {"_load_state_dict_pre_hooks", "_load_state_dict_post_hooks", "_non_persistent_buffers_set"}
+_OF_RNNS = {"_flat_weights", "_flat_weight_refs"}  # their parameters once more
 _GLOBAL_HOOKS = [name for name in vars(torch_modules) if name.startswith("_global_") and "_hooks" in name]
-_DEPTH = 4  # of objects within objects: what lies deeper is told by its identity
+_DEPTH = 4  # of objects within objects or containers: an object that lies deeper is told by its identity
+_DEEP = 50  # of containers within containers
+_CONTAINERS = (dict, list, tuple, set, frozenset, deque)
 _MANY = 200  # classes and modules of Python within one attribute, and values within one of these
 
 # whose objects a model may hold, and which lead to all the rest of a program
@@ -79,16 +83,18 @@ def graph_key(step: nn.Module, settings: Any, given: list[Tensor], structure: py
 
     Args:
         step: the module that is traced.
-        settings: a hashable description of the step.
+        settings: a description of the step, `TermSettings`; each of its `model_kwargs` has its own entry.
         given: the tensors of the batch.
         structure: that of the batch.
     """
+    kwargs = settings.model_kwargs
     key: dict[str, Hashable] = {
         "the batch": (tuple(map(_tensor_kind, given)), structure_key(structure)),
-        "the objective": _frozen(settings),
+        "the objective": _frozen({n: v for n, v in vars(settings).items() if n != "model_kwargs"}),
         "a global switch of PyTorch": _switches(given[0]),
         "a global hook": tuple(_frozen_hooks(getattr(torch_modules, name)) for name in _GLOBAL_HOOKS),
     }
+    key |= {f"model_kwargs[{name!r}]": _frozen(value) for name, value in kwargs}
     classes: dict[type, None] = {}
     tensors: dict[Any, int] = {}  # which keeps them: an address may be taken again
     modules = [(name, module) for name, module in step.named_modules(remove_duplicate=False) if name]
@@ -106,7 +112,11 @@ def _entries(module: nn.Module, tensors: dict[Any, int], tree: _Seen) -> list[tu
     entries: list[tuple] = [("", type(module))]
     # what pruning, weight_norm and spectral_norm set anew in each pass, before it is looked at
     hooks = module._forward_pre_hooks.values()
-    set_anew = {getattr(hook, "_tensor_name", getattr(hook, "name", None)) for hook in hooks} if hooks else ()
+    set_anew: set[Any] = (
+        {getattr(h, "_tensor_name", getattr(h, "name", None)) for h in hooks} if hooks else set()
+    )
+    if isinstance(module, nn.RNNBase):
+        set_anew = set_anew | _OF_RNNS
     for name, value in module.__dict__.items():
         kind = type(value)
         if kind in _PLAIN:
@@ -248,7 +258,8 @@ def _frozen(value: Any, seen: _Seen | None = None, depth: int = 0) -> Hashable:
         seen = _Seen(seen or {})
     if id(value) in seen:
         return "again", seen[id(value)][0]
-    opaque = isinstance(value, types.BuiltinFunctionType) or depth > _DEPTH
+    deepest = _DEEP if isinstance(value, _CONTAINERS) else _DEPTH
+    opaque = isinstance(value, types.BuiltinFunctionType) or depth > deepest
     if opaque or (kind.__module__.split(".")[0] in _OUTSIDE and not isinstance(value, Mapping)):
         return _Same(value)
     if isinstance(value, type | types.ModuleType):

@@ -25,7 +25,7 @@ from salnb._common.limits import check_integer
 from salnb._common.outputs import check_model_kwargs, given_twice
 from salnb._common.warning import warn_caller
 from salnb.augment import Augmentation
-from salnb.objective.arguments import check_pairs, check_state, checked_settings, snapshot
+from salnb.objective.arguments import NO_PARTS, check_pairs, check_state, checked_settings, snapshot
 from salnb.objective.balance import EVERY, Balance
 from salnb.objective.captured import CapturedStep
 from salnb.objective.class_terms import ClassTerm
@@ -117,9 +117,9 @@ class Objective(nn.Module):
     `compile()` makes a step faster on GPUs; `torch.compile(objective)` runs it as it is.
 
     Refused, as their gradient would be wrong, are `nn.SyncBatchNorm` in train mode, operations without a
-    second derivative, reentrant and selective activation checkpointing (any other has the gradient of the
-    network without), `DistributedDataParallel(static_graph=True)` and shards of FSDP inside the objective,
-    each with an error that says what to do instead.
+    second derivative, custom Functions that lose it or write a `.grad`, reentrant and selective activation
+    checkpointing (any other has the gradient of the network without), shards of FSDP inside the objective and
+    `DistributedDataParallel(static_graph=True)`, each with an error that says what to do instead.
 
     >>> from salnb import Objective
     >>> from salnb.augment import HorizontalFlip
@@ -182,12 +182,14 @@ class Objective(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Settings that are assigned later are those of the next call, and checked there."""
-        if name == "class_loss":
-            name, value = "class_term", ClassTerm(value)
-        elif name == "balance" and not isinstance(value, Balance):
+        if name == "balance" and not isinstance(value, Balance):
             self.balance.share = value
-            return
-        super().__setattr__(name, value)
+        elif name in NO_PARTS:
+            vars(self)[name] = value
+        elif name == "class_loss":
+            super().__setattr__("class_term", ClassTerm(value))
+        else:
+            super().__setattr__(name, value)
 
     # the number of steps decides when the saliency term enters: a resumed training needs it
     def get_extra_state(self) -> Tensor:
@@ -195,10 +197,12 @@ class Objective(nn.Module):
 
         With `balance` the two lengths that it has measured follow.
         """
-        steps = torch.tensor(self.steps_done)
+        steps, lengths = torch.tensor(self.steps_done, device="cpu"), self.balance.lengths
         if not self.balance.share:
             return steps
-        return torch.cat([steps.view(1), self.balance.lengths.cpu()]).double()
+        if lengths.is_meta:
+            return lengths.new_empty(3).double()
+        return torch.cat([steps.view(1), lengths.cpu()]).double()
 
     def set_extra_state(self, state: Tensor | Mapping[str, int]) -> None:
         """Continue from the number of steps in `state_dict`; older ones have it in a dictionary."""
@@ -208,8 +212,8 @@ class Objective(nn.Module):
                 return
             check_state(steps)
             if steps.ndim:
-                steps, lengths = steps[0], steps[1:]
-                self.balance.lengths.copy_(lengths)
+                self.balance.resume(steps[1:])
+                steps = steps[0]
         self.steps_done = round(float(steps))  # an average of weights may have made it a fraction
 
     def compile(self, **options: Any) -> None:
@@ -230,7 +234,7 @@ class Objective(nn.Module):
         Refused with a `RuntimeError` are models (and augmentations) that a graph would not repeat: those
         that look at values, change their own attributes, draw random numbers from Python, NumPy or an own
         generator, or seed PyTorch's. What a model takes from global variables, files or clocks is not
-        noticed, nor what is written by `.data`, nor what changes deep inside `model_kwargs`.
+        noticed, nor what is written by `.data`, nor what changes in objects deep within objects.
 
         Nothing is gained on a CPU. Below torch 2.9 Inductor is refused there: it writes beyond its buffers.
         A graph has the memory format of model and images: convolutions in half precision want channels_last.
@@ -343,7 +347,7 @@ class Objective(nn.Module):
         """Keep what is measured where model and images are: it would be waited for on another device."""
         for module in (self.score_scale, self.gradient_scale, self.balance):
             if like is not None and like.device != next(module.buffers()).device and not is_traced(like):
-                module.to(like.device)
+                module.to_empty(device=like.device)  # which these fill in, from the meta device as well
 
     def _arguments(self) -> dict[str, Any]:
         """The settings as they are, under the names of the arguments."""

@@ -4,7 +4,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from salnb._common.buffers import OwnBuffers
 
 __all__ = ["LossScale", "autocast_dtype", "full_precision", "tf32"]
 
@@ -33,7 +35,7 @@ def tf32(allowed: bool) -> Iterator[None]:
         torch.backends.cudnn.allow_tf32 = before[1]
 
 
-class LossScale(nn.Module):
+class LossScale(OwnBuffers):
     """A power of two to multiply with before a gradient is taken, and to divide the gradient by.
 
     It is halved when a gradient overflows, and doubled, up to `2**top` at most, after 2000 gradients that did
@@ -51,10 +53,8 @@ class LossScale(nn.Module):
     steps: Tensor
 
     def __init__(self, exponent: int, top: int):
-        super().__init__()
+        super().__init__(exponent=exponent, steps=0)
         self.top = top
-        self.register_buffer("exponent", torch.tensor(exponent), persistent=False)
-        self.register_buffer("steps", torch.tensor(0), persistent=False)
 
     @property
     def value(self) -> Tensor:

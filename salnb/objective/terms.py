@@ -21,9 +21,13 @@ from salnb._common.checks import at_least_float32, at_least_float32_dtype, check
 from salnb._common.outputs import ModelCall, check_real, described
 from salnb._common.warning import warn_caller
 from salnb.augment import Augmentation
-from salnb.double_backward.functions import check_second_derivative, second_derivatives_kept
 from salnb.double_backward.mode import differentiable_twice
 from salnb.double_backward.recomputation import model_of_the_forward_pass
+from salnb.double_backward.refusals import (
+    check_second_derivative,
+    gradients_put_back,
+    second_derivatives_kept,
+)
 from salnb.losses import invariance_loss, outside_loss, saliency_loss, with_other_images
 from salnb.objective.balance import Balance
 from salnb.objective.class_terms import ClassTerm
@@ -197,7 +201,7 @@ def step_losses(
             known = own.known if own else known
             if inputs.masks:  # as in the paper that this is from, of all classes at once
                 explained = torch.ones_like(logits)
-            with second_derivatives_kept(logits) if keep_graph and check_derivative else nullcontext():
+            with _watched(logits, model, keep_graph, check_derivative):
                 maps = _maps(
                     modules, recorder, pixels, logits, explained, settings, call, create_graph=keep_graph
                 )
@@ -289,6 +293,13 @@ def _maps(
 def _scaled_scores(scale: Tensor | float, score: str, call: ModelCall, returned: Any) -> Tensor:
     """The scores of all classes (N, K), times `scale`, from what the network returns."""
     return scale * scores_of_all(call.logits(returned), score)
+
+
+def _watched(logits: Tensor, model: nn.Module, keep_graph: bool, check: bool) -> AbstractContextManager[None]:
+    """Context for the gradients that make the maps, as far as custom Functions need watching."""
+    if not keep_graph:
+        return gradients_put_back(logits, model.parameters())
+    return second_derivatives_kept(logits, parameters=model.parameters()) if check else nullcontext()
 
 
 def _features(

@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 
+from salnb._common.aliases import InPlace, copies_that_share, held_in_containers, memory_of
 from salnb._common.checks import is_traced
 
 __all__ = ["alone", "check_usable", "left_as_found"]
@@ -30,15 +31,17 @@ def left_as_found(model: nn.Module) -> Iterator[None]:
     tensors, and, of the modules that are not PyTorch's own, those that are numbers or None. Buffers and
     attributes that such modules did not have are taken away, unless the pass has made them parameters or
     modules too, as in a network that builds itself when it first runs. What a model keeps in lists and
-    dictionaries stays as the pass left it.
+    dictionaries stays as the pass left it, unless it is a view of a buffer or such an attribute.
 
     Threads that run models with a module in common wait for one another, as in `alone`.
     """
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
     with alone(modules):
         modes = [(m, m.training) for m in modules if hasattr(m, "training")]  # frozen scripts have none
-        copies = _copies_of_statistics(modules)  # by the id of the original, which may be in several places
         moving = [module for module in modules if _may_move(module)]
+        # by the id of the original, which may be in several places
+        copies = _copies_of_statistics(modules)
+        in_place = _copy_views(moving, copies)
         # such as the weight that pruning and spectral_norm make anew in each pass
         made = [(module, its) for module in modules if (its := _tensors_of(module))]
         lent = [(module, _names(module), *_lend_copies(module, copies)) for module in moving]
@@ -56,6 +59,7 @@ def left_as_found(model: nn.Module) -> Iterator[None]:
             for module, names, attributes, buffers in lent:
                 _put_back(module, attributes, buffers)
                 _take_away(module, names)
+            in_place.put_back()
             for module, mode in modes:
                 if module.training is not mode:
                     module.training = mode
@@ -139,6 +143,35 @@ def _copies_of_statistics(modules: Sequence[nn.Module]) -> dict[int, Tensor]:
     return copies
 
 
+def _copy_views(modules: Sequence[nn.Module], copies: dict[int, Tensor]) -> InPlace:
+    """Add the copies of what are views of one another, which the pass is to find so.
+
+    Containers are not copied: what they hold views of stays where it is, and gets its values back afterwards.
+    """
+    moved = [
+        tensor for module in modules for tensor in (*_attributes_of(module).values(), *_buffers_of(module))
+    ]
+    copied = [t for t in moved if isinstance(t, Tensor) and not t.requires_grad]
+    copies |= copies_that_share(copied)
+    held = {memory_of(t) for m in modules if not _is_of_torch(type(m)) for t in held_in_containers(m)} - {
+        None
+    }
+    in_place = [tensor for tensor in copied if memory_of(tensor) in held] if held else []
+    copies |= {id(tensor): tensor for tensor in in_place}
+    return InPlace(in_place)
+
+
+def _attributes_of(module: nn.Module) -> dict[str, Any]:
+    """The attributes of a module of the user's that are put back: numbers, tensors and None."""
+    if _is_of_torch(type(module)):
+        return {}
+    return {k: v for k, v in vars(module).items() if v is None or isinstance(v, Number | Tensor)}
+
+
+def _buffers_of(module: nn.Module) -> list[Tensor | None]:
+    return [buffer for _, buffer in module._buffers.items()]  # scripted modules have no dictionary there
+
+
 def _lend_copies(
     module: nn.Module, copies: dict[int, Tensor]
 ) -> tuple[dict[str, Any], dict[str, Tensor | None]]:
@@ -149,12 +182,10 @@ def _lend_copies(
             copies[id(tensor)] = tensor.clone()
         return copies[id(tensor)]
 
-    attributes = {}
-    if not _is_of_torch(type(module)):
-        attributes = {k: v for k, v in vars(module).items() if v is None or isinstance(v, Number | Tensor)}
-        for name, value in attributes.items():
-            if isinstance(value, Tensor) and not value.requires_grad:
-                vars(module)[name] = copy_of(value)
+    attributes = _attributes_of(module)
+    for name, value in attributes.items():
+        if isinstance(value, Tensor) and not value.requires_grad:
+            vars(module)[name] = copy_of(value)
     buffers = dict(module._buffers.items())  # scripted modules have something else than a dictionary there
     for name, buffer in buffers.items():
         if buffer is not None:

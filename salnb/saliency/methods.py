@@ -10,8 +10,8 @@ is asked about, and returns one map per image:
 The model is left as it was found, after an error too: parameters, gradients, buffers, hooks, train or eval
 mode, and attributes of its own that are numbers or tensors, or that it did not have; but not what it keeps in
 lists or dictionaries, nor what its forward pass itself writes to parameters (as `nn.Embedding` does with
-`max_norm`), nor the state of the random numbers. The images are not changed by networks that work in place on
-them.
+`max_norm`) or, by a `backward()` of its own, to their `.grad`, nor the state of the random numbers. The
+images are not changed by networks that work in place on them.
 
 Methods that change the backward pass of ReLU do so only while the map's own gradient is taken, so a loss on a
 map (`create_graph=True`) has the right gradient with respect to the parameters; an operation that has no
@@ -23,7 +23,6 @@ In a function that `torch.compile` was given, the methods run as they are, uncom
 """
 
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -38,8 +37,12 @@ from salnb._common.checks import (
     check_target,
 )
 from salnb._common.outputs import ModelCall
-from salnb.double_backward.functions import check_second_derivative, second_derivatives_kept
 from salnb.double_backward.mode import as_written, differentiable_twice
+from salnb.double_backward.refusals import (
+    check_second_derivative,
+    gradients_put_back,
+    second_derivatives_kept,
+)
 from salnb.saliency.arguments import check_arguments
 from salnb.saliency.isolation import left_as_found
 from salnb.saliency.layers import OtherLayerError, Reshape
@@ -362,7 +365,13 @@ def _map(
         check_target(target, *logits.shape)
         scores = class_scores(logits, target, score)
         refusal = "create_graph=True", "leave create_graph out"
-        with second_derivatives_kept(scores, *refusal) if create_graph else nullcontext():
+        parameters = model.parameters() if isinstance(model, nn.Module) else ()
+        watched = (
+            second_derivatives_kept(scores, *refusal, parameters)
+            if create_graph
+            else gradients_put_back(scores, parameters)
+        )
+        with watched:
             maps = recorder.maps(pixels, scores, create_graph=create_graph, reduce=reduce)
     if create_graph:
         check_second_derivative(maps, *refusal)

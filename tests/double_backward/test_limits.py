@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from salnb.double_backward import fast_double_backward
-from salnb.double_backward.functions import check_second_derivative
+from salnb.double_backward.refusals import check_second_derivative
 from tests.helpers.double_backward import agree, batch, check, random, second_order
 from tests.helpers.networks import Residual
 from tests.helpers.tolerances import assert_close
@@ -181,3 +181,14 @@ def test_an_operation_without_a_second_derivative_is_found_wherever_it_is(depth)
     with pytest.raises(RuntimeError, match=r"a test differentiates .*no second derivative.*, or do not"):
         check_second_derivative(first, "a test", "do not")
     check_second_derivative(torch.autograd.grad((x**3).sin().sum(), x, create_graph=True)[0])
+
+
+@pytest.mark.parametrize(
+    "call", [lambda x, w: F.conv2d(x, w), lambda x, w: F.linear(x[:, :, 0, 0], w[:, :, 0, 0])]
+)
+def test_types_that_do_not_go_together_are_told_by_pytorch(call):
+    with fast_double_backward(), pytest.raises(RuntimeError, match=r"type|dtype") as found:
+        call(random(2, 3, 4, 4), random(4, 3, 1, 1, dtype=torch.float32))
+    with pytest.raises(RuntimeError) as expected:
+        call(random(2, 3, 4, 4), random(4, 3, 1, 1, dtype=torch.float32))
+    assert str(found.value) == str(expected.value)

@@ -15,11 +15,16 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from salnb import Objective
+from salnb.augment import HorizontalFlip
 from salnb.objective.graph_key import graph_key, refuse_what_a_graph_forgets
+from tests.helpers.networks import conv_bn
+
+SETTINGS = types.SimpleNamespace(model_kwargs=())
 
 
 def key_of(step):
-    return graph_key(step, None, [torch.zeros(4, 3, 8, 8)], pytree.tree_flatten([])[1])
+    return graph_key(step, SETTINGS, [torch.zeros(4, 3, 8, 8)], pytree.tree_flatten([])[1])
 
 
 def step_with(value):
@@ -28,17 +33,28 @@ def step_with(value):
     return step
 
 
-@pytest.mark.parametrize(("levels", "seen"), [(1, True), (5, True), (6, False)])
-def test_how_deep_an_object_is_looked_into(levels, seen):
+WRAPPERS = {
+    "object": (lambda value: types.SimpleNamespace(inner=value), 5),
+    "dictionary": (lambda value: {"inner": value}, 51),
+    "list": (lambda value: [0, value], 51),
+    "tuple": (lambda value: (value, None), 51),
+    "deque": (lambda value: collections.deque([value]), 51),
+}
+
+
+@pytest.mark.parametrize(("wrap", "deepest"), WRAPPERS.values(), ids=WRAPPERS)
+@pytest.mark.parametrize(("beyond", "seen"), [(None, True), (0, True), (1, False)])
+def test_how_deep_an_object_is_looked_into(wrap, deepest, beyond, seen):
     """Beyond, an object is told by which one it is."""
-    innermost = value = {"scale": 1.0}
-    for _ in range(levels - 1):
-        value = {"inner": value}
+    innermost = value = types.SimpleNamespace(scale=1.0) if deepest == 5 else {"scale": 1.0}
+    for _ in range(0 if beyond is None else deepest + beyond - 1):
+        value = wrap(value)
     step = step_with(value)
     before = key_of(step)
-    innermost["scale"] = 2.0
+    store = innermost if isinstance(innermost, dict) else vars(innermost)
+    store["scale"] = 2.0
     assert (key_of(step) != before) == seen
-    innermost["scale"] = 1.0
+    store["scale"] = 1.0
     step["model"].looked_at = copy.deepcopy(value)
     assert (key_of(step) == before) == seen
 
@@ -228,3 +244,62 @@ def test_entropy_of_the_system_is_refused(draw):
         draw(source)
     with refuse_what_a_graph_forgets(step, lambda: key_of(step)):
         np.random.default_rng(1).random()
+
+
+class Configured(nn.Module):
+    """A network with two configurations, one of its own and one that is given, and their scales."""
+
+    def __init__(self):
+        super().__init__()
+        self.network, self.own = conv_bn(), nested(1.0)
+
+    def forward(self, x, given):
+        scale = given["blocks"][0]["layers"][1].settings["scale"]
+        return self.network(x) * self.own["blocks"][0]["layers"][1].settings["scale"] * scale
+
+
+def nested(scale):
+    layers = [None, types.SimpleNamespace(settings={"scale": scale})]
+    return {"blocks": [{"layers": layers}]}
+
+
+def test_what_changes_deep_inside_is_seen_by_a_compiled_step():
+    eager = Objective(Configured(), HorizontalFlip())
+    compiled, images, given = copy.deepcopy(eager), torch.rand(4, 3, 8, 8), nested(1.0)
+    compiled.compile(backend="eager")
+    for own, scale in ((1.0, 1.0), (1.0, 3.0), (0.5, 3.0)):
+        totals = []
+        for objective in (eager, compiled):
+            for config, value in ((objective.model.own, own), (given, scale)):
+                config["blocks"][0]["layers"][1].settings["scale"] = value
+            draw = torch.Generator().manual_seed(0)
+            totals.append(objective(images, torch.arange(4), draw, model_kwargs={"given": given}).total)
+        torch.testing.assert_close(*totals)
+
+
+class Recurrent(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.rows, self.head = kind(24, 5, batch_first=True), nn.Linear(5, 4)
+
+    def forward(self, x):
+        return self.head(self.rows(x.transpose(1, 2).flatten(2))[0].mean(1))
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_networks_are_compiled_once(kind):
+    """They keep their parameters in a list as well, which each step of the optimiser changes."""
+    eager = Objective(Recurrent(kind).double(), HorizontalFlip())
+    compiled, images = copy.deepcopy(eager), torch.rand(4, 3, 8, 8, dtype=torch.float64)
+    compiled.compile(backend="eager")
+    for _ in range(3):
+        totals = []
+        for objective in (eager, compiled):
+            total = objective(images, torch.arange(4), torch.Generator().manual_seed(0)).total
+            gradients = torch.autograd.grad(total, list(objective.parameters()))
+            with torch.no_grad():
+                for parameter, gradient in zip(objective.parameters(), gradients, strict=True):
+                    parameter -= 0.5 * gradient
+            totals.append(total.detach())
+        torch.testing.assert_close(*totals)
+    assert len(compiled._compiled._graphs) == 1

@@ -146,3 +146,29 @@ def test_a_model_of_which_nothing_is_trained_is_warned_about():
         step(objective.eval())
         next(reversed([*objective.model.parameters()])).requires_grad_()
         step(objective.train())
+
+
+def test_modules_and_parameters_among_the_settings():
+    """None becomes a part of the objective, which would have other parameters then."""
+    objective, images, target = (
+        Objective(conv_bn(), HorizontalFlip()),
+        torch.rand(4, 3, 8, 8),
+        torch.arange(4),
+    )
+    parts = len(objective.state_dict())
+    objective.output = nn.Identity()
+    objective(images, target).total.backward()
+    objective.output = nn.Linear(4, 4)
+    with pytest.raises(TypeError, match=r"output must have no parameters and buffers, .* got a Linear"):
+        objective(images, target)
+    objective.output = None
+    for name in ("alpha", "beta", "gamma", "consistency", "confidence", "balance"):
+        for learnt in (nn.Parameter(torch.tensor(0.5)), torch.tensor(0.5, requires_grad=True)):
+            with pytest.raises(TypeError, match=rf"{name} must be .* that requires no gradient"):
+                Objective(conv_bn(), HorizontalFlip(), **{name: learnt})
+    objective.alpha = nn.Parameter(torch.tensor(0.5))
+    with pytest.raises(TypeError, match=r"alpha must be .* that requires no gradient"):
+        objective(images, target)
+    objective.alpha = torch.tensor(0.5)
+    objective(images, target).total.backward()
+    assert len(objective.state_dict()) == parts

@@ -38,14 +38,23 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "tests/saliency/test_layers.py",
         "tests/saliency/test_surroundings.py",
         "tests/saliency/test_state.py",
+        "tests/saliency/test_aliases.py",
         "tests/saliency/test_score.py",
         "tests/saliency/test_transformers.py",
     ),
     "salnb/augment/*.py": ("salnb/augment", "tests/augment"),
     "salnb/double_backward/fused.py": ("tests/double_backward/test_fused.py",),
     "salnb/double_backward/kernels.py": ("tests/double_backward/test_fused.py",),
+    "salnb/double_backward/foreign.py": ("tests/double_backward/test_foreign.py",),
+    "salnb/double_backward/refusals.py": (
+        "tests/double_backward/test_foreign.py",
+        "tests/double_backward/test_written_gradients.py",
+        "tests/double_backward/test_limits.py",
+        "tests/saliency/test_foreign_code.py",
+    ),
     "salnb/double_backward/recomputation.py": (
         "tests/double_backward/test_recomputation.py",
+        "tests/objective/test_checkpointed_state.py",
         "tests/objective/test_checkpointing.py",
     ),
     "salnb/double_backward/b*.py": ("tests/double_backward",),
@@ -53,6 +62,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "tests/double_backward/test_functions.py",
         "tests/double_backward/test_limits.py",
         "tests/double_backward/test_networks.py",
+        "tests/double_backward/test_overrides.py",
     ),
     "salnb/objective/compiled.py": (
         "tests/objective/test_stale_graphs.py",
@@ -73,6 +83,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "tests/objective/test_objective.py",
         "tests/objective/test_everywhere.py",
         "tests/objective/test_own_loss.py",
+        "tests/objective/test_settings.py",
     ),
 }
 # of cosmic-ray's operators those whose mutants run: `a >> b` of floating-point numbers would only fail
