@@ -42,6 +42,11 @@ _ARTICLE = """async () => {
   const next = document.querySelector("a.right-next");
   return [article.outerHTML, next && next.href];
 }"""
+_HEADINGS = """() => [...document.querySelectorAll("h1, h2, h3, h4, h5, h6")].map(heading => {
+  const words = heading.cloneNode(true);
+  for (const twice of words.querySelectorAll(".katex-mathml")) twice.remove();
+  return words.textContent.trim().replace(/\\s+/g, " ");
+})"""
 _STYLE = """<style>
   article { break-before: page; max-width: none; }
   details > summary { display: none; }
@@ -69,6 +74,20 @@ def articles(page, address: str) -> list[str]:  # type: ignore[no-untyped-def]  
     return found
 
 
+def name_bookmarks(bookmarks, titles: list[str]) -> None:  # type: ignore[no-untyped-def]  # of pikepdf
+    """Give the bookmarks the headings' words: the browser repeats some and joins lines without a space."""
+    found = []
+    waiting = [*reversed(bookmarks)]
+    while waiting:
+        found.append(waiting.pop())
+        waiting += reversed(found[-1].children)
+    if len(found) == len(titles):
+        for bookmark, title in zip(found, titles, strict=True):
+            bookmark.title = title
+    else:
+        print(f"{len(found)} bookmarks for {len(titles)} headings: they keep the browser's words")
+
+
 def main() -> int:
     """Write the PDF; 1 if there is nothing to print it with."""
     browser = next(filter(None, map(shutil.which, _BROWSERS)), None)
@@ -92,6 +111,7 @@ def main() -> int:
         page.goto(start, wait_until="load")
         page.evaluate("html => { document.body.innerHTML = html; }", whole)
         page.wait_for_function("[...document.images].every(image => image.complete)")
+        headings = page.evaluate(_HEADINGS)
         printed = page.pdf(
             format="A4",
             margin={"top": "16mm", "bottom": "16mm", "left": "16mm", "right": "16mm"},
@@ -101,6 +121,8 @@ def main() -> int:
         chromium.close()
         server.shutdown()
     with pikepdf.open(io.BytesIO(printed)) as pdf:  # the browser writes its thousands of objects uncompressed
+        with pdf.open_outline() as outline:
+            name_bookmarks(outline.root, headings)
         pdf.save(HTML / "salnb.pdf", object_stream_mode=pikepdf.ObjectStreamMode.generate)
     front = HTML / FIRST
     link = '<a href="../salnb.pdf">The whole book as a PDF</a>'

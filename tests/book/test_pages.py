@@ -34,15 +34,6 @@ CUT_OFF = """() => [...document.querySelectorAll('article table, article pre, ar
   .filter(part => part.scrollWidth > part.clientWidth + 1
     || part.getBoundingClientRect().right > innerWidth + 1)
   .map(part => [part.tagName, part.scrollWidth, part.clientWidth, part.innerText.slice(0, 60)])"""
-BROKEN_NUMBERS = r"""() => [...document.querySelectorAll('article td')]
-  .filter(cell => cell.offsetParent && /^[-+–]?[\d.,]+( ?%)?$/.test(cell.innerText.trim()))
-  .filter(cell => {
-    const text = document.createRange();
-    text.selectNodeContents(cell);
-    const tops = [...text.getClientRects()].filter(line => line.width > 1).map(line => line.top);
-    return Math.max(...tops) - Math.min(...tops) > 6;
-  })
-  .map(cell => cell.innerText)"""
 # words, numbers and names of tables that stand on more than one line; a hyphen may end a line
 PARTED_WORDS = r"""() => [...document.querySelectorAll('article :is(td, th)')]
   .filter(cell => cell.offsetParent)
@@ -60,6 +51,24 @@ PARTED_WORDS = r"""() => [...document.querySelectorAll('article :is(td, th)')]
     }
     return parted;
   })"""
+
+# of each stacked table: what stands before its cells, and the room that the longest word there leaves
+STACKED = r"""() => [...document.querySelectorAll('table.stacked')].map(table => {
+  const rows = [...table.tBodies[0].rows], pen = document.createElement('canvas').getContext('2d');
+  const before = cell => getComputedStyle(cell, '::before');
+  const left = cell => {
+    pen.font = before(cell).font;
+    const words = cell.dataset.label.split(' ').map(word => pen.measureText(word).width);
+    return parseFloat(before(cell).width) - Math.max(...words);
+  };
+  return {
+    display: getComputedStyle(table).display,
+    names: [...table.tHead.rows[0].cells].map(cell => cell.textContent.trim().replace(/\s+/g, ' ')),
+    shown: rows.map(row => [...row.cells].slice(1).map(cell => before(cell).content.replace(/^"|"$/g, ''))),
+    beside: rows.flatMap(row => [...row.cells].slice(1).map(left)),
+    roles: [table, ...table.querySelectorAll('thead, tbody, tr, th, td')].map(part => part.getAttribute('role')),
+  };
+})"""
 
 TOO_SMALL = """() => [...document.querySelectorAll('.cell_output pre')]
   .filter(output => output.offsetParent && parseFloat(getComputedStyle(output).fontSize) < 5.5)
@@ -215,15 +224,35 @@ def test_page_fits_a_phone(browser, site, path):
 def test_nothing_is_cut_off(browser, site, path, width):
     """No column of a table, no line of code, nothing printed and no formula, folds included.
 
-    No number of a table is parted, and no word where there is room; what shrinks to fit can still be read.
+    No number and no word of a table is parted; what shrinks to fit can still be read.
     """
     page = browser.new_page(viewport={"width": width, "height": 900})
     settled(page, site + path)
     page.evaluate("document.querySelectorAll('details').forEach(fold => { fold.open = true; })")
-    in_pieces = PARTED_WORDS if width > 768 else BROKEN_NUMBERS
-    cut, parted, small = (page.evaluate(what) for what in (CUT_OFF, in_pieces, TOO_SMALL))
+    cut, parted, small = (page.evaluate(what) for what in (CUT_OFF, PARTED_WORDS, TOO_SMALL))
     page.close()
     assert (cut, parted, small) == ([], [], [])
+
+
+@pytest.mark.parametrize("path", [page for page in PAGES if ' stacked"' in (HTML / page).read_text()])
+def test_wide_tables_are_stacked_on_a_phone_only(browser, site, path):
+    """There each cell shows the name of its column, without a script too; on a desk and on paper nothing changes."""
+    for width, media, scripts in ((390, "screen", False), (1280, "screen", True), (390, "print", True)):
+        context = browser.new_context(viewport={"width": width, "height": 844}, java_script_enabled=scripts)
+        page = context.new_page()
+        page.emulate_media(media=media)
+        page.goto(site + path)
+        for table in page.evaluate(STACKED):
+            if (width, media) == (390, "screen"):
+                assert table["display"] == "block"
+                assert table["shown"] == [table["names"][1:]] * len(table["shown"])
+                assert min(table["beside"]) >= 0, "a name lies on its cell"
+            else:
+                assert table["display"] == "table"
+                assert {label for row in table["shown"] for label in row} == {"none"}
+            roles = {"table", "rowgroup", "row", "columnheader", "rowheader", "cell"}
+            assert {*table["roles"]} == roles, "told to screen readers whatever the style"
+        context.close()
 
 
 @pytest.mark.parametrize("path", [page for page in PAGES if "tag_full-width" in (HTML / page).read_text()])
