@@ -1,14 +1,11 @@
 """The built site, as a reader meets it: in a real browser, without a network."""
 
-import contextlib
-import functools
-import gzip
-import http.server
 import shutil
-import threading
 from pathlib import Path
 
 import pytest
+
+from tests.helpers.sites import CompressingHandler, served
 
 ROOT = Path(__file__).resolve().parents[2]
 HTML = ROOT / "_build" / "html"
@@ -95,51 +92,15 @@ PAGES = sorted(
 CHAPTERS = [page for page in PAGES if page.startswith("notebooks/")]
 
 
-class QuietHandler(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, format, *args):
-        pass
-
-
-@functools.cache
-def compressed(path):
-    return gzip.compress(path.read_bytes())
-
-
-class CompressingHandler(QuietHandler):
-    """Sends text compressed, as those do who host such sites, GitHub Pages among them."""
-
-    def do_GET(self):
-        path = Path(self.translate_path(self.path))
-        if path.suffix not in (".html", ".css", ".js", ".svg") or not path.exists():
-            super().do_GET()
-            return
-        body = compressed(path)
-        self.send_response(200)
-        self.send_header("Content-Type", self.guess_type(path))
-        self.send_header("Content-Encoding", "gzip")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-
-@contextlib.contextmanager
-def served(kind):
-    handler = functools.partial(kind, directory=str(HTML))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}/"
-        server.shutdown()
-
-
 @pytest.fixture(scope="module")
 def site():
-    with served(QuietHandler) as address:
+    with served(HTML) as address:
         yield address
 
 
 @pytest.fixture(scope="module")
 def compressed_site():
-    with served(CompressingHandler) as address:
+    with served(HTML, CompressingHandler) as address:
         yield address
 
 
