@@ -11,6 +11,7 @@ from salnb.plot.style import _drawn
 
 
 def figure(*, picture):
+    pytest.importorskip("IPython")  # draws them in a notebook
     plot.use_style(dpi=50)
     fig, ax = plt.subplots(figsize=(4, 2))
     if picture:
