@@ -27,7 +27,7 @@ def read_yaml(path: str | Path, *, what: str = "this") -> Any:
     """
     yaml = require("yaml", "train", what=what)
 
-    class Loader(yaml.SafeLoader):  # type: ignore[misc, name-defined]
+    class Loader(yaml.SafeLoader):  # type: ignore[name-defined]
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
             found: set[str] = set()
             for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():

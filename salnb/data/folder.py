@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import TypeGuard
 
 from torch import Tensor
 
@@ -229,7 +230,7 @@ def _kept(record: str | Path) -> tuple[list[str], dict[str, list[str]]]:
     return classes, splits
 
 
-def _are_words(value: object) -> bool:
+def _are_words(value: object) -> TypeGuard[list[str]]:
     return isinstance(value, list) and bool(value) and all(isinstance(each, str) for each in value)
 
 
