@@ -241,7 +241,7 @@ def test_a_checkpoint_of_something_else_is_named(stopped):
     path.unlink()
     path = out / "checkpoints" / f"step-000000099.{hashlib.sha256(b'torch 9').hexdigest()[:16]}.pt"
     path.write_bytes(b"torch 9")
-    with pytest.raises(ValueError, match=f"the run cannot go on from {path}: UnpicklingError"):
+    with pytest.raises(ValueError, match=f"the run cannot go on from {path}: "):
         fit(config, resume=True, log=silent)
     path.unlink()
     state = load_checkpoint(out / "checkpoints")
