@@ -22,9 +22,11 @@ from salnb.study import grids
 from salnb.study.plans import load_plan
 from salnb.study.scale import PLANNED, load_scale
 from salnb.timing import cases as timing_plan
-from salnb.train.config import Config, as_written
+from salnb.train.config import Config
+from salnb.train.settings_file import read_settings
 
 _MODEL = "a finished run, torchvision:NAME, timm:NAME or efficientnet_lite0 (default)"
+_PATH = os.path.expanduser  # a shell leaves ~ as it is behind an = sign
 
 
 class Command(NamedTuple):
@@ -42,8 +44,8 @@ _OPTIONS: dict[Any, dict[str, Any]] = {
     int: {"type": int, "metavar": "N"},
     int | None: {"type": int, "metavar": "N"},
     float: {"type": float, "metavar": "X"},
-    str: {"metavar": "NAME"},
-    str | None: {"metavar": "NAME"},
+    str: {"metavar": "NAME", "type": _PATH},
+    str | None: {"metavar": "NAME", "type": _PATH},
     tuple[str, ...]: {"nargs": "+", "metavar": "NAME"},
 }
 
@@ -68,7 +70,7 @@ def _train(args: argparse.Namespace) -> int:
     options = vars(args).copy()
     resume, file = options.pop("resume"), options.pop("config")
     try:
-        config = Config(**(_read_settings(file) | options if file else options))
+        config = Config(**(read_settings(file) | options if file else options))
     except TypeError as error:  # a value of another kind, which only a file can have
         raise ValueError(f"config {file}: {error}") from error
     config.check_run(resume=resume)
@@ -84,29 +86,11 @@ def _train(args: argparse.Namespace) -> int:
     return 0
 
 
-def _read_settings(file: str) -> dict[str, Any]:
-    yaml = require("yaml", "train", what="config")
-    try:
-        with open(file, encoding="utf-8") as opened:
-            settings = yaml.safe_load(opened)
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        why = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise ValueError(f"config {file} cannot be read: {why}") from error
-    if not isinstance(settings, dict):
-        raise ValueError(f"config {file} must hold settings by their names, got {type(settings).__name__}")
-    settings = {str(name).replace("-", "_"): value for name, value in settings.items()}
-    known = [field.name for field in dataclasses.fields(Config)]
-    for name in settings:
-        if name not in known:
-            raise catalog.unknown(f"config {file}:", name, known)
-    return as_written(settings)
-
-
 def _explain_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("photos", nargs="+", metavar="PHOTO", help="image files, or folders of them")
     add("--model", default="efficientnet_lite0", metavar="NAME", help=_MODEL)
-    add("--out", required=True, metavar="FOLDER", help="where maps and pictures go")
+    add("--out", type=_PATH, required=True, metavar="FOLDER", help="where maps and pictures go")
     add("--method", default="grad_cam", metavar="NAME", help="saliency method: " + ", ".join(catalog.METHODS))
     add("--target", metavar="CLASS", help="name or number of the class (default: the most probable)")
     add("--layer", metavar="NAME", help="of the network, for Grad-CAM (default: the last convolution)")
@@ -160,7 +144,8 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("run", metavar="RUN", help="folder of a finished run")
     add("--data", metavar="NAME", help="data set, whose test images are taken (default: that of the run)")
-    add("--data-dir", metavar="DIR", help="for data folder: its test, or all of it where it has no splits")
+    text = "for data folder: its test, or all of it where it has no splits"
+    add("--data-dir", type=_PATH, metavar="DIR", help=text)
     add("--augmentation", metavar="NAME", help="under which maps are compared (default: that of the run)")
     add("--batch-size", type=int, default=32, metavar="N", help="images at once (default: 32)")
     add("--device", default="auto", metavar="NAME", help="auto (default), cpu, cuda, cuda:N or mps")
@@ -202,7 +187,7 @@ def _settings_of(run: str) -> dict[str, Any]:
 
 def _plot_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs")
-    parser.add_argument("--out", required=True, metavar="FILE", help="the figure: a PNG")
+    parser.add_argument("--out", type=_PATH, required=True, metavar="FILE", help="the figure: a PNG")
 
 
 def _plot(args: argparse.Namespace) -> int:
@@ -249,7 +234,7 @@ def _study_arguments(parser: argparse.ArgumentParser) -> None:
     add("name", metavar="NAME", help="study: " + ", ".join(grids.STUDIES))
     scales = "smoke, laptop, laptop-strong, gpu, colab, paper, a YAML file, or plan, which some studies have"
     add("--scale", default="smoke", help=scales)
-    add("--out", required=True, metavar="DIR", help="folder of the records and the runs")
+    add("--out", type=_PATH, required=True, metavar="DIR", help="folder of the records and the runs")
     add("--on", default="here", help="here: one training after the other; ray: on a cluster")
     add("--address", default="local", help="of the Ray cluster: local, auto or ray://HOST:PORT")
     add("--share", type=float, default=1.0, help="of a GPU or core that a training gets on Ray")
@@ -302,7 +287,7 @@ def _time_arguments(parser: argparse.ArgumentParser) -> None:
     add("--networks", nargs="+", metavar="NAME", help="only these: " + ", ".join(catalog.NETWORKS))
     add("--precisions", nargs="+", metavar="NAME", help="only these: " + ", ".join(timing_plan.PRECISIONS))
     add("--modes", nargs="+", metavar="NAME", help="only these: " + ", ".join(timing_plan.MODES))
-    add("--out", metavar="FILE", help="the record (default: results/timing-<device>.json)")
+    add("--out", type=_PATH, metavar="FILE", help="the record (default: results/timing-<device>.json)")
     add("--compare", nargs=2, metavar=("A", "B"), help="measure nothing: print two records side by side")
 
 

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import importlib.util
 import json
+import math
 import platform
 import resource
 import subprocess
@@ -14,7 +15,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from salnb._common.files import make_folder, write_atomic
 from salnb._version import __version__
@@ -49,6 +50,8 @@ def write_record(path: str | Path, record: Mapping[str, Any]) -> None:
         TypeError, ValueError: a value that JSON cannot hold.
         OSError: it cannot be written (a full disk, say); a record that was there before still is.
     """
+    if not isinstance(record, Mapping):
+        raise TypeError(f"record must be a mapping, got {type(record).__name__}")
     text = json.dumps(record, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
     make_folder(Path(path).parent)
     # half a surrogate pair, as in names of files that are no UTF-8, becomes JSON's own escape
@@ -63,11 +66,15 @@ def read_record(path: str | Path) -> dict[str, Any]:
         ValueError: the file is not a JSON object, or one with infinities or NaN, which are no JSON.
     """
 
-    def refuse(constant: str) -> None:
+    def refuse(constant: str) -> NoReturn:
         raise ValueError(f"{constant} is no number of JSON")
 
+    def finite(number: str) -> float:
+        return value if math.isfinite(value := float(number)) else refuse(number)
+
     try:
-        record = json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=refuse)
+        text = Path(path).read_text(encoding="utf-8")
+        record = json.loads(text, parse_constant=refuse, parse_float=finite)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not a record: {error}") from error
     if not isinstance(record, dict):

@@ -89,18 +89,21 @@ def compare(
         ValueError: a metric is no finite number, or two records are of the same factors.
     """
     values: dict[tuple, dict[str, dict[int, float]]] = {}
+    orders: dict[tuple, dict[str, Any]] = {}
     for record in records:
         if record["status"] != "done":
             continue
         factors = dict(record["factors"])
         seed, what = factors.pop("seed"), factors.pop(factor)
-        place = values.setdefault(tuple(factors.items()), {})
+        key = tuple(sorted(factors.items()))  # in whatever order a record has them
+        place = values.setdefault(key, {})
+        orders.setdefault(key, factors)
         of_seed = place.setdefault(what, {})
         if seed in of_seed:
             raise ValueError(f"records must each be of other factors, got two of {record['factors']}")
         of_seed[seed] = reached(record, metric)
     found = []
-    for where, place in values.items():
+    for key, place in values.items():
         base = place.get(reference, {})
         for what, of_seed in place.items():
             seeds = sorted(of_seed.keys() & base.keys())
@@ -110,7 +113,7 @@ def compare(
             ends = interval(pairs)
             theirs, ours = map(mean, zip(*pairs, strict=True))
             numbers = (len(seeds), theirs, ours, ours - theirs, *ends, pairs)
-            found.append(Comparison(dict(where), what, *numbers))
+            found.append(Comparison(dict(orders[key]), what, *numbers))
     return found
 
 
@@ -180,9 +183,9 @@ def markdown(comparisons: Sequence[Comparison]) -> str:
 
 def mean(values: Sequence[float]) -> float:
     """The arithmetic mean; raises a ValueError where there are no values."""
-    if not values:
+    if not len(values):  # which an array has, too
         raise ValueError("values must hold at least one number, got none")
-    return sum(values) / len(values)
+    return sum(map(float, values)) / len(values)
 
 
 def interval(pairs: Sequence[tuple[float, float]], confidence: float = 0.95) -> tuple[float, float]:
@@ -205,9 +208,9 @@ def interval(pairs: Sequence[tuple[float, float]], confidence: float = 0.95) -> 
         return -math.inf, math.inf
     from scipy.stats import t
 
-    centre, error = known
+    centre, error, unit = known
     half = float(t.ppf((1 + confidence) / 2, len(pairs) - 1)) * error
-    return centre - half, centre + half
+    return (centre - half) * unit, (centre + half) * unit
 
 
 def p_value(pairs: Sequence[tuple[float, float]]) -> float:
@@ -220,7 +223,7 @@ def p_value(pairs: Sequence[tuple[float, float]]) -> float:
         return 1.0
     from scipy.stats import t
 
-    centre, error = known
+    centre, error, _ = known
     return 2 * float(t.sf(abs(centre) / error, len(pairs) - 1))
 
 
@@ -252,14 +255,19 @@ def holm_levels(p_values: Sequence[float], alpha: float = 0.05) -> list[float]:
     return levels
 
 
-def _spread(pairs: Sequence[tuple[float, float]]) -> tuple[float, float] | None:
-    """The mean difference and its standard error; None where nothing is known of the spread."""
+def _spread(pairs: Sequence[tuple[float, float]]) -> tuple[float, float, float] | None:
+    """The mean difference and its standard error, in a unit, which is the last; None: nothing is known of it.
+
+    The unit, a power of two, keeps squares and differences of any numbers from being too large or too small.
+    """
     most = sys.float_info.max
     pairs = [check_pair(f"pairs[{i}]", pair, -most, most, "two numbers") for i, pair in enumerate(pairs)]
-    differences = [ours - theirs for theirs, ours in pairs]
+    largest = max((abs(value) for pair in pairs for value in pair), default=0.0)
+    unit = 2.0 ** max(math.frexp(largest)[1] - 1, -1022)
+    differences = [ours / unit - theirs / unit for theirs, ours in pairs]
     n, centre = len(differences), mean(differences)
     # equal up to how finely the numbers themselves are told apart
-    equal = 4 * sys.float_info.epsilon * max(abs(value) for pair in pairs for value in pair)
+    equal = 4 * sys.float_info.epsilon * largest / unit
     if max(differences) - min(differences) <= equal:
         return None
-    return centre, math.sqrt(sum((d - centre) ** 2 for d in differences) / (n - 1) / n)
+    return centre, math.sqrt(sum((d - centre) ** 2 for d in differences) / (n - 1) / n), unit

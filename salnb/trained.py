@@ -56,7 +56,9 @@ class Trained:
         return images.to(self.model.mean.device).float().div(255)
 
     def label_of(self, target: str) -> int:
-        """The number of a class from its number, its name, or a part of a name that only one has.
+        """The number of a class from its name, its number, or a part of a name that only one has.
+
+        A name goes first: classes may be named by numbers that are not theirs, as "10" comes before "2".
 
         Raises:
             TypeError: it is no string; a number must be written as one.
@@ -64,6 +66,8 @@ class Trained:
         """
         if not isinstance(target, str):
             raise TypeError(f"target must be a string, the number or the name of a class, got {target!r}")
+        if target in self.classes:
+            return self.classes.index(target)
         if target.isdecimal() and int(target) < len(self.classes):
             return int(target)
         lower = [name.lower() for name in self.classes]
@@ -113,7 +117,8 @@ def load(source: str | Path, device: str = "cpu") -> Trained:
         known = models.read_description(source)
         name, classes, size = known["network"], known["classes"], known["size"]
         model = models.build(name, len(classes))
-        models.load_weights(model, name, source)
+        if (told := models.load_weights(model, name, source)) != f"weights {source}":
+            raise ValueError(f"{source}/model.json has other classes than the network beside it: {told}")
     else:
         name = name if kind == "torchvision" else f"timm:{name or 'tf_efficientnet_lite0'}"
         classes, (model, size) = data.imagenet_classes(), models.imagenet(name)

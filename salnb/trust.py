@@ -62,6 +62,7 @@ def share_on_object(maps: Tensor, masks: Tensor) -> Tensor:
     """
     maps = _check_maps("maps", maps)
     _check_masks(masks, maps)
+    maps = maps / _highest(maps)
     whole = maps.sum((1, 2, 3))
     nowhere = whole == 0
     share = (maps * masks).sum((1, 2, 3)) / whole.where(~nowhere, 1)
@@ -156,7 +157,7 @@ def half_area(maps: Tensor) -> Tensor:
 
     Returns:
         (N,), from 0 to 0.5 and in float32 at least; 0.5 (rounded to whole pixels) for a constant map, a zero
-        map among them.
+        map among them, and NaN where a map is not finite.
 
     Raises:
         TypeError, ValueError: the maps are not as described.
@@ -165,11 +166,13 @@ def half_area(maps: Tensor) -> Tensor:
     tensor([0.2500, 0.5000])
     """
     flat = _check_maps("maps", maps).flatten(1).double()
-    flat = flat.where(flat.sum(1, keepdim=True) > 0, 1)
+    flat = flat / _highest(flat)
+    flat = flat.where(flat.sum(1, keepdim=True) != 0, 1)
     held = flat.sort(1, descending=True).values.cumsum(1)
     # a pixel less than the first sum that reaches half, and that pixel; rounding must not ask for one more
     pixels = (held < held[:, -1:] * (0.5 - 1e-9)).sum(1) + 1
-    return (pixels / flat.shape[1]).to(at_least_float32(maps).dtype)
+    share = (pixels / flat.shape[1]).to(at_least_float32(maps).dtype)
+    return share.where(held[:, -1].isfinite(), torch.nan)
 
 
 def deletion_curve(
@@ -302,6 +305,7 @@ def _centred(maps: Tensor, valid: Tensor) -> Tensor:
     values, valid = maps.double().flatten(1), valid.flatten(1)
     highest = values.where(valid, -torch.inf).amax(1, keepdim=True)
     below = (values - highest).where(valid, 0)  # zero, without rounding, where a map is constant
+    below = below / _highest(below.abs())
     return (below - below.sum(1, keepdim=True) / valid.sum(1, keepdim=True).clamp(min=1)).where(valid, 0)
 
 
@@ -309,6 +313,12 @@ def _cosine(first: Tensor, second: Tensor) -> Tensor:
     """Of the rows of two matrices; 0 where a row is zero."""
     lengths = first.norm(dim=1) * second.norm(dim=1)
     return (first * second).sum(1) / lengths.where(lengths > 0, 1)
+
+
+def _highest(values: Tensor) -> Tensor:
+    """The largest value of each map, as a constant: the unit in which no sum and no square overflows."""
+    highest = values.detach().flatten(1).amax(1).view(-1, *[1] * (values.ndim - 1))
+    return highest.where(highest != 0, 1)
 
 
 def _like_images(replacement: Tensor, images: Tensor) -> Tensor:

@@ -206,3 +206,17 @@ def test_what_is_compared(network, augmentation):
         assert torch.equal(steps[name], value), name
     assert torch.equal(valid, where)
     assert losses.mean().item() == pytest.approx(saliency_loss(first, second, where).item(), rel=1e-5)
+
+
+def test_names_of_classes_are_no_formulas(network, photos, tmp_path):
+    network.classes = ["$\\no$", "a$b$", "$$"]
+    files = {"a": photos / "a.png"}
+    assert not explain.explain(network, files, tmp_path / "out", augment="horizontal_flip")
+    assert (tmp_path / "out" / "a-horizontal_flip.png").exists()
+
+
+def test_a_network_of_other_classes_than_its_description_is_refused(run):
+    record = json.loads((run / "model.json").read_text())
+    (run / "model.json").write_text(json.dumps(record | {"classes": [*NAMES, "another"]}))
+    with pytest.raises(ValueError, match="has other classes than the network beside it"):
+        trained.load(run)

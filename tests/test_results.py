@@ -291,3 +291,15 @@ def test_peak_memory_grows_with_what_is_used():
     block = torch.ones(before // 4 + 40_000_000)  # more than was ever in use
     assert results.peak_memory(torch.device("cpu")) > before
     del block
+
+
+def test_a_number_that_is_too_large_is_no_number_of_a_record(tmp_path):
+    (tmp_path / "record.json").write_text('{"accuracy": 1e999}')
+    with pytest.raises(ValueError, match=r"record\.json is not a record: 1e999 is no number"):
+        results.read_record(tmp_path / "record.json")
+
+
+def test_only_what_can_be_read_again_is_written(tmp_path):
+    with pytest.raises(TypeError, match="record must be a mapping, got list"):
+        results.write_record(tmp_path / "record.json", [1])
+    assert not names(tmp_path)

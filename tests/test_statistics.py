@@ -259,3 +259,34 @@ def test_a_pair_that_is_not_of_two_numbers_is_refused_by_its_place(pair):
     for function in (statistics.interval, statistics.p_value):
         with pytest.raises((TypeError, ValueError), match=r"^pairs\[1\] must"):
             function([PAIRS[0], pair])
+
+
+@pytest.mark.parametrize("unit", [2.0**-1060, 1e-200, 1e200, 2.0**1020])
+def test_an_interval_of_any_unit(unit):
+    pairs = [(0.0, 1.0), (0.5, 2.0), (1.0, 4.5)]
+    low, high = statistics.interval([(unit * a, unit * b) for a, b in pairs])
+    assert (low / unit, high / unit) == pytest.approx(statistics.interval(pairs), rel=1e-3)
+    assert statistics.p_value([(unit * a, unit * b) for a, b in pairs]) == statistics.p_value(pairs)
+
+
+def test_differences_beyond_all_numbers_have_an_interval_without_an_end():
+    low, high = statistics.interval([(-1e308, 1e308), (-1e308, 1.5e308)])
+    assert -math.inf < low < 0
+    assert high == math.inf
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float16, np.int8])
+def test_the_mean_of_an_array(dtype):
+    assert mean(np.array([100, 120], dtype=dtype)) == 110.0
+    with pytest.raises(ValueError, match="at least one number"):
+        mean(np.array([], dtype=dtype))
+
+
+def test_factors_may_come_in_any_order():
+    first, second = record("reference", 0, 0.5), record("saliency", 0, 0.6)
+    second["factors"] = dict(reversed(second["factors"].items()))
+    first["factors"], second["factors"] = (f["factors"] | {"data": "svhn"} for f in (first, second))
+    second["factors"] = dict(reversed(second["factors"].items()))
+    (found,) = compare([first, second])
+    assert list(found.where) == ["augmentation", "data"]
+    assert found.pairs == ((0.5, 0.6),)

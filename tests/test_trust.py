@@ -340,3 +340,27 @@ def test_half_area_of_special_maps():
     assert trust.half_area(torch.cat([point, flat, 0 * flat])).tolist() == [1 / 16, 0.5, 0.5]
     with pytest.raises(ValueError, match="maps must not be negative"):
         trust.half_area(-flat)
+
+
+# --- units -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("dtype", "unit"),
+    [(torch.float32, 8e37), (torch.float32, 1e-38), (torch.float64, 4e307), (torch.float64, 1e-307)],
+)
+def test_a_measure_is_the_same_in_any_unit(dtype, unit):
+    maps, masks = maps_and_masks(dtype=dtype)
+    others = maps.flip(-1) + masks
+    large, larger = maps * unit, others * unit
+    assert_close(trust.share_on_object(large, masks), trust.share_on_object(maps, masks))
+    assert torch.equal(trust.half_area(large), trust.half_area(maps))
+    assert_close(trust.correlation(large, larger), trust.correlation(maps, others), 1e-6)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_map_that_is_not_finite_has_no_half_area(value):
+    maps = torch.ones(2, 1, 2, 2)
+    maps[0, 0, 0, 1] = value
+    assert trust.half_area(maps)[0].isnan()
+    assert trust.half_area(maps)[1] == 0.5

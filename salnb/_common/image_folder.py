@@ -21,6 +21,7 @@ _SHARE = 10  # one in so many images of each class is put aside for a split that
 MASKS = "masks"
 
 _PLACES = frozenset(name for names in _FOLDERS.values() for name in names)
+_LIKE_PLACES = _PLACES | {"training", "validate", "testing"}
 
 # the images of each class, as paths relative to the root
 Classes = dict[str, list[str]]
@@ -125,6 +126,7 @@ def find_images(root: str | Path, without: Collection[str] = ()) -> dict[str, Cl
     places = {
         split: next((n for n in names if (root / n).is_dir()), None) for split, names in _FOLDERS.items()
     }
+    _check_split_names(root)
     if not any(places.values()):
         places["train"] = ""
         _check_masks(root)
@@ -142,6 +144,20 @@ def find_images(root: str | Path, without: Collection[str] = ()) -> dict[str, Cl
         if odd := sorted(classes.keys() ^ found["train"].keys()):
             raise ValueError(f"data_dir {root}: train and {split} differ in {len(odd)} classes: {named(odd)}")
     return found
+
+
+def _check_split_names(root: Path) -> None:
+    """Raise unless folders that are named as splits are, can be taken for nothing else."""
+    inside = sorted(path.name for path in root.iterdir() if path.is_dir() and path.name[0] != ".")
+    for names in _FOLDERS.values():
+        if len(several := [name for name in names if name in inside]) > 1:
+            raise ValueError(f"data_dir {root} has {' and '.join(several)}, which are one split: keep one")
+    alike = [name for name in inside if name not in _PLACES and name.lower() in _LIKE_PLACES]
+    others = [name for name in inside if name not in (*alike, *_PLACES, MASKS)]
+    if alike and (not others or _PLACES & set(inside)):
+        raise ValueError(
+            f"data_dir {root}: folders of splits are named train, val and test, got {named(alike)}"
+        )
 
 
 def _classes(root: Path, folder: Path, without: Collection[str]) -> Classes:

@@ -105,6 +105,14 @@ class Arrays:
     labels: Tensor
     masks: Tensor | None = None
 
+    def __post_init__(self) -> None:
+        """Raise a ValueError unless there are as many of each."""
+        if len(set(counts := _each(self, len))) != 1 + (self.masks is None):
+            told = ", ".join(
+                f"{n} {name}" for n, name in zip(counts, Examples._fields, strict=True) if n is not None
+            )
+            raise ValueError(f"images, labels and masks must be as many, got {told}")
+
     def __len__(self) -> int:
         """The number of images."""
         return len(self.labels)
@@ -290,7 +298,7 @@ def _collate(examples: list[Any]) -> Examples:  # made in shared memory, if othe
     return Examples(default_collate(images), torch.tensor(labels, device="cpu"), *map(default_collate, masks))
 
 
-def _each(examples: Any, function: Callable[[Tensor], Tensor]) -> list[Any]:
+def _each(examples: Any, function: Callable[[Tensor], Any]) -> list[Any]:
     """A function of images, labels and, where there are any, masks."""
     tensors = [getattr(examples, name) for name in Examples._fields]
     return [None if tensor is None else function(tensor) for tensor in tensors]
@@ -304,6 +312,7 @@ def _orders(
     start = check_integer("start", start, 0, _MOST)
     order = torch.arange(count, device="cpu")
     if seed is not None:
+        seed = check_integer("seed", seed, -(2**63), 2**64 - 1)
         order = torch.randperm(count, generator=torch.Generator().manual_seed(seed), device="cpu")
         order = order[: count // batch_size * batch_size]
     for batch in order.to(device).split(batch_size)[start:]:

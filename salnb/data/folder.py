@@ -1,11 +1,13 @@
 """A folder of one's own images, laid out as for torchvision's `ImageFolder`."""
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import TypeGuard
 
 from torch import Tensor
 
@@ -31,12 +33,37 @@ def read_photograph(file: str | Path, size: int) -> Tensor:
         DamagedFileError: it cannot be read or decoded; the message names it.
     """
     size = check_integer("size", size, 1, 10_000)
-    short = size * 8 // 7
+    with _told_of(file):
+        return centre(read_image(Path(file), least=size * 8 // 7), size * 8 // 7, size)
+
+
+@contextlib.contextmanager
+def _told_of(file: str | Path) -> Iterator[None]:
+    """Whatever a file's bytes lead the decoders of Pillow to is told of the file."""
     try:
-        return centre(read_image(Path(file), least=short), short, size)
-    except Exception as error:  # whatever the bytes lead the decoders of Pillow to
+        yield
+    except Exception as error:
         why = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise DamagedFileError(f"{file} cannot be read ({why})") from error
+
+
+def _photograph_and_mask(file: Path, mask: Path, size: int) -> tuple[Tensor, Tensor]:
+    """Both as `read_photograph` has them, the mask (1, size, size), bool; they must have the same shape."""
+    short = size * 8 // 7
+    with _told_of(file):
+        image = read_image(file, least=short)
+    with _told_of(mask):
+        grey = read_image(mask)
+        if (grey.amax(0) - grey.amin(0)).max() > 64:
+            raise ValueError("a mask is white where the object is and black elsewhere, this one has colours")
+        if 0 < grey.max() < 128:
+            raise ValueError(f"a mask is white, 255, where the object is, this one {int(grey.max())} at most")
+        (height, width), (h, w) = image.shape[1:], grey.shape[1:]
+        if abs(h * width - w * height) > max(h, w, height, width):  # a pixel for the rounding of either
+            raise ValueError(
+                f"it has {w} × {h} pixels, which is another shape than {width} × {height} of {file}"
+            )
+        return centre(image, short, size), centre(grey, short, size)[:1] >= 128
 
 
 @dataclass
@@ -57,11 +84,11 @@ class FolderImages(DiskImages):
     def __getitem__(self, index: int) -> tuple[Tensor, int] | tuple[Tensor, int, Tensor]:  # type: ignore[override]
         """One image, decoded, its label, and its mask where there are masks."""
         path = self.rows[index]
-        image = read_photograph(self.root / path, self.size)
         label = self.classes.index(class_of(path, self.classes))
         if not self.masks:
-            return image, label
-        return image, label, read_photograph(self.masks[index], self.size)[:1] >= 128
+            return read_photograph(self.root / path, self.size), label
+        image, mask = _photograph_and_mask(self.root / path, self.masks[index], self.size)
+        return image, label, mask
 
     def first(self, count: int) -> "FolderImages":
         """The first so many of the images."""
@@ -105,8 +132,7 @@ def image_folder(
     root, size = Path(root), check_integer("size", size, 1, 10_000)
     seed, workers = check_integer("seed", seed, -(2**64), 2**64), check_integer("workers", workers, 0, 1000)
     if record is not None and Path(record).exists():
-        kept = results.read_record(record)
-        classes, splits = kept["classes"], kept["splits"]
+        classes, splits = _kept(record)
     else:
         found = find_images(root)
         paths = [path for by_class in found.values() for images in by_class.values() for path in images]
@@ -117,6 +143,7 @@ def image_folder(
             found = find_images(root, without=bad)
         classes, splits = sorted(found["train"]), split_folder(found, seed)
         check_apart(root, splits)
+        _check_masks(root, [*splits["validation"], *splits["test"]], workers)
         if record is not None:
             kept = {"root": str(root.absolute()), "classes": classes, "splits": splits}
             results.write_record(record, kept | {"skipped": sorted(bad)})
@@ -161,6 +188,23 @@ def _unreadable(root: Path, paths: list[str], size: int, workers: int) -> dict[s
     return {path: text for path, text in zip(paths, told, strict=True) if text}
 
 
+def _check_masks(root: Path, paths: list[str], workers: int) -> None:
+    """Raise a DamagedFileError where masks cannot be read, or are not of their images."""
+
+    def problem(path: str, mask: Path) -> str | None:
+        try:
+            _photograph_and_mask(root / path, mask, 8)
+        except DamagedFileError as error:
+            return str(error).removeprefix(f"{root}/")
+        return None
+
+    if masks := _masks(root, paths):
+        with ThreadPoolExecutor(max(workers, 1)) as pool:
+            bad = list(filter(None, pool.map(problem, paths, masks)))
+        if bad:
+            raise DamagedFileError(f"data_dir {root}: {len(bad)} masks cannot be used: {named(bad)}")
+
+
 def _masks(root: Path, paths: list[str]) -> list[Path]:
     """The masks of images; none where there is not one mask, but an error where only some have one."""
     candidates = [(root / MASKS / path, (root / MASKS / path).with_suffix(".png")) for path in paths]
@@ -170,6 +214,24 @@ def _masks(root: Path, paths: list[str]) -> list[Path]:
         told = f"{len(lacking)} of {len(paths)} images have no mask: {named(lacking)}"
         raise ValueError(f"data_dir {root}: {told}")
     return [mask for mask in masks if mask is not None]
+
+
+def _kept(record: str | Path) -> tuple[list[str], dict[str, list[str]]]:
+    """Classes and splits in the record of a split; raises a ValueError where it is none."""
+    kept = results.read_record(record)
+    classes, splits = kept.get("classes"), kept.get("splits")
+    if not _are_words(classes) or not isinstance(splits, dict):
+        raise ValueError(f"{record} is not the record of a split: it must have classes and splits")
+    for name in ("train", "validation", "test"):
+        if not _are_words(splits.get(name)):
+            raise ValueError(f"{record} is not the record of a split: {name} must be a list of paths")
+        if strange := [path for path in splits[name] if class_of(f"{path}//", classes) not in classes]:
+            raise ValueError(f"{record}: in {name} are images of no class of the record: {named(strange)}")
+    return classes, splits
+
+
+def _are_words(value: object) -> TypeGuard[list[str]]:
+    return isinstance(value, list) and bool(value) and all(isinstance(each, str) for each in value)
 
 
 def _is_one(folder: str, other: Path) -> bool:

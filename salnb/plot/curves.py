@@ -41,7 +41,7 @@ def show_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]], *, size: float 
         for colour, (name, rows) in zip(colours, runs.items(), strict=True):
             epochs = [row["epoch"] for row in rows]
             for term, alpha in zip(terms, (1.0, 0.35), strict=False):
-                style = {"color": colour, "alpha": alpha, "label": name if alpha == 1 else None}
+                style = {"color": colour, "alpha": alpha, "label": _shown(name) if alpha == 1 else None}
                 marker = "o" if len(rows) == 1 else None  # a line of one point is not seen
                 ax.plot(epochs, [row[term] for row in rows], marker=marker, **style)
         ax.set_title(title, fontsize="small")
@@ -53,3 +53,8 @@ def show_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]], *, size: float 
         *axes[0].get_legend_handles_labels(), loc="outside lower center", fontsize="small", frameon=False
     )
     return fig
+
+
+def _shown(name: str) -> str:
+    """A name as the legend shows it: it leaves out what begins with _, and takes a dollar for a formula's."""
+    return (" " * name.startswith("_") + name).replace("$", r"\$")

@@ -115,7 +115,13 @@ def show_batches(records: Mapping[str, Record]) -> Figure:
 
 
 def show_method_costs(rows: Sequence[TimingRow]) -> Figure:
-    """What each of `salnb.timing.tables.method_rows` costs in units of the baseline, and its arithmetic."""
+    """What each of `salnb.timing.tables.method_rows` costs in units of the baseline, and its arithmetic.
+
+    Raises:
+        ValueError: there is no row.
+    """
+    if not rows:
+        raise ValueError("rows must hold at least one, got none")
     fig, ax = plt.subplots(figsize=(7.2, 3.2), layout="constrained")
     labels, ratios, limits = map(method_label, rows), _numbers(rows, "ratio"), _numbers(rows, "flops_ratio")
     ax.barh(range(len(rows)), ratios, 0.6, color=_SHADES[1], label="measured")

@@ -16,8 +16,9 @@ from typing import Any
 
 from salnb import results
 from salnb._common import catalog
-from salnb._common.packages import require
-from salnb.study.scale import PLANNED, Scale, load_scale
+from salnb._common.yaml_file import number_as_written, read_yaml
+from salnb.study.scale import PLANNED, Scale, load_scale, scale_as_written
+from salnb.train.config import as_written
 
 __all__ = ["Arm", "Gate", "Plan", "identity", "load_plan", "twin_of"]
 
@@ -122,14 +123,23 @@ def load_plan(study: str) -> Plan:
     """
     if study not in PLANNED:
         raise catalog.unknown("plan", study, PLANNED)
-    values = require("yaml", "train").safe_load(_path(study).read_text(encoding="utf-8"))
+    try:
+        return _plan(study, read_yaml(_path(study), what="a plan"))
+    except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
+        why = f"lacks {error}" if isinstance(error, KeyError) else error
+        raise ValueError(f"plan of {study}, {_path(study)}: {why}") from error
+
+
+def _plan(study: str, values: Any) -> Plan:
+    if not isinstance(values, dict):
+        raise ValueError(f"a mapping is expected, got {type(values).__name__}")
     arms = {
-        name: Arm(**{**arm, "settings": {**values["settings"], **arm["settings"]}})
+        name: Arm(**{**arm, "settings": as_written({**values["settings"], **arm["settings"]})})
         for name, arm in values.pop("arms").items()
     }
     for name, arm in arms.items():
         if arm.reference is not None and arm.reference not in arms:
-            raise catalog.unknown(f"reference of {name!r} in the plan of {study}:", arm.reference, arms)
+            raise catalog.unknown(f"reference of {name!r}", arm.reference, arms)
     twins = {
         twin_of(name): dataclasses.replace(
             arm, settings={**arm.settings, "shuffle_pairs": True}, twin=False, primary=False, is_twin=True
@@ -138,8 +148,10 @@ def load_plan(study: str) -> Plan:
         if arm.twin
     }
     if (control := values.get("valid_if")) is not None and control not in arms:
-        raise catalog.unknown(f"valid_if in the plan of {study}:", control, arms)
-    gate = Gate(**values.pop("gate", {}))
+        raise catalog.unknown("valid_if", control, arms)
+    numbers = {name: number_as_written(values[name]) for name in ("balances", "negligible") if name in values}
+    values = {**values, **numbers, "scale": scale_as_written(values["scale"])}
+    gate = Gate(**{name: number_as_written(value) for name, value in values.pop("gate", {}).items()})
     several: dict[str, Any] = {name: tuple(values.pop(name, ())) for name in ("balances", "augmentations")}
     return Plan(study=study, arms={**arms, **twins}, gate=gate, **several, **values)
 

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from salnb._common import catalog
-from salnb._common.packages import require
+from salnb._common.yaml_file import number_as_written, read_yaml
 from salnb.train.config import Config, as_written
 
-__all__ = ["PLANNED", "STUDY_NAMES", "TUNING", "Scale", "check_known", "load_scale"]
+__all__ = ["PLANNED", "STUDY_NAMES", "TUNING", "Scale", "check_known", "load_scale", "scale_as_written"]
 
 # settings of which every study has values of its own
 _OF_STUDIES = frozenset({"augmentation", "data", "gamma", "model", "out", "seed"})
@@ -122,26 +122,27 @@ def load_scale(scale: str | Path | Mapping[str, Any]) -> Scale:
     path = files.get(str(scale), Path(scale))
     if path.suffix not in (".yml", ".yaml"):
         raise catalog.unknown("scale", str(scale), [*files, "FILE.yml"])
-    yaml = require("yaml", "train")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except Exception as error:  # bytes, syntax, tags, dates: the parser has many
-        why = " ".join(f"{type(error).__name__}: {error}".split())
+        content = read_yaml(path)
+    except (OSError, ValueError) as error:
+        why = f"{type(error).__name__}: {error}"
         raise ValueError(f"scale {path} is no file with a mapping named scale: {why}") from error
     if not isinstance(content, Mapping) or "scale" not in content:
         raise ValueError(f"scale {path} is no file with a mapping named scale")
-    return _scale(path.stem, _as_written(content["scale"]))
+    return _scale(path.stem, scale_as_written(content["scale"]))
 
 
-def _as_written(values: Any) -> Any:
-    """What a file says of the settings of runs, as it is meant; see `salnb.train.config.as_written`."""
+def scale_as_written(values: Any) -> Any:
+    """What a file says of weights and of the settings of runs, as it is meant; see `as_written`."""
     if not isinstance(values, Mapping):
         return values
     found = dict(values)
+    if "gammas" in found:
+        found["gammas"] = number_as_written(found["gammas"])
     if isinstance(found.get("training"), Mapping):
         found["training"] = as_written(found["training"])
     if isinstance(found.get("studies"), Mapping):
-        found["studies"] = {study: _as_written(own) for study, own in found["studies"].items()}
+        found["studies"] = {study: scale_as_written(own) for study, own in found["studies"].items()}
     return found
 
 

@@ -16,6 +16,7 @@ from salnb._common import catalog
 from salnb._common.devices import check_device_name
 from salnb._common.files import check_writable
 from salnb._common.image_folder import find_images
+from salnb._common.yaml_file import number_as_written
 
 __all__ = ["PRACTICAL", "Config", "as_written", "torchrun"]
 
@@ -32,8 +33,6 @@ _FORMS: dict[Any, Any] = {
     str: str,
     str | None: str,
 }
-
-_WRITTEN_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 
 
 def setting(default: Any, text: str, *, known: Collection[str] = (), least: int | None = None) -> Any:
@@ -265,8 +264,8 @@ def as_written(settings: Mapping[str, Any]) -> dict[str, Any]:
     kinds, found = get_type_hints(Config), dict(settings)
     for field in dataclasses.fields(Config):
         value = found.get(field.name)
-        if kinds[field.name] is float and isinstance(value, str) and _WRITTEN_NUMBER.fullmatch(value):
-            found[field.name] = float(value)
+        if kinds[field.name] is float and isinstance(value, str):
+            found[field.name] = number_as_written(value)
         if type(value) is int and str(value) in field.metadata["known"]:
             found[field.name] = str(value)
     return found

@@ -185,15 +185,17 @@ class Run:
 
     def restore(self) -> None:
         """Go on from the newest checkpoint that is whole, and remove what a killed process left behind."""
-        with self.fabric.rank_zero_first():  # the first sets damaged checkpoints aside
-            state = load_checkpoint(self.checkpoints)
-        if state:
-            try:
+        try:
+            with self.fabric.rank_zero_first():  # the first sets damaged checkpoints aside
+                state = load_checkpoint(self.checkpoints)
+            if state:
                 self.load_state_dict(state)
-            except Exception as error:
-                why = " ".join(f"{type(error).__name__}: {error}".split())
-                path = last_checkpoint(self.checkpoints)
-                raise ValueError(f"the run cannot go on from {path}: {why}") from error
+        except OSError:  # which names the file
+            raise
+        except Exception as error:  # of another network, or of another version of torch
+            why = " ".join(f"{type(error).__name__}: {error}".split())
+            path = last_checkpoint(self.checkpoints)
+            raise ValueError(f"the run cannot go on from {path}: {why}") from error
         if self.fabric.is_global_zero:
             remove_drafts(Path(self.config.out))
             remove_drafts(self.checkpoints)

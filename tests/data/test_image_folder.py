@@ -243,7 +243,7 @@ def test_masks_of_the_same_names(folder):
     assert not parts.train.masks
     assert len(parts.test.first(1).masks) == 1
     (folder / "masks" / parts.test.rows[0]).unlink()
-    with pytest.raises(ValueError, match=r"1 of 2 images have no mask: cat/cat-\d\d.png$"):
+    with pytest.raises(ValueError, match=r"1 of 4 images have no mask: cat/cat-\d\d.png$"):
         load(folder)
 
 

@@ -67,3 +67,10 @@ def test_where_a_figure_cannot_be_written_is_told_in_a_line(tmp_path, capsys):
     out = tmp_path / "nowhere" / "curves.png"
     assert main(["plot", str(tmp_path), "--out", str(out)]) == 2
     assert capsys.readouterr().err == f"salnb: error: [Errno 2] No such file or directory: '{out}'\n"
+
+
+def test_names_of_runs_are_shown_as_they_are():
+    row = dict.fromkeys(("class_loss", "saliency_loss", "validation_accuracy", "train_accuracy"), 0.5)
+    fig = plot.show_curves({name: [row | {"epoch": 1}] for name in ("_a", r"$\no$", "b")})
+    assert [text.get_text().strip() for text in fig.legends[0].texts] == ["_a", r"\$\no\$", "b"]
+    assert plot.png(fig)

@@ -109,3 +109,8 @@ def test_methods_are_bars_with_their_arithmetic(record):
     assert ax.yaxis_inverted()
     assert ax.get_xlabel() == "time of a step / baseline, resnet18"
     assert ax.get_xlim()[0] < 1
+
+
+def test_no_row_is_no_figure():
+    with pytest.raises(ValueError, match="rows must hold at least one"):
+        show_method_costs([])

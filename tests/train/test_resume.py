@@ -1,6 +1,7 @@
 """Training loses nothing: killed, stopped, without room on the disk, with damaged files, with bad numbers."""
 
 import dataclasses
+import hashlib
 import itertools
 import math
 import random
@@ -236,6 +237,11 @@ def test_a_checkpoint_of_something_else_is_named(stopped):
     config, out = stopped
     path = save_checkpoint(out / "checkpoints", 99, {"step": 99})
     with pytest.raises(ValueError, match=f"the run cannot go on from {path}: KeyError: 'epoch'"):
+        fit(config, resume=True, log=silent)
+    path.unlink()
+    path = out / "checkpoints" / f"step-000000099.{hashlib.sha256(b'torch 9').hexdigest()[:16]}.pt"
+    path.write_bytes(b"torch 9")
+    with pytest.raises(ValueError, match=f"the run cannot go on from {path}: "):
         fit(config, resume=True, log=silent)
     path.unlink()
     state = load_checkpoint(out / "checkpoints")
