@@ -101,7 +101,7 @@ def explain(
             one = (trained, images[i : i + 1], labels[i : i + 1])
             scores[name] = {"file": str(files[name]), "target": labels[i].item(), "top": top[i]}
             write_atomic(out / f"{name}.npy", _npy(maps[i, 0]))
-            title = [_as_text(trained.classes[int(labels[i])])]
+            title = [plot.style.as_text(trained.classes[int(labels[i])])]
             power = 0.5 if SPECS[method].pixels else 1.0
             drawn = {SPECS[method].title: maps[i : i + 1]}
             figures = {"": plot.overlay(one[1], drawn, title, power=power, size=2.4)}
@@ -157,14 +157,9 @@ def _each_method(
 
 def _comparison(plot: Any, trained: Trained, image: Tensor, labels: Tensor, augment: str) -> Any:
     steps, valid, losses = compared_maps(trained, image, labels, AUGMENTATIONS[augment](), seed=5)
-    title = [f"{_as_text(trained.classes[int(labels)])}\nloss {losses.item():.4f}"]
+    title = [f"{plot.style.as_text(trained.classes[int(labels)])}\nloss {losses.item():.4f}"]
     where = dict.fromkeys(list(steps)[-2:], valid)
     return plot.show_maps(image, steps, title, rescale=False, valid=where, size=2.2, columns=3)
-
-
-def _as_text(name: str) -> str:
-    """A name in which no dollar begins a formula."""
-    return name.replace("$", r"\$")
 
 
 def _npy(values: Tensor) -> bytes:

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -87,8 +87,7 @@ def second_derivatives_kept(
     if watch.lost:
         reason = f"the backward pass of the Function {', '.join(watch.lost)} returns tensors without a graph"
         raise RuntimeError(_REFUSED.format(what, reason, way_out))
-    if _changed(before):
-        _put_back(before)
+    if _put_back(before):
         names = ", ".join(dict.fromkeys(map(_name, nodes)))
         raise RuntimeError(
             f"{what} differentiates the model twice, and the backward pass of a Function (of {names}) writes "
@@ -122,37 +121,42 @@ def _watched_nodes(scores: Tensor) -> list[Any]:
     return foreign_nodes(scores)
 
 
-_Gradients = list[
-    tuple[Tensor, Tensor | None, int, Tensor | None]
-]  # whose, the .grad, its version, its values
+class _Gradient(NamedTuple):
+    """The `.grad` of a tensor at one moment."""
+
+    tensor: Tensor
+    grad: Tensor | None
+    version: int
+    values: Tensor | None  # a copy, where it may have to be put back
+
+    @property
+    def is_written(self) -> bool:
+        """Whether it has been replaced or changed in place since."""
+        grad = self.grad
+        return self.tensor.grad is not grad or (grad is not None and grad._version != self.version)
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        """Undo that, changes in place only where there is a copy."""
+        self.tensor.grad = self.grad
+        if self.grad is not None and self.values is not None:
+            self.grad.copy_(self.values)
 
 
-def _gradients_of(scores: Tensor, parameters: Iterable[Tensor], *, copied: bool = False) -> _Gradients:
+def _gradients_of(scores: Tensor, parameters: Iterable[Tensor], *, copied: bool = False) -> list[_Gradient]:
     leaves = [node.variable for node in nodes_of(scores) if hasattr(node, "variable")]
     found = {id(leaf): leaf for leaf in (*leaves, *parameters) if leaf.is_leaf}.values()
-    return [
-        (
-            leaf,
-            grad,
-            0 if grad is None else grad._version,
-            grad.clone() if copied and grad is not None else None,
-        )
-        for leaf in found
-        for grad in (leaf.grad,)
-    ]
+    without = [_Gradient(leaf, None, 0, None) for leaf in found if leaf.grad is None]
+    grads = [(leaf, leaf.grad) for leaf in found if leaf.grad is not None]
+    return without + [_Gradient(leaf, g, g._version, g.clone() if copied else None) for leaf, g in grads]
 
 
-def _changed(before: _Gradients) -> bool:
-    return any(t.grad is not g or (g is not None and g._version != version) for t, g, version, _ in before)
-
-
-@torch.no_grad()
-def _put_back(before: _Gradients) -> None:
-    for tensor, grad, version, values in before:
-        if tensor.grad is not grad:
-            tensor.grad = grad
-        if grad is not None and values is not None and grad._version != version:
-            grad.copy_(values)
+def _put_back(before: list[_Gradient]) -> bool:
+    """Undo what was written to a `.grad`; whether there was anything."""
+    written = [gradient for gradient in before if gradient.is_written]
+    for gradient in written:
+        gradient.put_back()
+    return bool(written)
 
 
 def _name(node: Any) -> str:

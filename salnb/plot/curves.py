@@ -8,6 +8,8 @@ import matplotlib.pyplot as plt
 import seaborn as sns
 from matplotlib.figure import Figure
 
+from salnb.plot.style import as_text
+
 __all__ = ["show_curves"]
 
 _PANELS = {
@@ -56,5 +58,5 @@ def show_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]], *, size: float 
 
 
 def _shown(name: str) -> str:
-    """A name as the legend shows it: it leaves out what begins with _, and takes a dollar for a formula's."""
-    return (" " * name.startswith("_") + name).replace("$", r"\$")
+    """A name as the legend shows it, which leaves out what begins with _."""
+    return as_text(" " * name.startswith("_") + name)

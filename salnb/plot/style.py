@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 import seaborn as sns
 from matplotlib.figure import Figure
 
-__all__ = ["DIVERGING", "INK", "SEQUENTIAL", "png", "use_style"]
+__all__ = ["DIVERGING", "INK", "SEQUENTIAL", "as_text", "png", "use_style"]
 
 SEQUENTIAL = "magma"  # perceptually uniform, dark to light
 DIVERGING = "RdBu_r"  # white at 0
@@ -55,6 +55,11 @@ def use_style(*, dpi: int = 110) -> None:
         },
     )
     mpl.rcParams["svg.hashsalt"] = "salnb"  # the same figure, the same file
+
+
+def as_text(name: str) -> str:
+    """A name in which no dollar begins a formula."""
+    return name.replace("$", r"\$")
 
 
 def png(figure: Figure) -> bytes:

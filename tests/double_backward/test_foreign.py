@@ -12,23 +12,7 @@ from torch.autograd.function import once_differentiable
 from salnb import Objective, saliency
 from salnb.augment import HorizontalFlip
 from salnb.double_backward import foreign
-
-
-class Swish(Function):
-    @staticmethod
-    def forward(ctx, z):
-        ctx.save_for_backward(z)
-        return z * torch.sigmoid(z)
-
-    @staticmethod
-    def backward(ctx, grad):
-        (z,) = ctx.saved_tensors
-        return Swish.slope(z) * grad
-
-    @staticmethod
-    def slope(z):
-        s = torch.sigmoid(z)
-        return s * (1 + z * (1 - s))
+from tests.helpers.swish import Swish
 
 
 class Detached(Swish):

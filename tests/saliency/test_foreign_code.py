@@ -13,19 +13,7 @@ from torch.nn.utils import prune, spectral_norm
 
 from salnb import Objective, losses, saliency
 from salnb.augment import HorizontalFlip
-
-
-class Swish(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, z):
-        ctx.save_for_backward(z)
-        return z * torch.sigmoid(z)
-
-    @staticmethod
-    def backward(ctx, grad):
-        (z,) = ctx.saved_tensors
-        s = torch.sigmoid(z)
-        return s * (1 + z * (1 - s)) * grad
+from tests.helpers.swish import Swish
 
 
 class ByNumPy(Swish):
