@@ -22,6 +22,7 @@ from salnb import augment
 
 Call = Callable[[], object]
 CLASSES = 10
+PEERS = ("kornia", "torchvision", "one draw")
 
 
 # ranges and probabilities in the words that both libraries share; equal to the defaults of ours
@@ -106,12 +107,18 @@ def calls(name: str, images: Tensor, maps: Tensor, labels: Tensor) -> dict[str, 
     if (theirs := kornia_equivalents(size).get(name)) is not None:
         found["kornia"] = lambda: theirs(images, labels) if mixed else theirs(images)
     if (other := torchvision_equivalents(size).get(name)) is not None:
-        # torchvision draws once per call: per-sample parameters mean one call per image, except where images
-        # are mixed, which it does only with one weight for the whole batch
-        found["torchvision"] = lambda: (
-            other(images, labels) if mixed else torch.stack([other(image) for image in images])
-        )
+        found["torchvision"] = lambda: in_calls(other, images, labels if mixed else None)
+        if mixed:
+            found["one draw"] = lambda: other(images, labels)
     return found
+
+
+def in_calls(transform: torch.nn.Module, images: Tensor, labels: Tensor | None) -> tuple[Tensor, ...]:
+    """A batch by a transform that draws once a call: a call per image, or per pair where these are mixed."""
+    if labels is None:
+        return (torch.stack([transform(image) for image in images]),)
+    pairs = zip(images.split(2), labels.split(2), strict=True)
+    return tuple(torch.cat(parts) for parts in zip(*(transform(*pair) for pair in pairs), strict=True))
 
 
 def main() -> None:
@@ -133,7 +140,7 @@ def main() -> None:
         labels = torch.randint(CLASSES, (options.batch,), device=options.device)
         for name in options.only or augment.AUGMENTATIONS:
             took = medians(calls(name, images, maps, labels), seconds=options.seconds, least=5)
-            ratios = [took[key] / took["ours"] if key in took else None for key in ("kornia", "torchvision")]
+            ratios = [took[key] / took["ours"] if key in took else None for key in PEERS]
             cells = ["–" if ratio is None else f"{ratio:.2f}" for ratio in ratios]
             table.append(
                 [str(size), name, f"{1e3 * took['ours']:.2f}", *cells, f"{took['back'] / took['ours']:.2f}"]
@@ -145,6 +152,7 @@ def main() -> None:
         "salnb, ms",
         "kornia / salnb",
         "torchvision / salnb",
+        "torchvision, one draw for all / salnb",
         "(forward + back) / forward",
     ]
     print_table(title, header, table)

@@ -11,7 +11,7 @@ from torch import Tensor
 from salnb._common.checks import at_least_float32_dtype
 from salnb._common.limits import check_number, check_pair, check_range
 from salnb.augment.base import Augmentation, Draw, P, Params, everywhere
-from salnb.augment.pieces import SMALL_IMAGE, apply_where, in_pieces, on_cpu
+from salnb.augment.pieces import apply_where, are_large, in_pieces
 from salnb.augment.warp import Warp, affine_warp, matrix, merge, pull_maps, push_maps, resample, resize_boxes
 
 __all__ = ["Affine", "Geometric", "HorizontalFlip", "Rescale", "ResizedCrop", "Rotation", "VerticalFlip"]
@@ -228,6 +228,7 @@ class ResizedCrop(Geometric[CropParams]):
     """
 
     params_class = CropParams
+    division = 0
     attempts = 10
 
     def __init__(
@@ -264,6 +265,6 @@ class ResizedCrop(Geometric[CropParams]):
         return Warp(backward, torch.stack([middle - reach, middle + reach], -1))
 
     def _transform(self, images: Tensor, params: CropParams) -> Tensor:
-        if images.shape[-2] * images.shape[-1] >= SMALL_IMAGE and on_cpu(images):
+        if are_large(images):
             return resize_boxes(images, params.box)
-        return super()._transform(images, params)
+        return in_pieces(super()._transform, images, params)

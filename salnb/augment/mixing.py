@@ -1,6 +1,6 @@
 """Augmentations that cut and mix: without an inverse, so the originals' maps go forward (Section 4)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from salnb._common.checks import check_labels, check_labels_to_mix
 from salnb._common.limits import check_number
 from salnb.augment.base import Augmentation, Draw, Params
-from salnb.augment.pieces import in_pieces
+from salnb.augment.pieces import are_large, collect, in_pieces, need_grad
 
 __all__ = ["CutMix", "CutMixParams", "CutOut", "CutOutParams", "MixUp", "MixUpParams"]
 
@@ -78,6 +78,12 @@ def inside(box: Tensor, size: Sequence[int]) -> Tensor:
     return (rows[:, :, None] & columns[:, None])[:, None]
 
 
+def parts(images: Iterable[Tensor], box: Tensor) -> list[Tensor]:
+    """What is inside each box `(N, 4)` of N images `(C, H, W)`, as views."""
+    boxes = zip(images, box.tolist(), strict=True)
+    return [image[:, top:bottom, left:right] for image, (top, left, bottom, right) in boxes]
+
+
 def mix(own: Tensor, others: Tensor, weight: Tensor) -> Tensor:
     """`weight * own + (1 - weight) * others` for each sample of tensors `(N, ...)`."""
     weight = weight.to(own.dtype).reshape(-1, *[1] * (own.ndim - 1))
@@ -115,6 +121,7 @@ class CutOut(Augmentation[CutOutParams]):
 
     params_class = CutOutParams
     piecewise = True
+    division = 0
 
     def __init__(self, size: float = 0.5) -> None:
         super().__init__()
@@ -126,7 +133,12 @@ class CutOut(Augmentation[CutOutParams]):
         return CutOutParams(clipped_box(centre, torch.stack(sides, -1), draw.size))
 
     def _transform(self, images: Tensor, params: CutOutParams) -> Tensor:
-        return images.masked_fill(inside(params.box, images.shape[-2:]), 0)
+        if need_grad(images) or not are_large(images):
+            return images.masked_fill(inside(params.box, images.shape[-2:]), 0)
+        new = images.clone()
+        for hole in parts(new, params.box):
+            hole.zero_()
+        return new
 
     def _carry(self, maps: Tensor, params: CutOutParams, valid: Tensor | None) -> tuple[Tensor, Tensor]:
         hole = inside(params.box, maps.shape[-2:])
@@ -147,7 +159,14 @@ class _Mixing(Augmentation[M]):
         raise NotImplementedError
 
     def _transform(self, images: Tensor, params: M) -> Tensor:
-        return in_pieces(lambda own, some: self._mixed(own, images[some.partner], some), images, params)
+        if not are_large(images):
+            return in_pieces(lambda own, some: self._mixed(own, images[some.partner], some), images, params)
+        alone, partners = images.split(1), params.partner.tolist()
+        mixed = (
+            self._mixed(alone[i], alone[partner], params.piece(slice(i, i + 1)))
+            for i, partner in enumerate(partners)
+        )
+        return collect(mixed, images, params.weight)
 
     def _relabel(self, target: Tensor, params: M, num_classes: int | None) -> Tensor:
         own = class_weights(target, num_classes, params.weight.dtype)
@@ -193,6 +212,15 @@ class CutMix(_Mixing[CutMixParams]):
 
     def _mixed(self, own: Tensor, others: Tensor, params: CutMixParams) -> Tensor:
         return torch.where(inside(params.box, own.shape[-2:]), others, own)
+
+    def _transform(self, images: Tensor, params: CutMixParams) -> Tensor:
+        if need_grad(images) or not are_large(images):
+            return super()._transform(images, params)
+        new = images.clone()
+        others = [images[partner] for partner in params.partner.tolist()]
+        for own, other in zip(parts(new, params.box), parts(others, params.box), strict=True):
+            own.copy_(other)
+        return new
 
     def _carry(
         self, maps: Tensor, params: CutMixParams, valid: Tensor | None

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from salnb._common.limits import check_number, check_range
 from salnb.augment.base import Augmentation, Draw, P, Params, column, everywhere
-from salnb.augment.pieces import apply_where
+from salnb.augment.pieces import apply_where, are_large
 
 __all__ = ["ColorJitter", "Contrast", "Grayscale", "Identity", "Photometric"]
 __all__ += ["ContrastParams", "GrayscaleParams", "IdentityParams", "JitterParams"]
@@ -71,7 +71,8 @@ def luminance(images: Tensor) -> Tensor:
 
 def blend(reference: Tensor, images: Tensor, factor: Tensor) -> Tensor:
     """Move images away from (factor `(N,)` > 1) or towards (< 1) a reference, and clip to [0, 1]."""
-    return torch.lerp(reference, images, column(factor, images)).clamp(0, 1)
+    weight = column(factor, images)
+    return torch.addcmul(reference * (1 - weight), images, weight).clamp_(0, 1)
 
 
 def adjust_hue(images: Tensor, turn: Tensor) -> Tensor:
@@ -91,6 +92,12 @@ def adjust_hue(images: Tensor, turn: Tensor) -> Tensor:
     sextant = (sextant + 6 * turn.to(images.dtype)[:, None, None]).remainder(6)
     profiles = [(sextant - 3).abs() - 1, 2 - (sextant - 2).abs(), 2 - (sextant - 4).abs()]
     return torch.stack([torch.addcmul(low, chroma, profile.clamp(0, 1)) for profile in profiles], 1)
+
+
+def adjust_contrast(images: Tensor, factor: Tensor) -> Tensor:
+    """Change the contrast of each image by a factor `(N,)`, about the mean of all pixels' luminance."""
+    mean = luminance(images.mean((-2, -1), keepdim=True))
+    return blend(mean, images, factor)
 
 
 class Photometric(Augmentation[P]):
@@ -128,6 +135,7 @@ class Contrast(Photometric[ContrastParams]):
     params_class = ContrastParams
     unit_range = True
     piecewise = True
+    division = 0
 
     def __init__(self, factor: tuple[float, float] = (0.5, 1.5), p: float = 0.5) -> None:
         super().__init__()
@@ -140,8 +148,9 @@ class Contrast(Photometric[ContrastParams]):
 
     def _transform(self, images: Tensor, params: ContrastParams) -> Tensor:
         check_channels(images)
-        mean = luminance(images.mean((-2, -1), keepdim=True))  # of all pixels' luminance
-        return blend(mean, images, params.factor)
+        if are_large(images):
+            return apply_where(params.factor != 1, adjust_contrast, images, params.factor)
+        return adjust_contrast(images, params.factor)
 
 
 class ColorJitter(Photometric[JitterParams]):
@@ -206,6 +215,7 @@ class Grayscale(Photometric[GrayscaleParams]):
 
     params_class = GrayscaleParams
     piecewise = True
+    division = 0
 
     def __init__(self, p: float = 0.2) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
 """A batch on a CPU, where it is known which samples are chosen, and worth while to keep in the cache."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch.utils import _pytree as pytree
 
 from salnb._common.checks import is_channels_last, is_traced
 
-__all__ = ["PIECE", "SMALL_IMAGE", "apply_where", "in_pieces", "on_cpu"]
+__all__ = ["PIECE", "SMALL_IMAGE", "apply_where", "are_large", "collect", "in_pieces", "need_grad", "on_cpu"]
 
 
 def on_cpu(tensor: Tensor) -> bool:
@@ -37,9 +37,10 @@ def apply_where(chosen: Tensor, kernel: Callable[..., Tensor], images: Tensor, *
         return images
     if len(index) == len(images):
         return kernel(images, *per_sample)
-    if images.shape[-2] * images.shape[-1] >= SMALL_IMAGE:
+    if are_large(images):
         parts = zip(chosen.tolist(), *(values.split(1) for values in (images, *per_sample)), strict=True)
-        return torch.cat([kernel(image, *values) if act else image for act, image, *values in parts])
+        results = (kernel(image, *values) if act else image for act, image, *values in parts)
+        return collect(results, images, *per_sample)
     result = images.clone()
     result[index] = kernel(images[index], *(values[index] for values in per_sample))
     return result
@@ -47,6 +48,34 @@ def apply_where(chosen: Tensor, kernel: Callable[..., Tensor], images: Tensor, *
 
 # below this many pixels a loop over the samples costs more than it saves
 SMALL_IMAGE = 64 * 64
+
+
+def are_large(images: Tensor) -> bool:
+    """Whether images `(N, C, H, W)` are best treated one by one: large ones on a CPU."""
+    return images.shape[-2] * images.shape[-1] >= SMALL_IMAGE and on_cpu(images)
+
+
+def need_grad(*tensors: Tensor) -> bool:
+    """Whether autograd records what is done with any of these."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def collect(results: Iterable[Tensor], images: Tensor, *inputs: Tensor) -> Tensor:
+    """One tensor like `images` of results `(1, C, H, W)`, each put in its place as soon as it is there.
+
+    Args:
+        results: one for each image.
+        images: `(N, C, H, W)`, which they were made from.
+        *inputs: whatever else they were made from.
+    """
+    if need_grad(images, *inputs):
+        return torch.cat(list(results))
+    whole = torch.empty_like(images)
+    for room, result in zip(whole.split(1), results, strict=True):
+        room.copy_(result)
+    return whole
+
+
 # numbers that a core's cache holds along with the intermediate results of a few steps
 PIECE = 2**20
 

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from salnb.augment.pieces import collect
+
 __all__ = ["Warp", "affine_warp", "compose", "invert", "matrix", "merge", "resample", "valid_mask"]
 
 
@@ -181,9 +183,4 @@ def resize_boxes(images: Tensor, box: Tensor) -> Tensor:
         F.interpolate(image[None, :, top : top + height, left : left + width], size, mode="bilinear")
         for image, (top, left, height, width) in zip(images, box.tolist(), strict=True)
     )
-    if images.requires_grad:
-        return torch.cat(list(cuts))
-    new = torch.empty_like(images)
-    for one, cut in zip(new, cuts, strict=True):
-        one.copy_(cut[0])
-    return new
+    return collect(cuts, images)

@@ -9,7 +9,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
 from salnb import augment
-from salnb.augment import geometric
+from salnb.augment import pieces
 from salnb.augment import warp as kernels
 from tests.helpers.tolerances import assert_close
 from tests.helpers.waves import HEIGHT, WIDTH, N, generator, smooth
@@ -127,7 +127,7 @@ def test_affine_agrees_with_torchvision(angle, shift, scale, shear, dtype):
 @floats
 @pytest.mark.parametrize("loop", [False, True], ids=["at once", "one by one"])
 def test_resized_crop_agrees_with_torchvision(loop, dtype, monkeypatch):
-    monkeypatch.setattr(geometric, "SMALL_IMAGE", 0 if loop else math.inf)
+    monkeypatch.setattr(pieces, "SMALL_IMAGE", 0 if loop else math.inf)
     images = vignette(dtype=dtype)
     aug = augment.ResizedCrop()
     params = aug.make_params(images, generator(5))
@@ -197,7 +197,7 @@ def test_cutting_one_by_one_has_the_gradient_of_cutting_at_once(monkeypatch):
     params = aug.make_params(images, generator(12))
     gradients = []
     for small in (0, math.inf):
-        monkeypatch.setattr(geometric, "SMALL_IMAGE", small)
+        monkeypatch.setattr(pieces, "SMALL_IMAGE", small)
         gradients += torch.autograd.grad(aug.images(images, params).square().sum(), images)
     assert_close(*gradients)
 

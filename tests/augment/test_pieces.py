@@ -33,6 +33,36 @@ def test_one_by_one_is_as_at_once(chosen, memory_format, monkeypatch):
         assert torch.equal(torch.autograd.grad(found.square().sum(), images)[0], slope)
 
 
+@formats
+@pytest.mark.parametrize("grad", [False, True], ids=["plain", "grad"])
+@pytest.mark.parametrize("name", augment.AUGMENTATIONS)
+def test_large_images_are_changed_as_small_ones_are(name, grad, memory_format, monkeypatch):
+    images = torch.rand(6, 3, 12, 10, dtype=torch.float64, generator=generator(3))
+    images = images.contiguous(memory_format=memory_format).requires_grad_(grad)
+    maps = images.detach().mean(1, keepdim=True)
+    aug, before = augment.AUGMENTATIONS[name](), images.detach().clone()
+    params = aug.make_params(images, generator(4))
+    found = []
+    for small in (0, math.inf):
+        monkeypatch.setattr(pieces, "SMALL_IMAGE", small)
+        new = aug.images(images, params)
+        slopes = torch.autograd.grad(new.square().sum(), images) if grad else ()
+        found.append([new, *slopes, *aug.carry(maps, params)])
+        assert new.requires_grad == grad
+    for large, small in zip(*found, strict=True):
+        torch.testing.assert_close(large, small, rtol=0, atol=1e-12)
+    assert torch.equal(images, before)
+
+
+def test_gradients_reach_the_weight_of_a_mix_of_large_images(monkeypatch):
+    monkeypatch.setattr(pieces, "SMALL_IMAGE", 0)
+    images, weight = torch.rand(2, 1, 3, 3), torch.tensor([0.25, 0.5], requires_grad=True)
+    new = augment.MixUp().images(images, augment.MixUpParams(torch.tensor([1, 0]), weight))
+    (slope,) = torch.autograd.grad(new.sum(), weight)
+    difference = (images[0] - images[1]).sum()
+    torch.testing.assert_close(slope, torch.stack([difference, -difference]))
+
+
 @pytest.mark.parametrize("small", [0, math.inf], ids=["one by one", "at once"])
 @pytest.mark.parametrize(
     "aug",
