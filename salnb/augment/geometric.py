@@ -106,8 +106,8 @@ def pull_back(new_maps: Tensor, groups: Sequence[Sequence[Step]]) -> tuple[Tenso
         The maps in the first frame, and where they hold.
     """
     steps = [step for group in groups for step in group]
-    if _all_flips(steps):
-        return _flip_all(new_maps, steps[::-1]), everywhere(new_maps)
+    if _all_flips(steps):  # which undo themselves, in any order
+        return _flip_all(new_maps, steps), everywhere(new_maps)
     return pull_maps(new_maps, [_merged(group, new_maps) for group in groups])
 
 

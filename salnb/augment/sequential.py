@@ -101,6 +101,16 @@ class Sequential(Augmentation[SequentialParams]):
                 step._invert(new_maps, drawn)  # raises, and says what has no inverse
         return in_pieces(self._pull_back, new_maps, params)
 
+    def _checked(self, params: SequentialParams, samples: Tensor, name: str) -> SequentialParams:
+        if isinstance(params, SequentialParams) and len(params.steps) != len(self.steps):
+            raise ValueError(
+                f"params of {self._get_name()} must have one for each of its {len(self.steps)} steps, "
+                f"got {len(params.steps)}"
+            )
+        params = super()._checked(params, samples, name)
+        pairs = zip(self.steps, params.steps, strict=True)
+        return SequentialParams(tuple(step._checked(drawn, samples, name) for step, drawn in pairs))
+
     def _pull_back(self, new_maps: Tensor, params: SequentialParams) -> tuple[Tensor, Tensor]:
         groups = [steps for geometric, steps in self._runs(params) if geometric]
         return pull_back(new_maps, groups) if groups else (new_maps, everywhere(new_maps))

@@ -159,3 +159,33 @@ def test_scalars_of_numpy_and_of_torch_are_numbers(make, name):
 def test_what_the_errors_say(build, error, message):
     with pytest.raises(error, match=message):
         build()
+
+
+TWO = augment.Sequential(augment.VerticalFlip(), augment.Contrast())
+IMAGES, _ = batch()
+
+
+@pytest.mark.parametrize(
+    ("other", "error", "message"),
+    [
+        (augment.ResizedCrop(), TypeError, "params of Sequential must be SequentialParams, got CropParams"),
+        (
+            augment.SimCLR(),
+            ValueError,
+            "params of Sequential must have one for each of its 2 steps, got 4",
+        ),
+        (
+            augment.Sequential(*reversed(TWO.steps)),
+            TypeError,
+            "params of VerticalFlip must be FlipParams, got ContrastParams",
+        ),
+    ],
+    ids=["one", "more", "reversed"],
+)
+def test_params_of_another_sequence_are_refused(other, error, message):
+    params = other.make_params(IMAGES)
+    for call in (TWO.images, TWO.inverse, TWO.carry):
+        with pytest.raises(error, match=message):
+            call(IMAGES, params)
+    with pytest.raises(ValueError, match="must have one for each of its 2 steps, got 0"):
+        TWO.images(IMAGES, augment.SequentialParams(()))
