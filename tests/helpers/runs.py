@@ -11,7 +11,7 @@ from salnb.train.config import Config
 
 # imported once by the server from which the processes are forked: a start takes milliseconds, not seconds
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["salnb.train", "datasets", "tests.helpers.runs"])
+_CONTEXT.set_forkserver_preload(["salnb.train.loop", "datasets", "tests.helpers.runs"])
 
 # eighteen training images: four steps in an epoch
 DEFAULTS = {"data": "cifar10", "batch_size": 4, "epochs": 3, "device": "cpu", "save_minutes": 0}
