@@ -54,6 +54,14 @@ def device(request):
         yield named
 
 
+@pytest.fixture
+def traced(monkeypatch):
+    """The graphs of `Objective.compile()`, which run as they are traced: PyTorch's compiler takes its time."""
+    graphs = []
+    monkeypatch.setattr(torch, "compile", lambda graph, **options: graphs.append(graph) or graph)
+    return graphs
+
+
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
     """A folder of data with twenty real images as CIFAR-10 in it."""

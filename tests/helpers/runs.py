@@ -10,7 +10,8 @@ from functools import partial
 from salnb.train.config import Config
 
 # imported once by the server from which the processes are forked: a start takes milliseconds, not seconds
-_CONTEXT = multiprocessing.get_context("forkserver")
+METHOD = "forkserver"
+_CONTEXT = multiprocessing.get_context(METHOD)
 _CONTEXT.set_forkserver_preload(["salnb.train.loop", "datasets", "tests.helpers.runs"])
 
 # eighteen training images: four steps in an epoch

@@ -158,6 +158,7 @@ def test_accumulated_calls_are_measured_as_they_come():
     assert weights[0] == weights[EVERY - 1] != weights[EVERY]
 
 
+@pytest.mark.usefixtures("traced")
 def test_compiled_steps_are_the_eager_ones():
     eager, compiled = objective_of(), objective_of()
     compiled.compile(backend="eager")

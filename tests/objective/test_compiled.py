@@ -274,7 +274,7 @@ def test_only_the_total_carries_a_graph_and_only_once():
         gradient.sum().backward()
 
 
-def test_copies_compile_for_themselves():
+def test_copies_compile_for_themselves(traced):
     _, compiled = pair(Small())
     x = images()
     step(compiled, x)
@@ -283,6 +283,7 @@ def test_copies_compile_for_themselves():
         twin.model[0].weight.mul_(2)
     eager = Objective(copy.deepcopy(twin.model), Rotation(20))
     assert_same(eager, twin, x)
+    assert traced.graphs == 2
 
 
 class Data(nn.Sequential):
