@@ -73,6 +73,18 @@ def cache(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def few_scenes(tmp_path_factory):
+    """A folder of data in which digit scenes are drawn of a tenth of the digits, or fewer."""
+    from salnb.data import scenes
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SALNB_CACHE", str(tmp_path_factory.mktemp("cache")))
+        few = {split: slice(digits.start, digits.start + 10) for split, digits in scenes._DIGITS.items()}
+        patch.setattr(scenes, "_DIGITS", few)
+        yield
+
+
+@pytest.fixture(scope="module")
 def whole(tmp_path_factory, cache):
     """A run that nothing interrupts: its folder and its summary."""
     from salnb.train import fit

@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import signal
+import sys
 from functools import partial
 
 from salnb.train.config import Config
@@ -60,6 +61,13 @@ def start_call(call, *, cache, inject=None):
     return process, ours
 
 
+def start_command(arguments, folder, *, cache):
+    """Start `salnb` with arguments; what it prints goes into the files `stdout` and `stderr` of a folder."""
+    process = _CONTEXT.Process(target=_command, args=(arguments, str(cache), folder))
+    process.start()
+    return process
+
+
 def finish(process, pipe):
     """What a process reports last."""
     last = None
@@ -91,6 +99,15 @@ def _run(call, cache, inject, pipe):
         pipe.send(call(log=pipe.send))
     except (Exception, Interrupted) as error:
         pipe.send(error)
+
+
+def _command(arguments, cache, folder):
+    from salnb.__main__ import main
+
+    os.environ["SALNB_CACHE"] = cache
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT), number)
+    sys.exit(main(arguments))
 
 
 # --- what can be injected: each stops a process at a point where it is then killed ---------------------------
