@@ -1,5 +1,6 @@
 """Fixtures that every test module shares."""
 
+import gc
 import os
 import signal
 
@@ -35,6 +36,15 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "device" in getattr(item, "fixturenames", ()):
             item.add_marker("on_device")
+
+
+def pytest_collection_finish():
+    """What was imported stays, and need not be looked at whenever garbage is collected."""
+    gc.freeze()
+
+
+def pytest_unconfigure():
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)
