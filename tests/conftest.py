@@ -44,6 +44,7 @@ def pytest_collection_finish():
 
 
 def pytest_unconfigure():
+    """Packages that look for leaks at the interpreter's end would take what is frozen for one."""
     gc.unfreeze()
 
 
