@@ -90,7 +90,7 @@ test-pages: | test-notebooks
 endif
 
 test-unit: $(READY)  ## test the package and the tools
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --durations 20 --ignore tests/book/test_pages.py -m 'not slow'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --durations 20 --ignore tests/book/test_pages.py -m 'not slow'
 
 test-notebooks: $(READY)  ## run the committed notebooks and compare their outputs
 	$(BIN)/python -m pytest -n 2 --dist loadfile -p no:cacheprovider --nbval --nbval-current-env \
@@ -104,7 +104,7 @@ test-slow: $(READY)  ## the tests that take minutes
 
 # the oldest versions that pyproject.toml promises, in an environment of their own
 OLDEST := .venv-oldest
-OLDEST_PYTEST := OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n 2 -p no:cacheprovider -m 'not slow'
+OLDEST_PYTEST := OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n 2 --dist loadfile -p no:cacheprovider -m 'not slow'
 NOT_PACKAGE := book tools test_makefile.py test_project.py test_workflows.py
 QUICK := saliency objective double_backward test_losses.py test_trust.py test_pool.py
 

@@ -1,5 +1,6 @@
 """Fixtures that every test module shares."""
 
+import gc
 import os
 import signal
 
@@ -37,6 +38,16 @@ def pytest_collection_modifyitems(items):
             item.add_marker("on_device")
 
 
+def pytest_collection_finish():
+    """What was imported stays, and need not be looked at whenever garbage is collected."""
+    gc.freeze()
+
+
+def pytest_unconfigure():
+    """Packages that look for leaks at the interpreter's end would take what is frozen for one."""
+    gc.unfreeze()
+
+
 @pytest.fixture(autouse=True)
 def _repeatable():
     """Each test starts from the same seed and leaves torch's global switches as it found them."""
@@ -54,6 +65,14 @@ def device(request):
         yield named
 
 
+@pytest.fixture
+def traced(monkeypatch):
+    """The graphs of `Objective.compile()`, which run as they are traced: PyTorch's compiler takes its time."""
+    graphs = []
+    monkeypatch.setattr(torch, "compile", lambda graph, **options: graphs.append(graph) or graph)
+    return graphs
+
+
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
     """A folder of data with twenty real images as CIFAR-10 in it."""
@@ -62,6 +81,18 @@ def cache(tmp_path_factory):
         patch.setenv("SALNB_CACHE", str(folder))
         put_files("cifar10")
         yield folder
+
+
+@pytest.fixture(scope="module")
+def few_scenes(tmp_path_factory):
+    """A folder of data in which digit scenes are drawn of a tenth of the digits, or fewer."""
+    from salnb.data import scenes
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SALNB_CACHE", str(tmp_path_factory.mktemp("cache")))
+        few = {split: slice(digits.start, digits.start + 10) for split, digits in scenes._DIGITS.items()}
+        patch.setattr(scenes, "_DIGITS", few)
+        yield
 
 
 @pytest.fixture(scope="module")

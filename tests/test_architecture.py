@@ -1,6 +1,7 @@
 """How the package is built: what imports what, and how long its pieces are; all read from the source."""
 
 import ast
+import functools
 import graphlib
 import importlib
 import re
@@ -52,11 +53,17 @@ def named(node):
 
 def home(package, name):
     """The module that a package's face takes a name from; the package itself where it owns the name."""
-    face = SOURCES.get(package)
-    for node in ast.walk(face) if face else ():
-        if isinstance(node, ast.ImportFrom) and name in {alias.asname or alias.name for alias in node.names}:
-            return node.module if node.module.startswith("salnb") else package
-    return package
+    module = taken(package).get(name, package)
+    return module if module.startswith("salnb") else package
+
+
+@functools.cache
+def taken(package):
+    """The names that a package's face takes from modules, and which these are."""
+    nodes = ast.walk(SOURCES[package]) if package in SOURCES else ()
+    froms = [node for node in nodes if isinstance(node, ast.ImportFrom)]
+    # of several modules the first that is met
+    return {alias.asname or alias.name: node.module for node in froms[::-1] for alias in node.names[::-1]}
 
 
 def imports_of(tree):

@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 import time
 from functools import partial
 
@@ -12,6 +10,7 @@ import torch
 from PIL import Image
 
 from salnb import data
+from salnb.__main__ import main
 from salnb._common.files import DRAFT
 from salnb._common.packages import package_folder
 from salnb.data import base, paper, scenes
@@ -353,12 +352,10 @@ def test_first_images(kind, cache):
 # --- the command ------------------------------------------------------------------------------------------
 
 
-def test_data_command_prints_what_there_is(cache):
+def test_data_command_prints_what_there_is(cache, capsys):
     put_files("cifar10")
-    answer = subprocess.run(
-        [sys.executable, "-m", "salnb", "data", "cifar10"], capture_output=True, text=True, check=True
-    )
-    described = json.loads(answer.stdout)
+    assert main(["data", "cifar10"]) == 0
+    described = json.loads(capsys.readouterr().out)
     assert described["images"] == {"train": 18, "validation": 2, "test": 5}
     assert described["classes"] == 10
 

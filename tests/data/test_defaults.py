@@ -32,19 +32,25 @@ NAMES = [
 ]
 
 
-@pytest.mark.parametrize("default", [*DTYPES, "device"], ids=str)
-def test_defaults_of_torch_change_no_data_set(default, tmp_path, monkeypatch):
-    """Made, kept and loaded under one default, and under the other."""
-    found = []
-    for place in ("plain", "changed"):
-        monkeypatch.setenv("SALNB_CACHE", str(tmp_path / place))
+def loaded(folder, default):
+    """All data sets, made, kept and loaded under a default."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SALNB_CACHE", str(folder))
         for name in SCHEMAS:
             put_files(name)
-        with contextlib.ExitStack() as changed:
-            if place == "changed":
-                changed.enter_context(torch.device("meta") if default == "device" else default_dtype(default))
-            found.append([described(data.load(name, 32, workers=0)) for name in NAMES for _ in range(2)])
-    plain, changed = found
+        with default:
+            return [described(data.load(name, 32, workers=0)) for name in NAMES for _ in range(2)]
+
+
+@pytest.fixture(scope="module")
+def plain(few_scenes, tmp_path_factory):
+    """What there is where nothing was changed."""
+    return loaded(tmp_path_factory.mktemp("plain"), contextlib.nullcontext())
+
+
+@pytest.mark.parametrize("default", [*DTYPES, "device"], ids=str)
+def test_defaults_of_torch_change_no_data_set(default, plain, tmp_path):
+    changed = loaded(tmp_path, torch.device("meta") if default == "device" else default_dtype(default))
     for name, ours, theirs in zip([name for name in NAMES for _ in range(2)], plain, changed, strict=True):
         for a, b in zip(ours, theirs, strict=True):
             assert (a.dtype, a.device) == (b.dtype, b.device), name

@@ -1,13 +1,13 @@
 """Where data sets are kept: any folder will do, a filled one need not be written, and the error says what to set."""
 
 import errno
-import json
 import os
 import pwd
 import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -15,7 +15,9 @@ import torch
 from salnb import data
 from salnb.data import cache as kept
 from salnb.data import paper
+from tests.helpers import runs
 from tests.helpers.paper_files import put_files
+from tests.helpers.read_only import protect
 
 pytest.importorskip("datasets")
 
@@ -88,24 +90,29 @@ def test_a_place_that_cannot_be_used_is_told_in_one_line(place, name, tmp_path, 
         data.load(name, 32)
 
 
+def in_a_process(call, folder, *args):
+    """What `call(folder, …, log=…)` returns in a process of its own, as what protects a folder stays."""
+    return runs.finish(*runs.start_call(partial(call, folder, *args), cache=folder))
+
+
+def refusals(folder, code, log):
+    protect(folder, code)
+    found = []
+    for name in NAMES:
+        with pytest.raises(OSError) as error:  # noqa: PT011, what it says is looked at elsewhere
+            data.load(name, 32)
+        found.append(str(error.value))
+    return found
+
+
 @pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS, errno.ENOSPC], ids=errno.errorcode.get)
 def test_a_folder_that_cannot_be_written_is_told_in_one_line(code, tmp_path):
-    """In a process of its own, with data in it that would have to be decoded or prepared."""
-    script = (
-        "import sys; from tests.helpers.read_only import protect; from salnb import data\n"
-        "protect(sys.argv[1], int(sys.argv[2]))\n"
-        "for name in sys.argv[3:]:\n"
-        "    try: data.load(name, 32)\n"
-        "    except OSError as error: print(error)"
-    )
-    environment = os.environ | {"SALNB_CACHE": str(tmp_path)}
+    """With data in it that would have to be decoded or prepared."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SALNB_CACHE", str(tmp_path))
         for name in NAMES[1:]:
             put_files(name)
-    command = [sys.executable, "-c", script, str(tmp_path), str(code), *NAMES]
-    answer = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
-    lines = answer.stdout.splitlines()
+    lines = in_a_process(refusals, tmp_path, code)
     assert len(lines) == len(NAMES)
     for line in lines:
         assert re.match(ADVICE, line)
@@ -212,28 +219,16 @@ def pixels(name):
     return [int(batch.images.sum()) for split in (dataset.train, dataset.test) for batch in split.epoch(1000)]
 
 
-# in a process of its own, as what protects the folder stays
-LOADS = (
-    "import json, sys; from tests.helpers.read_only import protect; from tests.data.test_places import pixels\n"
-    "attempts = protect(sys.argv[1]); found = {name: pixels(name) for name in sys.argv[2:]}\n"
-    "print(json.dumps([found, attempts]))"
-)
-
-
-def load_protected(folder, names):
-    command, environment = (
-        [sys.executable, "-c", LOADS, str(folder), *names],
-        os.environ | {"SALNB_CACHE": str(folder)},
-    )
-    answer = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert answer.returncode == 0, answer.stderr
-    return json.loads(answer.stdout.splitlines()[-1])
+def load_protected(folder, names, log):
+    """The pixels of data sets, and the attempts to write."""
+    attempts = protect(folder)
+    return {name: pixels(name) for name in names}, attempts
 
 
 def test_a_filled_folder_is_only_read(filled):
     """No write, no lock, and nothing touched."""
     folder, expected = filled
-    assert load_protected(folder, expected) == [expected, []]
+    assert in_a_process(load_protected, folder, expected) == (expected, [])
 
 
 def test_a_filled_folder_may_be_mounted_elsewhere(filled, tmp_path):
@@ -241,7 +236,7 @@ def test_a_filled_folder_may_be_mounted_elsewhere(filled, tmp_path):
     shutil.copytree(folder, tmp_path / "elsewhere", copy_function=shutil.copyfile)
     folder.rename(folder.with_name("away"))
     try:
-        assert load_protected(tmp_path / "elsewhere", expected) == [expected, []]
+        assert in_a_process(load_protected, tmp_path / "elsewhere", expected) == (expected, [])
     finally:
         folder.with_name("away").rename(folder)
 
@@ -250,7 +245,7 @@ def test_files_that_cannot_be_given_checksums_are_used_without(filled, tmp_path)
     folder, expected = filled
     shutil.copytree(folder, tmp_path / "copy")
     (tmp_path / "copy" / "files" / "cifar10" / "SHA256SUMS").unlink()
-    found, attempts = load_protected(tmp_path / "copy", ["cifar10"])
+    found, attempts = in_a_process(load_protected, tmp_path / "copy", ["cifar10"])
     assert found == {"cifar10": expected["cifar10"]}
     assert attempts
 

@@ -255,6 +255,7 @@ RIGHT = [Swish, StraightThrough, Rectified, Surrogate, Reversed, Dropped, Frozen
 
 
 @pytest.mark.parametrize("function", RIGHT)
+@pytest.mark.usefixtures("traced")
 def test_what_is_right_is_not_refused(function):
     model = network(function)
     Objective(model, HorizontalFlip())(*batch()).total.backward()

@@ -1,10 +1,11 @@
 """Run by `tests.double_backward.test_fused` with TRITON_INTERPRET=1: the kernels against float64.
 
-python -m tests.helpers.interpreted_kernels images channels_last
+python -m tests.helpers.interpreted_kernels vectors "images channels_last"
 """
 
 import itertools
 import sys
+import traceback
 
 import torch
 
@@ -49,6 +50,7 @@ def compare(shape, memory_format, dtype, training, weighted):
 
 
 def main(kind, layout="contiguous_format"):
+    """Compare all cases of a kind; gives how many there are."""
     torch.manual_seed(0)
     # the smallest with more than one part, and more than one block of channels
     shape = {"vectors": (45, 34), "contiguous_format": (3, 2, 21, 17), "channels_last": (2, 34, 7, 5)}[
@@ -57,8 +59,12 @@ def main(kind, layout="contiguous_format"):
     cases = [(dtype, both, both) for dtype, both in itertools.product(TOLERANCE, (True, False))]
     for case in cases:
         compare(shape, getattr(torch, layout), *case)
-    print(len(cases), "cases")
+    return len(cases)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    for words in sys.argv[1:]:
+        try:
+            print(f"{words}: {main(*words.split())} cases")
+        except Exception:  # the other kinds have their turn
+            traceback.print_exc()

@@ -4,7 +4,7 @@ PyTorch lets a device be registered that has no kernels. Its tensors are fake on
 shape, type and device of its result, refuses tensors of two devices, and computes nothing. To bring a number
 from the host to the device, or back, takes a kernel, and is an error.
 
-It stays registered, so run it in a process of its own: `python -m tests.helpers.pretended_device`.
+It stays registered, so this is for a process of its own.
 """
 
 import traceback
@@ -101,24 +101,20 @@ def cases(move):
             )
 
 
-def main():
+def report(log):
+    """Do all there; gives a line for each failure and a last one, which counts."""
     warnings.simplefilter("ignore")
     mode, move = register()
-    done = failed = 0
+    done, failures = 0, []
     for name, function in cases(move):
         try:
             with mode:
                 function()
             done += 1
         except Exception as error:
-            failed += 1
             ours = [frame for frame in traceback.extract_tb(error.__traceback__) if "salnb" in frame.filename]
             reason = str(error).partition("\n")[0][:150]
-            print(
+            failures.append(
                 f"{name}: {type(error).__name__}: {reason}\n  {ours[-1].filename}:{ours[-1].lineno}: {ours[-1].line}"
             )
-    print(f"{done} done, {failed} failed")
-
-
-if __name__ == "__main__":
-    main()
+    return "\n".join([*failures, f"{done} done, {len(failures)} failed"])

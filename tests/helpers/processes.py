@@ -7,6 +7,8 @@ import faulthandler
 import torch
 import torch.distributed as dist
 
+from tests.helpers import runs
+
 WAIT = 300  # seconds after which processes that wait for one another give up
 
 
@@ -29,7 +31,9 @@ def group(folder, rank=0, size=1):
 
 def in_two(folder, call, *args):
     """What `call(rank, *args)` returns in each of two processes; it must be importable."""
-    torch.multiprocessing.spawn(_process, args=(str(folder), call, args), nprocs=2)
+    torch.multiprocessing.start_processes(
+        _process, (str(folder), call, args), nprocs=2, start_method=runs.METHOD
+    )
     return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
 
 

@@ -5,13 +5,15 @@ import json
 import multiprocessing
 import os
 import signal
+import sys
 from functools import partial
 
 from salnb.train.config import Config
 
 # imported once by the server from which the processes are forked: a start takes milliseconds, not seconds
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["salnb.train", "datasets", "tests.helpers.runs"])
+METHOD = "forkserver"
+_CONTEXT = multiprocessing.get_context(METHOD)
+_CONTEXT.set_forkserver_preload(["salnb.train.loop", "datasets", "tests.helpers.runs"])
 
 # eighteen training images: four steps in an epoch
 DEFAULTS = {"data": "cifar10", "batch_size": 4, "epochs": 3, "device": "cpu", "save_minutes": 0}
@@ -59,6 +61,13 @@ def start_call(call, *, cache, inject=None):
     return process, ours
 
 
+def start_command(arguments, folder, *, cache):
+    """Start `salnb` with arguments; what it prints goes into the files `stdout` and `stderr` of a folder."""
+    process = _CONTEXT.Process(target=_command, args=(arguments, str(cache), folder))
+    process.start()
+    return process
+
+
 def finish(process, pipe):
     """What a process reports last."""
     last = None
@@ -90,6 +99,15 @@ def _run(call, cache, inject, pipe):
         pipe.send(call(log=pipe.send))
     except (Exception, Interrupted) as error:
         pipe.send(error)
+
+
+def _command(arguments, cache, folder):
+    from salnb.__main__ import main
+
+    os.environ["SALNB_CACHE"] = cache
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT), number)
+    sys.exit(main(arguments))
 
 
 # --- what can be injected: each stops a process at a point where it is then killed ---------------------------

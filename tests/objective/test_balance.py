@@ -158,6 +158,7 @@ def test_accumulated_calls_are_measured_as_they_come():
     assert weights[0] == weights[EVERY - 1] != weights[EVERY]
 
 
+@pytest.mark.usefixtures("traced")
 def test_compiled_steps_are_the_eager_ones():
     eager, compiled = objective_of(), objective_of()
     compiled.compile(backend="eager")
@@ -273,6 +274,8 @@ def steps_of(objective, share, call):
 
 
 def both_ways(rank):
+    """What one of the two processes comes to; its graphs run as they are traced."""
+    torch.compile = lambda graph, **options: graph
     found, share = {}, Share(rank, 2)
     for way in ("eager", "compiled"):
         objective = of_share(way, share)
@@ -286,6 +289,7 @@ def from_two_processes(tmp_path_factory):
 
 
 @pytest.mark.parametrize("way", ["eager", "compiled"])
+@pytest.mark.usefixtures("traced")
 def test_two_processes_choose_what_one_would(from_two_processes, way):
     objective = of_share(way, Share())
     whole = steps_of(objective, Share(), objective)

@@ -333,9 +333,9 @@ def test_pytorch_is_left_as_it_was():
 
 
 @pytest.mark.parametrize("kind", ["convolution", "dropout", "attention", "nested"])
-def test_compiled(kind, monkeypatch):
+@pytest.mark.usefixtures("traced")
+def test_compiled(kind):
     """Traced, a segment is stored: the compiler decides what is recomputed."""
-    monkeypatch.setattr(torch, "compile", lambda graph, **options: graph)
     model = network(Segment(*LAYERS[kind]()))
     plain = Objective(stored(model), HorizontalFlip(), beta=0.5, layers=["3"])
     compiled = Objective(model, HorizontalFlip(), beta=0.5, layers=["3"])

@@ -274,9 +274,9 @@ def test_only_the_total_carries_a_graph_and_only_once():
         gradient.sum().backward()
 
 
+@pytest.mark.usefixtures("traced")
 def test_copies_compile_for_themselves():
-    _, compiled = pair(Small())
-    x = images()
+    (_, compiled), x = pair(Small()), images()
     step(compiled, x)
     twin = pickle.loads(pickle.dumps(compiled))
     with torch.no_grad():

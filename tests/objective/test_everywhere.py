@@ -101,8 +101,8 @@ def test_gradient_of_the_saliency_term(architecture):
     assert [getattr(module, "inplace", None) for module in architecture.modules()] == in_place
 
 
-def test_compiled_is_equal(architecture, monkeypatch):
-    monkeypatch.setattr(torch, "compile", lambda graph, **options: graph)
+@pytest.mark.usefixtures("traced")
+def test_compiled_is_equal(architecture):
     objective = Objective(architecture, HorizontalFlip(), alpha=0.0)
     twin = copy.deepcopy(objective)
     twin.compile(backend="eager")
@@ -145,8 +145,8 @@ class Faint(nn.Sequential):
 
 
 @pytest.mark.parametrize("way", ["eager", "compiled"])
-def test_float16_does_not_underflow(way, monkeypatch):
-    monkeypatch.setattr(torch, "compile", lambda graph, **options: graph)
+@pytest.mark.usefixtures("traced")
+def test_float16_does_not_underflow(way):
     model, x = Faint(), images(size=32, dtype=torch.float32)
     with torch.autocast("cpu", dtype=torch.float16):
         naive = saliency.vanilla_gradient(model, x, TARGET)

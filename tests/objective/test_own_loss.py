@@ -19,9 +19,8 @@ TARGET = torch.tensor([0, 1, 2, 3])
 
 
 @pytest.fixture(params=["eager", "traced"])
-def step(request, monkeypatch):
+def step(request, traced):
     """Calls an objective as it is, or as the graph that is traced of it."""
-    monkeypatch.setattr(torch, "compile", lambda graph, **options: graph)
 
     def call(objective, *args, **options):
         if request.param == "traced":
@@ -176,8 +175,8 @@ def test_logits_with_a_graph_are_for_terms_of_ones_own():
         assert_close(gradient, p.grad)
 
 
-def test_logits_with_a_graph_elsewhere(monkeypatch):
-    monkeypatch.setattr(torch, "compile", lambda graph, **options: graph)
+@pytest.mark.usefixtures("traced")
+def test_logits_with_a_graph_elsewhere():
     objective = Objective(model(), HorizontalFlip(1.0))
     with torch.no_grad():
         assert not objective(images(), TARGET).logits_with_graph.requires_grad
@@ -256,9 +255,7 @@ def test_networks_may_take_more_than_images(step):
     losses.total.backward()
 
 
-def test_a_compiled_step_takes_the_kwargs_of_each_call(monkeypatch):
-    graphs = []
-    monkeypatch.setattr(torch, "compile", lambda graph, **options: graphs.append(graph) or graph)
+def test_a_compiled_step_takes_the_kwargs_of_each_call(traced):
     net, x = Wrapped(lambda z: z), images()
     objective = Objective(net, HorizontalFlip(1.0))
     objective.compile(backend="eager")
@@ -266,7 +263,7 @@ def test_a_compiled_step_takes_the_kwargs_of_each_call(monkeypatch):
         kwargs = {"factor": torch.full((4,), factor).double(), "power": power}
         logits = objective(x, TARGET, model_kwargs=kwargs).logits
         assert_close(logits[:4], net(x, **kwargs).detach())
-    assert len(graphs) == 2  # a tensor is an input of the graph, another power is another graph
+    assert len(traced) == 2  # a tensor is an input of the graph, another power is another graph
 
 
 class Overwriting(Wrapped):

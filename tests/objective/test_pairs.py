@@ -71,6 +71,7 @@ def test_the_square_outside_at_its_ends():
 
 
 @pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.usefixtures("traced")
 def test_compiled_steps_are_the_eager_ones(masked):
     eager, images, partners, masks = parts(originals_only=True, balance=0.4)
     compiled = copy.deepcopy(eager).train()

@@ -89,6 +89,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.usefixtures("traced")
 def test_what_is_assigned_later_is_as_if_it_had_been_given(change, compiled):
     objective = made()
     network = copy.deepcopy(objective.model)
@@ -103,6 +104,7 @@ def test_what_is_assigned_later_is_as_if_it_had_been_given(change, compiled):
 
 
 @pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.usefixtures("traced")
 def test_a_share_that_is_changed_takes_part_in_the_next_step(compiled):
     once, other = made(balance=0.3), made(balance=0.3)
     other.load_state_dict(once.state_dict())

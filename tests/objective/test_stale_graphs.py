@@ -153,14 +153,6 @@ MUTATIONS = {
 }  # fmt: skip
 
 
-@pytest.fixture
-def traced(monkeypatch):
-    """Runs graphs as they are traced, and counts them."""
-    graphs = []
-    monkeypatch.setattr(torch, "compile", lambda graph, **options: graphs.append(graph) or graph)
-    return graphs
-
-
 def step(objective, x):
     objective.zero_grad()
     torch.manual_seed(11)

@@ -83,6 +83,7 @@ def test_own_classes_have_no_gradient():
     assert not (own.labelled & own.confident).any()
 
 
+@pytest.mark.usefixtures("traced")
 def test_compiled_steps_are_the_eager_ones():
     _, model, images = parts()
     eager, compiled = (

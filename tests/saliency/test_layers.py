@@ -1,5 +1,7 @@
 """The layer that Grad-CAM looks at: which it is, and that its output is (N, C, h, w)."""
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -39,9 +41,8 @@ NETWORKS = {
     "mobilenet_v2": ({}, 64, "features.18.0", ["features", "features.17", "features.18"]),
     "mobilenet_v3_small": ({}, 64, "features.12.0", ["features", "features.11", "features.12"]),
     "efficientnet_b0": ({}, 64, "features.8.0", ["features", "features.7", "features.4.1.stochastic_depth"]),
-    "convnext_tiny": (
-        {}, 64, "features.7.2.block.0", ["features", "features.0", "features.5", "features.7", "features.7.2",
-                                         "features.7.2.block", "features.7.2.block.6", "features.6.0", "features.0.1"]),
+    "convnext_tiny": ({}, 64, "features.7.2.block.0", [
+        "features", "features.0", "features.5", "features.7", "features.7.2", "features.7.2.block", "features.7.2.block.6", "features.6.0", "features.0.1"]),
     "googlenet": ({"init_weights": False}, 64, "inception5b.branch4.1.conv", ["inception5b", "inception4e"]),
     "inception_v3": ({"init_weights": False}, 128, "Mixed_7c.branch_pool.conv", ["Mixed_7c", "Mixed_6e"]),
     "shufflenet_v2_x0_5": ({}, 64, "conv5.0", ["conv5", "stage4"]),
@@ -52,6 +53,7 @@ NETWORKS = {
 }  # fmt: skip
 
 
+@functools.lru_cache(maxsize=1)  # of the many cases of one network, which nothing changes
 def small(name):
     torch.manual_seed(0)
     options, size, last, layers = NETWORKS[name]

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+from collections import OrderedDict
 from contextlib import nullcontext
 
 import pytest
@@ -24,7 +25,7 @@ SHARED = ["model", "images", "target", "create_graph", "score", "output", "model
 # dense, residual, plain, mobile; the layer is where Grad-CAM is compared
 ARCHITECTURES = {
     "resnet18": (lambda: torchvision.models.resnet18(num_classes=7), "layer4.1.conv2"),
-    "vgg11_bn": (lambda: torchvision.models.vgg11_bn(num_classes=7), "features.25"),
+    "vgg11_bn": (lambda: narrow_vgg(), "features.25"),
     "densenet121": (lambda: modular_densenet(), "0.norm5"),
     "mobilenet_v3": (lambda: torchvision.models.mobilenet_v3_small(num_classes=7), "features.11"),
 }
@@ -36,6 +37,19 @@ def modular_densenet():
     return nn.Sequential(
         network.features, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), network.classifier
     )
+
+
+def narrow_vgg():
+    """VGG-11 with 64 instead of 4096 columns in its classifier."""
+    layers = torchvision.models.vgg.make_layers(torchvision.models.vgg.cfgs["A"], batch_norm=True)
+    classifier = nn.Sequential(nn.Linear(512 * 49, 64), nn.ReLU(), nn.Dropout(), nn.Linear(64, 7))
+    parts = {
+        "features": layers,
+        "avgpool": nn.AdaptiveAvgPool2d(7),
+        "flat": nn.Flatten(),
+        "classifier": classifier,
+    }
+    return nn.Sequential(OrderedDict(parts))
 
 
 @pytest.fixture(params=ARCHITECTURES, scope="module")

@@ -69,6 +69,7 @@ def images_of_one_seed():
     ],
     ids=["where", "x > buffer", "maxout", "detached", "constant", "mask", "turned", "leaky"],
 )
+@pytest.mark.usefixtures("traced")
 def test_what_is_certain_compiles(act):
     compiled, eager = compiled_and_eager(act, 0.0)
     assert_close(compiled, eager)

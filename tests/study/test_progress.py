@@ -1,11 +1,8 @@
 """What a study shows: its progress, on a terminal and off one, and the command's table and exit status."""
 
 import io
-import os
 import re
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -187,23 +184,17 @@ def test_a_folder_of_another_study_is_an_answer(scale, capsys):
     assert "is of a training with other settings: batch_size 4 (now 6); take another folder" in error
 
 
-def test_a_stopped_command_says_how_to_go_on(scale):
+def test_a_stopped_command_says_how_to_go_on(scale, cache):
     scale.write_text(scale.read_text().replace("epochs: 1", "epochs: 100000"))
-    arguments = [sys.executable, "-m", "salnb", *command(scale)]
-    process = subprocess.Popen(
-        arguments,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+    process = runs.start_command(command(scale), scale.parent, cache=cache)
     deadline = time.monotonic() + 120
     while not list(scale.parent.glob("out/runs/*/metrics.jsonl")):
-        assert process.poll() is None
+        assert process.is_alive()
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    out, error = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM
-    assert (out, error) == ("", "table2: stopped; to go on, start the study again\n")
+    process.terminate()
+    process.join(60)
+    assert process.exitcode == 128 + signal.SIGTERM
+    printed = [(scale.parent / name).read_text() for name in ("stdout", "stderr")]
+    assert printed == ["", "table2: stopped; to go on, start the study again\n"]
     assert list(scale.parent.glob("out/runs/*/checkpoints/*.pt"))

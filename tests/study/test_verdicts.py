@@ -371,6 +371,7 @@ def test_unknown_names_are_told():
     assert main(["study", "gamma", "--scale", "plan", "--out", "x"]) == 2
 
 
+@pytest.mark.usefixtures("few_scenes")
 def test_a_study_with_a_plan_runs_from_its_choice_to_its_verdicts(tmp_path, capsys, monkeypatch):
     plan = load_plan("treated")
     arms = {name: plan.arms[name] for name in ("silu", "silu zscore", twin_of("silu zscore"))}

@@ -214,6 +214,7 @@ class Slow:
         monkeypatch.setattr(profiler.StepProfile, "kinds", property(self.profile))
         monkeypatch.setattr(profiler.StepProfile, "peak_bytes", 1000)
         monkeypatch.setattr(measurement, "count_flops", self.count)
+        monkeypatch.setattr(measurement, "count_bytes", lambda case: {"convolution": 1000})
         monkeypatch.setattr(runner, "device_facts", lambda device: facts)
         without_waiting(monkeypatch)
 

@@ -114,7 +114,7 @@ def test_every_augmentation(tmp_path, augmentation):
     [
         {"beta": 0.5},
         {"method": "grad_cam"},
-        {"method": "smoothgrad", "detach_original": True},
+        {"method": "smoothgrad", "samples": 2, "detach_original": True},
         {"normalize": "zscore", "distance": "cosine"},
         {"optimizer": "adamw", "learning_rate": 1e-3, "schedule": "cosine"},
         {"schedule": "constant"},

