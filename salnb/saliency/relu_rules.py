@@ -59,8 +59,10 @@ class ReLURule(RecomputedMode):
             return self._each(func, args, kwargs)
         read = SPELLINGS.get(func)
         call = read(*args, **kwargs) if read else None
-        if call is not None and not call.input.requires_grad:  # by a mask in `torch.vmap`
-            self.unreached[f"{func.__name__} in torch.vmap"] += 1
+        if call is not None and torch._C._are_functorch_transforms_active():  # which refuse our Function
+            if call.by_mask:  # of the others the graph tells
+                where = "torch.func" if call.input.requires_grad else "torch.vmap"
+                self.unreached[f"{func.__name__} in {where}"] += 1
             call = None
         result = (
             func(*args, **kwargs) if call is None else self._swapped(call, partial(func, *args, **kwargs))
