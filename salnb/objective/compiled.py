@@ -218,7 +218,7 @@ class TracedStep(nn.ModuleDict):
         if written := [name for name, tensor in state.items() if tensor.is_leaf and tensor.grad is not None]:
             raise RuntimeError(
                 "compile() needs a model that leaves .grad alone, but a backward() of its own (or of a "
-                f"Function) writes that of {', '.join(written[:5])} in each step, which a graph would not do: "
+                f"Function) writes that of {', '.join(written[:5])} in each step, which no graph does: "
                 "use torch.autograd.grad for gradients that only the model needs, or leave compile() out"
             )
         updated = {name: state[name] for name in buffers}
