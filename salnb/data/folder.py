@@ -72,7 +72,7 @@ def _check_opaque(mask: Path) -> None:
     from PIL import Image
 
     with Image.open(mask) as image:
-        if image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema()[0] < 255:
+        if image.has_transparency_data and min(image.convert("RGBA").getchannel("A").tobytes()) < 255:
             raise ValueError(
                 "a mask is white where the object is and black elsewhere, this one is transparent in places: "
                 "save it without transparency, on the black or the white that is meant"
