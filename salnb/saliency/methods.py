@@ -136,7 +136,8 @@ def deconvnet(
     gives the plain gradient, with a warning. So does a ReLU that is not called from Python in this thread
     (in scripted code, in a thread or a C++ extension of the model), or is made of a tensor and its magnitude
     or a stack with zeros, such as `(x + x.abs()) / 2`, and the warning names it. One that is made of other
-    operations, such as `x.index_fill` or a sorted stack, is not told from them and keeps the plain gradient.
+    operations, such as `x.index_fill` or a product of matrices, is not told from them and keeps the plain
+    gradient.
     """
     call = ModelCall(output, model_kwargs)
     return _explain("deconvnet", model, images, target, call, create_graph, reduce, score)
@@ -160,7 +161,8 @@ def guided_backprop(
     gives the plain gradient, with a warning. So does a ReLU that is not called from Python in this thread
     (in scripted code, in a thread or a C++ extension of the model), or is made of a tensor and its magnitude
     or a stack with zeros, such as `(x + x.abs()) / 2`, and the warning names it. One that is made of other
-    operations, such as `x.index_fill` or a sorted stack, is not told from them and keeps the plain gradient.
+    operations, such as `x.index_fill` or a product of matrices, is not told from them and keeps the plain
+    gradient.
     """
     call = ModelCall(output, model_kwargs)
     return _explain("guided_backprop", model, images, target, call, create_graph, reduce, score)

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from salnb.double_backward.recomputation import RecomputedMode
-from salnb.saliency.relu_masks import SIGNS, note_sign
+from salnb.saliency.relu_masks import PICKS, SIGNS, note_picks, note_sign
 from salnb.saliency.relu_spellings import EACH, SPELLINGS, ReLUCall
+from salnb.saliency.relu_unreached import STACKS, note_stack
 
 __all__ = ["ReLURule", "Rectifier"]
 
@@ -69,6 +70,10 @@ class ReLURule(RecomputedMode):
         )
         if func in SIGNS:
             note_sign(SIGNS[func], result, args, kwargs)
+        if func in PICKS:
+            note_picks(result, args)
+        if func in STACKS:
+            note_stack(result, *args, **kwargs)
         return result
 
     def _swapped(self, call: ReLUCall, run: Callable[[], Any]) -> Tensor:

@@ -134,7 +134,7 @@ def test_each_photograph_begins_a_row_and_every_panel_has_its_title(photos, colu
     ("count", "across", "columns", "message"),
     [
         (3, "photos", 2, "one photograph, got 3"),
-        (1, "methods", 0, r"columns must lie in \[1, 10000\], got 0"),
+        (1, "methods", 0, r"must lie in \[1, 10000\], got 0"),
     ],
 )
 def test_columns_that_do_not_fit_are_refused(photos, count, across, columns, message):
