@@ -283,6 +283,7 @@ def read_description(folder: str | Path) -> dict[str, Any]:
     classes, size = known.get("classes"), known.get("size")
     listed = isinstance(classes, list) and len(classes) > 1 and all(isinstance(one, str) for one in classes)
     expect("classes", listed, "two names or more")
+    expect("classes", len(set(known["classes"])) == len(known["classes"]), "different names")
     expect("size", type(size) is int and size > 0, "a whole number of pixels")
     for field, least in (("mean", -math.inf), ("std", 0)):
         given: Any = known.get(field)

@@ -86,6 +86,7 @@ def compare(
 
     Raises:
         KeyError: a record lacks the factor or the metric.
+        TypeError: a factor is no number, text, or list or dictionary of such.
         ValueError: a metric is no finite number, or two records are of the same factors.
     """
     values: dict[tuple, dict[str, dict[int, float]]] = {}
@@ -94,8 +95,9 @@ def compare(
         if record["status"] != "done":
             continue
         factors = dict(record["factors"])
-        seed, what = factors.pop("seed"), factors.pop(factor)
-        key = tuple(sorted(factors.items()))  # in whatever order a record has them
+        seed, what = factors.pop("seed"), _hashable(factors.pop(factor), factor)
+        # in whatever order a record has them
+        key = tuple((name, _hashable(factors[name], name)) for name in sorted(factors))
         place = values.setdefault(key, {})
         orders.setdefault(key, factors)
         of_seed = place.setdefault(what, {})
@@ -115,6 +117,17 @@ def compare(
             numbers = (len(seeds), theirs, ours, ours - theirs, *ends, pairs)
             found.append(Comparison(dict(orders[key]), what, *numbers))
     return found
+
+
+def _hashable(value: Any, name: str) -> Any:
+    """A factor's value, of a list or dictionary what it holds, to be told from others."""
+    if isinstance(value, list | tuple):
+        return tuple(_hashable(item, name) for item in value)
+    if isinstance(value, Mapping):
+        return tuple((key, _hashable(value[key], name)) for key in sorted(value, key=repr))
+    if value is None or isinstance(value, str | int | float):
+        return value
+    raise TypeError(f"records must have factors of numbers and texts, got {value!r} as {name!r}")
 
 
 def reached(record: Mapping[str, Any], metric: str) -> float:

@@ -260,6 +260,7 @@ GOOD = {"network": "small", "classes": ["a", "b"], "size": 32, "mean": [0.5] * 3
         ("network", 3),
         ("classes", "ab"),
         ("classes", ["a"]),
+        ("classes", ["a", "a"]),
         ("size", "32"),
         ("size", True),
         ("mean", [0.5]),

@@ -290,3 +290,22 @@ def test_factors_may_come_in_any_order():
     (found,) = compare([first, second])
     assert list(found.where) == ["augmentation", "data"]
     assert found.pairs == ((0.5, 0.6),)
+
+
+def test_factors_may_be_lists_and_dictionaries():
+    """As `layers` and `augmentation_options` are in a record that was read from JSON."""
+    runs = [record("reference", 0, 0.5), record("saliency", 0, 0.6), record("saliency", 0, 0.9)]
+    for run, layers in zip(runs, (["a"], ["a"], ["a", "b"]), strict=True):
+        run["factors"] |= {"layers": layers, "options": {"angle": [1, 2], "fill": None}}
+    (found,) = compare(runs)
+    assert found.pairs == ((0.5, 0.6),)
+    assert found.where["layers"] == ["a"]
+    by_layers = compare([runs[1], runs[2]], "layers", ("a",))
+    assert [found.what for found in by_layers] == [("a", "b")]
+
+
+def test_a_factor_of_another_kind_is_refused_by_name():
+    run = record("reference", 0, 0.5)
+    run["factors"]["layers"] = {1, 2}
+    with pytest.raises(TypeError, match=r"factors of numbers and texts, got \{1, 2\} as 'layers'"):
+        compare([run])

@@ -1,6 +1,7 @@
 """Processes that read ahead, which may die while something else is computed."""
 
 import contextlib
+import multiprocessing
 import signal
 import threading
 import time
@@ -35,7 +36,8 @@ def read_ahead(
         collate: makes a batch of a list of items.
 
     Raises:
-        RuntimeError: a process died of something else.
+        RuntimeError: a process died of something else; or none could start, as they run the program's script
+            again where they are not forked, and it does its work again.
 
     Warns:
         UserWarning: this process does what those did that SIGTERM has ended.
@@ -60,6 +62,7 @@ def read_ahead(
                 yield batch
         except (RuntimeError, OSError, EOFError) as error:
             if isinstance(error, DamagedFileError) or not _terminated(ready):
+                _explain_start(error, begun=bool(done))
                 raise
             text = "SIGTERM has ended processes that decode images: this one decodes the rest of this pass"
             warnings.warn(text, stacklevel=2)
@@ -97,6 +100,16 @@ def _terminated(ready: Any) -> bool:
         if found or time.monotonic() > end:
             return found
         time.sleep(0.05)
+
+
+def _explain_start(error: BaseException, *, begun: bool) -> None:
+    """Raise a better error where processes that are not forked ended as soon as they were started."""
+    method = multiprocessing.get_start_method()
+    if method != "fork" and not begun and "exited unexpectedly" in str(error):
+        raise RuntimeError(
+            f"the processes that decode images ended at once: started by {method!r}, they run this program's "
+            "script again, so it must do its work under if __name__ == '__main__':, or ask for workers=0"
+        ) from error
 
 
 @contextlib.contextmanager

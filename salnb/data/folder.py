@@ -53,6 +53,7 @@ def _photograph_and_mask(file: Path, mask: Path, size: int) -> tuple[Tensor, Ten
     with _told_of(file):
         image = read_image(file, least=short)
     with _told_of(mask):
+        _check_opaque(mask)
         grey = read_image(mask)
         if (grey.amax(0) - grey.amin(0)).max() > 64:
             raise ValueError("a mask is white where the object is and black elsewhere, this one has colours")
@@ -64,6 +65,18 @@ def _photograph_and_mask(file: Path, mask: Path, size: int) -> tuple[Tensor, Ten
                 f"it has {w} × {h} pixels, which is another shape than {width} × {height} of {file}"
             )
         return centre(image, short, size), centre(grey, short, size)[:1] >= 128
+
+
+def _check_opaque(mask: Path) -> None:
+    """Raise where a mask is transparent, which may mean the object or all the rest."""
+    from PIL import Image
+
+    with Image.open(mask) as image:
+        if image.has_transparency_data and min(image.convert("RGBA").getchannel("A").tobytes()) < 255:
+            raise ValueError(
+                "a mask is white where the object is and black elsewhere, this one is transparent in places: "
+                "save it without transparency, on the black or the white that is meant"
+            )
 
 
 @dataclass

@@ -215,6 +215,12 @@ class TracedStep(nn.ModuleDict):
                 f"compile() needs a model whose forward pass leaves requires_grad alone, but that of "
                 f"{', '.join(changed[:5])} is changed: set it before, or leave compile() out"
             )
+        if written := [name for name, tensor in state.items() if tensor.is_leaf and tensor.grad is not None]:
+            raise RuntimeError(
+                "compile() needs a model that leaves .grad alone, but a backward() of its own (or of a "
+                f"Function) writes that of {', '.join(written[:5])} in each step, which no graph does: "
+                "use torch.autograd.grad for gradients that only the model needs, or leave compile() out"
+            )
         updated = {name: state[name] for name in buffers}
         # what the caller of make_fx gets to see is a flat list only
         self.num_classes = values[4].shape[1]

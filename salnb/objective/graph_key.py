@@ -4,8 +4,8 @@ Python runs while a step is traced, and not again. So whatever it may look at be
 the tree of modules, their hyper-parameters and other attributes, hooks, train and eval modes, the kinds of
 all tensors and which of them are one, and PyTorch's global switches. For ResNet-50 this takes about a
 millisecond. Of an object that a method is bound to, it is what the method's code names. What it cannot see:
-global variables of a model's code, files, clocks, and what lies deep within objects (more than four levels;
-containers are looked into to the end).
+global variables of a model's code, files, clocks, and what objects hold that lie more than four levels deep
+in one attribute, beyond the first 200 of these (containers are looked into to the end).
 """
 
 import functools
@@ -40,10 +40,10 @@ _SKIPPED = {"_parameters", "_buffers", "_modules", "_state_dict_hooks", "_state_
 _SKIPPED |= {"_load_state_dict_pre_hooks", "_load_state_dict_post_hooks", "_non_persistent_buffers_set"}
 _OF_RNNS = {"_flat_weights", "_flat_weight_refs"}  # their parameters once more
 _GLOBAL_HOOKS = [name for name in vars(torch_modules) if name.startswith("_global_") and "_hooks" in name]
-_DEPTH = 4  # of objects within objects or containers: an object that lies deeper is told by its identity
-_DEEP = 50  # of containers within containers
+_DEPTH = 4  # of objects within objects or containers: those that lie deeper are counted
+_DEEP = 50  # of any within others: what lies deeper is told by its identity
 _CONTAINERS = (dict, list, tuple, set, frozenset, deque)
-_MANY = 200  # classes and modules of Python within one attribute, and values within one of these
+_MANY = 200  # classes and modules of Python within one attribute, values within one of these, deep objects
 
 # whose objects a model may hold, and which lead to all the rest of a program
 _OUTSIDE = {"logging", "threading", "weakref", "lightning", "pytorch_lightning", "lightning_fabric"}
@@ -55,6 +55,7 @@ class _Seen(dict[int, tuple[int, Any]]):
     """By an object's address: its number, and itself, so that no other one gets the address."""
 
     namespaces = 0  # classes and modules among them
+    deep = 0  # objects among them that lie deep
 
 
 class _Same:
@@ -258,8 +259,10 @@ def _frozen(value: Any, seen: _Seen | None = None, depth: int = 0) -> Hashable:
         seen = _Seen(seen or {})
     if id(value) in seen:
         return "again", seen[id(value)][0]
-    deepest = _DEEP if isinstance(value, _CONTAINERS) else _DEPTH
-    opaque = isinstance(value, types.BuiltinFunctionType) or depth > deepest
+    if deep := depth > _DEPTH and not isinstance(value, _CONTAINERS):
+        seen.deep += 1
+    too_deep = depth > _DEEP or (deep and seen.deep > _MANY)
+    opaque = too_deep or isinstance(value, types.BuiltinFunctionType)
     if opaque or (kind.__module__.split(".")[0] in _OUTSIDE and not isinstance(value, Mapping)):
         return _Same(value)
     if isinstance(value, type | types.ModuleType):

@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from salnb._common.checks import check_finite, check_images
+from salnb._common.limits import check_integer, check_number
 from salnb.plot.style import DIVERGING, INK, SEQUENTIAL
 
 __all__ = ["divide_by_maximum", "overlay", "show_images", "show_maps", "show_numbers"]
@@ -46,7 +47,8 @@ def show_images(
     """Images in rows, each with its title above.
 
     Args:
-        images: (N, 3, H, W) in colour or (N, 1, H, W) in grey; values in [0, 1], others are clipped.
+        images: (N, 3, H, W) in colour or (N, 1, H, W) in grey; values in [0, 1], others are clipped, but
+            those up to 255 refused.
         titles: N texts.
         columns: images per row, at least 1.
         size: width of an image in inches.
@@ -55,7 +57,8 @@ def show_images(
         A figure with one axes per image.
 
     Raises:
-        TypeError, ValueError: `images` are not as described, `titles` are not N, `columns` is below 1.
+        TypeError, ValueError: `images` are not as described, `titles` are not N, `columns` or `size` is no
+            number from 1 on, or above 0.
 
     >>> import torch
     >>> len(show_images(torch.rand(3, 3, 8, 8), titles=["a", "b", "c"]).axes)
@@ -181,50 +184,67 @@ def show_numbers(
     """Small matrices with their numbers written into the cells, to follow a calculation by hand.
 
     Args:
-        matrices: for each title, a matrix (H, W).
+        matrices: for each title, a matrix (H, W), as a tensor.
         columns: matrices per row; None puts all in one row.
         struck: for some of the titles, a boolean matrix (H, W): cells that are crossed out.
-        limit: the value at which colours end, the same for all; None is the largest absolute value of all.
+        limit: the value above 0 at which colours end, the same for all; None is the largest absolute value
+            of all.
         size: width of a matrix in inches.
 
     Returns:
         A figure with one axes per matrix. It needs no colour bar, since every cell tells its value.
 
     Raises:
-        ValueError: there is no matrix, one is not two-dimensional, `struck` has another title or shape,
-            or `columns` is below 1.
+        TypeError, ValueError: there is no matrix, one is no tensor, not two-dimensional, empty or not finite,
+            `struck` has another title or shape, or `columns`, `limit` or `size` is not as described.
     """
-    if not matrices:
-        raise ValueError("matrices must hold at least one matrix, got none")
-    for title, matrix in matrices.items():
-        if matrix.ndim != 2:
-            raise ValueError(f"matrices[{title!r}] must have two dimensions, got {tuple(matrix.shape)}")
+    _check_matrices(matrices)
     for title, cells in (struck or {}).items():
-        if title not in matrices or cells.shape != matrices[title].shape:
+        fits = title in matrices and isinstance(cells, Tensor) and cells.shape == matrices[title].shape
+        if not fits:
             raise ValueError(f"struck[{title!r}] must have the title and the shape of one of the matrices")
     columns = len(matrices) if columns is None else columns
     height, width = next(iter(matrices.values())).shape
     fig, axes = _panels(len(matrices), columns, size, height / width)
-    limit = limit or max(float(matrix.abs().max()) for matrix in matrices.values()) or 1.0
+    if limit is None:
+        limit = max(matrix.detach().float().abs().max().item() for matrix in matrices.values()) or 1.0
+    limit = check_number("limit", limit, 0, 1e30, above=True)
     for ax, (title, matrix) in zip(axes, matrices.items(), strict=True):
         _draw_numbers(ax, matrix, limit, (struck or {}).get(title))
         ax.set_title(title, fontsize="small")
     return fig
 
 
+def _check_matrices(matrices: Mapping[str, Tensor]) -> None:
+    if not isinstance(matrices, Mapping):
+        raise TypeError(f"matrices must be a dict from titles to tensors, got {type(matrices).__name__}")
+    if not matrices:
+        raise ValueError("matrices must hold at least one matrix, got none")
+    for title, matrix in matrices.items():
+        if not isinstance(matrix, Tensor):
+            raise TypeError(f"matrices[{title!r}] must be a torch.Tensor, got {type(matrix).__name__}")
+        if matrix.ndim != 2 or not matrix.numel():
+            raise ValueError(
+                f"matrices[{title!r}] must have two dimensions, neither of them zero, got "
+                f"{tuple(matrix.shape)}"
+            )
+        check_finite(matrix, name=f"matrices[{title!r}]")
+
+
 def _check_look(across: str, power: float, opacity: float | None) -> None:
     if across not in ("methods", "photos"):
         raise ValueError(f"across must be 'methods' or 'photos', got {across!r}")
-    if not power > 0:
-        raise ValueError(f"power must be positive, got {power}")
-    if opacity is not None and not 0 <= opacity <= 1:
-        raise ValueError(f"opacity must lie in [0, 1], got {opacity}")
+    check_number("power", power, 0, 100, above=True)
+    if opacity is not None:
+        check_number("opacity", opacity, 0, 1)
 
 
 def _panels(count: int, columns: int, size: float, aspect: float, *, blocks: int = 1) -> tuple[Figure, Any]:
     """So many bare axes in rows of `columns`, each `size` inches wide; each of `blocks` begins a new row."""
-    if columns < 1:
-        raise ValueError(f"columns must be at least 1, got {columns}")
+    columns, size = (
+        check_integer("columns", columns, 1, 10_000),
+        check_number("size", size, 0, 100, above=True),
+    )
     per_block = count // blocks
     n_rows, n_columns = blocks * -(-per_block // columns), min(columns, per_block)
     inches = (size * n_columns + 0.8, (size * aspect + 0.18) * n_rows + 0.2)
@@ -285,6 +305,7 @@ def _check_pictures(images: Tensor, titles: Sequence[str] | None) -> Sequence[st
     """Raise unless images can be drawn; gives their titles."""
     check_images(images)
     check_finite(images, name="images")
+    _check_scale(images, "images")
     if images.shape[1] not in (1, 3):
         raise ValueError(f"images must have 1 or 3 channels to be drawn, got {images.shape[1]}")
     if titles is None:
@@ -293,6 +314,12 @@ def _check_pictures(images: Tensor, titles: Sequence[str] | None) -> Sequence[st
         got = repr(titles) if isinstance(titles, str) else len(titles)
         raise ValueError(f"titles must be {len(images)} texts, one per image, got {got}")
     return titles
+
+
+def _check_scale(images: Tensor, name: str) -> None:
+    """Raise where values up to 255 would all be drawn white; those of normalised images are clipped."""
+    if (highest := images.detach().amax().item()) > 10:
+        raise ValueError(f"{name} must have values in [0, 1], got up to {highest:g}: divide them by 255")
 
 
 def _check_maps(maps: Mapping[str, Tensor], n: int, signed: bool, valid: Mapping[str, Tensor]) -> None:
@@ -305,6 +332,8 @@ def _check_maps(maps: Mapping[str, Tensor], n: int, signed: bool, valid: Mapping
         check_finite(values, name=f"maps[{name!r}]")
         if values.shape[:2] not in ((n, 1), (n, 3)):
             raise ValueError(f"maps[{name!r}] must have shape ({n}, 1, H, W), got {tuple(values.shape)}")
+        if values.shape[1] == 3:
+            _check_scale(values, f"maps[{name!r}]")
         if not signed and (values < 0).any():
             raise ValueError(f"maps[{name!r}] has negative values: pass signed=True, or take absolute values")
     for name, mask in valid.items():

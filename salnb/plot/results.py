@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from salnb._common.limits import check_pair
 from salnb.plot.style import INK
 from salnb.statistics import Comparison, mean
 
@@ -78,8 +79,9 @@ def show_differences(
     >>> len(show_differences([found], (-0.05, 0.05)).axes)
     1
     """
+    limits = check_pair("limits", limits, -1e9, 1e9, form := "two numbers with zero between them")
     if not limits[0] < 0 < limits[1]:
-        raise ValueError(f"limits must be two numbers with zero between them, got {limits}")
+        raise ValueError(f"limits must be {form}, got {limits}")
     verdicts = {c.verdict for c in comparisons}
     looks = {name: look for name, look in VERDICTS.items() if name in verdicts}
     fig = _draw(_draw_difference, looks, comparisons, limits, row, column, label, size)
@@ -115,8 +117,9 @@ def show_accuracies(
     >>> len(show_accuracies([found], (0, 1)).axes)
     1
     """
+    limits = check_pair("limits", limits, -1e9, 1e9, form := "two numbers, the lower one first")
     if not limits[0] < limits[1]:
-        raise ValueError(f"limits must be two numbers, the lower one first, got {limits}")
+        raise ValueError(f"limits must be {form}, got {limits}")
     if without := [name_of(c) for c in comparisons if not c.pairs]:
         raise ValueError(f"comparisons must hold the pairs of their seeds, got none for {without}")
     looks = dict(zip(names, _SIDES, strict=True))

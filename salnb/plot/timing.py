@@ -93,12 +93,21 @@ def show_memory(pairs: Mapping[str, Pair]) -> Figure:
 
 
 def show_batches(records: Mapping[str, Record]) -> Figure:
-    """Milliseconds per image, and the ratio, over the batch size; of each record one network."""
+    """Milliseconds per image, and the ratio, over the batch size; of each record one network.
+
+    Raises:
+        ValueError: there is no record, or one in which no step was measured.
+    """
+    if not records:
+        raise ValueError("records must hold at least one, got none")
     fig, axes = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained")
     for i, (name, record) in enumerate(records.items()):
         network, batches = batches_of(record)
+        if not any(row["status"] == "ok" for found in batches.values() for row in found.values()):
+            raise ValueError(f"records[{name!r}] must hold a step that was measured, got none of {network}")
         for method, style, what in ((None, "o--", "baseline"), (METHOD, "o-", "with saliency")):
-            rows = [found[method] for found in batches.values() if found[method]["status"] == "ok"]
+            found = [of_size[method] for of_size in batches.values() if method in of_size]
+            rows = [row for row in found if row["status"] == "ok"]
             n = [row["batch"] for row in rows]
             # originals and augmented images: two for each
             per_image = [500 * row["seconds"]["mean"] / row["batch"] for row in rows]

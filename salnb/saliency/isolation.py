@@ -14,12 +14,17 @@ from torch.nn.parameter import is_lazy
 
 from salnb._common.aliases import InPlace, copies_that_share, held_in_containers, memory_of
 from salnb._common.checks import is_traced
+from salnb.saliency.own_gradients import gradients_left
 
-__all__ = ["alone", "check_usable", "left_as_found"]
+__all__ = ["DeadlockError", "alone", "check_usable", "left_as_found"]
 
 _free = threading.Condition()
 _owners: dict[int, int] = {}  # the thread that each module is taken by, both by id
 _wanted: dict[int, list[int]] = {}  # the modules that each waiting thread wants
+
+
+class DeadlockError(RuntimeError):
+    """Threads wait for one another."""
 
 
 @contextmanager
@@ -31,12 +36,13 @@ def left_as_found(model: nn.Module) -> Iterator[None]:
     tensors, and, of the modules that are not PyTorch's own, those that are numbers or None. Buffers and
     attributes that such modules did not have are taken away, unless the pass has made them parameters or
     modules too, as in a network that builds itself when it first runs. What a model keeps in lists and
-    dictionaries stays as the pass left it, unless it is a view of a buffer or such an attribute.
+    dictionaries stays as the pass left it, unless it is a view of a buffer or such an attribute. The `.grad`
+    of parameters, which a `backward()` of the model's own writes, is put back by `gradients_left`.
 
     Threads that run models with a module in common wait for one another, as in `alone`.
     """
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
-    with alone(modules):
+    with alone(modules), gradients_left(modules):
         modes = [(m, m.training) for m in modules if hasattr(m, "training")]  # frozen scripts have none
         moving = [module for module in modules if _may_move(module)]
         # by the id of the original, which may be in several places
@@ -72,7 +78,7 @@ def alone(modules: Iterable[nn.Module]) -> Iterator[None]:
     A thread that is inside already may enter again.
 
     Raises:
-        RuntimeError: threads that are inside wait for one another.
+        DeadlockError: threads that are inside wait for one another.
     """
     me = threading.get_ident()
     names = [id(module) for module in modules]
@@ -101,7 +107,7 @@ def _may_enter(me: int) -> bool:
         met |= ahead
         ahead = set().union(*map(_holders, ahead))
         if me in ahead:
-            raise RuntimeError(
+            raise DeadlockError(
                 "threads wait for one another: a model's forward pass takes a map of, or trains, a model "
                 "that another thread is running, and whose forward pass does the same with this one"
             )

@@ -7,10 +7,10 @@ is asked about, and returns one map per image:
 * the last feature maps weighted by their gradients: `grad_cam`, and its product with guided
   backpropagation, `guided_grad_cam`.
 
-The model is left as it was found, after an error too: parameters, gradients, buffers, hooks, train or eval
-mode, and attributes of its own that are numbers or tensors, or that it did not have; but not what it keeps in
-lists or dictionaries, nor what its forward pass itself writes to parameters (as `nn.Embedding` does with
-`max_norm`) or, by a `backward()` of its own, to their `.grad`, nor the state of the random numbers. The
+The model is left as it was found, after an error too: parameters, gradients (also where its forward pass
+calls `backward()`), buffers, hooks, train or eval mode, and attributes of its own that are numbers or
+tensors, or that it did not have; but not what it keeps in lists or dictionaries, nor what its forward pass
+itself writes to parameters (as `nn.Embedding` does with `max_norm`), nor the state of the random numbers. The
 images are not changed by networks that work in place on them.
 
 Methods that change the backward pass of ReLU do so only while the map's own gradient is taken, so a loss on a
@@ -27,7 +27,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import CheckpointError
 
 from salnb._common import catalog
 from salnb._common.checks import (
@@ -44,11 +43,10 @@ from salnb.double_backward.refusals import (
     second_derivatives_kept,
 )
 from salnb.saliency.arguments import check_arguments
-from salnb.saliency.isolation import left_as_found
+from salnb.saliency.isolation import DeadlockError, left_as_found
 from salnb.saliency.layers import OtherLayerError, Reshape
 from salnb.saliency.recording import (
     ForwardRecorder,
-    NoGradientError,
     class_scores,
     logits_of,
     reduce_channels,
@@ -138,7 +136,8 @@ def deconvnet(
     gives the plain gradient, with a warning. So does a ReLU that is not called from Python in this thread
     (in scripted code, in a thread or a C++ extension of the model), or is made of a tensor and its magnitude
     or a stack with zeros, such as `(x + x.abs()) / 2`, and the warning names it. One that is made of other
-    operations, such as `x.index_fill` or a sorted stack, is not told from them and keeps the plain gradient.
+    operations, such as `x.index_fill` or a product of matrices, is not told from them and keeps the plain
+    gradient.
     """
     call = ModelCall(output, model_kwargs)
     return _explain("deconvnet", model, images, target, call, create_graph, reduce, score)
@@ -162,7 +161,8 @@ def guided_backprop(
     gives the plain gradient, with a warning. So does a ReLU that is not called from Python in this thread
     (in scripted code, in a thread or a C++ extension of the model), or is made of a tensor and its magnitude
     or a stack with zeros, such as `(x + x.abs()) / 2`, and the warning names it. One that is made of other
-    operations, such as `x.index_fill` or a sorted stack, is not told from them and keeps the plain gradient.
+    operations, such as `x.index_fill` or a product of matrices, is not told from them and keeps the plain
+    gradient.
     """
     call = ModelCall(output, model_kwargs)
     return _explain("guided_backprop", model, images, target, call, create_graph, reduce, score)
@@ -330,9 +330,9 @@ def _explain(
             except OtherLayerError as error:
                 # with the whole graph the default may serve after all, and tells what ran behind it
                 frozen_stem, layer = False, layer if frozen_stem else error.layer
-            except (NoGradientError, CheckpointError):
-                # what switches gradients on and off around the layer, or recomputes it, needs the whole graph
-                if not frozen_stem:
+            except Exception as error:
+                # what takes gradients itself, or recomputes the layer, needs the whole graph
+                if not frozen_stem or isinstance(error, DeadlockError):
                     raise
                 frozen_stem = False
 

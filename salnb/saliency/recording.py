@@ -218,8 +218,8 @@ class ForwardRecorder:
             got = f"{tuple(output.shape)} of {output.dtype}" if tensor else type(output).__name__
             way = ": for tokens (N, 1 + hw, C), pass reshape='tokens'" if tensor and output.ndim == 3 else ""
             raise ValueError(f"{name} must be one whose output has shape (N, C, h, w), got {got}{way}")
-        cut_off = torch.is_grad_enabled() and not output.requires_grad
-        if not (self.frozen_stem or cut_off):
+        # a gradient that the model takes itself is to find its way through the layer
+        if output.requires_grad or not (self.frozen_stem or torch.is_grad_enabled()):
             return output
         self._stem.close()  # from here on a graph is needed
         return output.detach().requires_grad_()

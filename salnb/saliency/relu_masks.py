@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from salnb._common.checks import is_batched
 
-__all__ = ["SIGNS", "UnknownError", "functions_named", "is_sign", "is_zero", "note_sign"]
+__all__ = ["PICKS", "SIGNS", "UnknownError", "functions_named", "is_sign", "is_zero", "mask_of_picks"]
+__all__ += ["negative_part", "note_picks", "note_sign"]
 
 
 class UnknownError(Exception):
@@ -62,6 +63,32 @@ def note_sign(name: str, result: Any, args: tuple, kwargs: dict[str, Any]) -> No
     found = _of_masks(name, result, args, kwargs, signs) if signs else _of_tensor(name, result, given)
     if found is not None:
         result._sign = found  # type: ignore[attr-defined]
+    elif name in _PRODUCTS and len(given) == 2:
+        for x, mask in (given, given[::-1]):
+            if is_sign(mask, x, positive=False):
+                result._negative = x, x._version, result._version, mask  # type: ignore[attr-defined]
+
+
+def negative_part(value: Any, x: Any) -> Tensor | None:
+    """The mask by which a tensor is `x` where that is negative and zero elsewhere; None of any other."""
+    found: Any = getattr(value, "_negative", None)
+    return found[3] if found and found[0] is x and (x._version, value._version) == found[1:3] else None
+
+
+def note_picks(result: Any, args: tuple) -> None:
+    """Remember of the places of a mask, one tensor for each dimension, which mask they are of."""
+    if args and isinstance(result, tuple) and _sign_of(args[0]) is not None:
+        for places in result:
+            places._picks = args[0]
+
+
+def mask_of_picks(indices: Any) -> Tensor | None:
+    """The mask that these are the places of; None if they are other indices."""
+    masks = (
+        [getattr(places, "_picks", None) for places in indices] if isinstance(indices, tuple | list) else []
+    )
+    whole = masks and masks[0] is not None and masks[0].ndim == len(masks)
+    return masks[0] if whole and all(mask is masks[0] for mask in masks) else None
 
 
 def is_sign(mask: Any, x: Any, *, positive: bool) -> bool:
@@ -260,3 +287,6 @@ _CASTS = {
 SIGNS = {function: name for name in (*_FIRST, *_RULES, *_CASTS) for function, _ in functions_named(name)} | {
     Tensor.where: "Tensor.where"
 }
+
+#: the calls that give the places of a mask
+PICKS = {torch.where, *(function for function, _ in functions_named("nonzero"))}

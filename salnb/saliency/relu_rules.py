@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from salnb.double_backward.recomputation import RecomputedMode
-from salnb.saliency.relu_masks import SIGNS, note_sign
+from salnb.saliency.relu_masks import PICKS, SIGNS, note_picks, note_sign
 from salnb.saliency.relu_spellings import EACH, SPELLINGS, ReLUCall
+from salnb.saliency.relu_unreached import STACKS, note_stack
 
 __all__ = ["ReLURule", "Rectifier"]
 
@@ -59,14 +60,20 @@ class ReLURule(RecomputedMode):
             return self._each(func, args, kwargs)
         read = SPELLINGS.get(func)
         call = read(*args, **kwargs) if read else None
-        if call is not None and not call.input.requires_grad:  # by a mask in `torch.vmap`
-            self.unreached[f"{func.__name__} in torch.vmap"] += 1
+        if call is not None and torch._C._are_functorch_transforms_active():  # which refuse our Function
+            if call.by_mask:  # of the others the graph tells
+                where = "torch.func" if call.input.requires_grad else "torch.vmap"
+                self.unreached[f"{func.__name__} in {where}"] += 1
             call = None
         result = (
             func(*args, **kwargs) if call is None else self._swapped(call, partial(func, *args, **kwargs))
         )
         if func in SIGNS:
             note_sign(SIGNS[func], result, args, kwargs)
+        if func in PICKS:
+            note_picks(result, args)
+        if func in STACKS:
+            note_stack(result, *args, **kwargs)
         return result
 
     def _swapped(self, call: ReLUCall, run: Callable[[], Any]) -> Tensor:

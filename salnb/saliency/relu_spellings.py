@@ -7,7 +7,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from salnb.saliency.relu_masks import UnknownError, functions_named, is_sign, is_zero
+from salnb.saliency.relu_masks import (
+    UnknownError,
+    functions_named,
+    is_sign,
+    is_zero,
+    mask_of_picks,
+    negative_part,
+)
 
 __all__ = ["EACH", "SPELLINGS", "ReLUCall"]
 
@@ -126,6 +133,11 @@ def _multiply(input: Any, other: Any) -> ReLUCall | None:
     return ReLUCall(x, plain=lambda x: x * kept, by_mask=True)
 
 
+def _subtract(input: Any, other: Any, *, alpha: float = 1) -> ReLUCall | None:
+    mask = negative_part(other, input) if alpha == 1 else None
+    return None if mask is None else ReLUCall(input, plain=lambda x: x - x * mask, by_mask=True)
+
+
 def _addcmul(input: Tensor, tensor1: Tensor, tensor2: Tensor, *, value: float = 1) -> ReLUCall | None:
     call = _multiply(tensor1, tensor2) if value == 1 else None
     return call and call._replace(zero=input)
@@ -151,13 +163,15 @@ def _masked_scatter(input: Tensor, mask: Tensor, source: Tensor) -> ReLUCall | N
 
 
 def _index_put(input: Tensor, indices: Any, values: Any, accumulate: bool = False) -> ReLUCall | None:
-    if accumulate or len(indices) != 1 or not isinstance(indices[0], Tensor):
-        return None
-    return _masked_fill(input, indices[0], values)
+    mask = mask_of_picks(indices)
+    if mask is None and len(indices) == 1 and isinstance(indices[0], Tensor):
+        mask = indices[0]
+    return None if accumulate or mask is None else _masked_fill(input, mask, values)
 
 
 def _set_item(input: Tensor, index: Any, value: Any) -> ReLUCall | None:
-    return _masked_fill(input, index, value) if isinstance(index, Tensor) else None
+    mask = index if isinstance(index, Tensor) else mask_of_picks(index)
+    return None if mask is None else _masked_fill(input, mask, value)
 
 
 def _certainly_zero(value: Any) -> bool:
@@ -195,6 +209,7 @@ _BY_NAME: dict[str, Callable[..., ReLUCall | None]] = {
     "__mul__": _multiply,
     "__rmul__": _multiply,
     "__imul__": _multiply,
+    **dict.fromkeys(("sub", "subtract", "__sub__", "__isub__"), _subtract),
     "addcmul": _addcmul,
     "einsum": _einsum,
     "masked_fill": _masked_fill,
@@ -240,7 +255,7 @@ def _reader(parse: Callable[..., ReLUCall | None], *, in_place: bool) -> Callabl
     return read
 
 
-_IN_PLACE = ("__imul__", "__setitem__")
+_IN_PLACE = ("__imul__", "__isub__", "__setitem__")
 
 #: for each call that may be a rectifier, what tells whether it is one
 SPELLINGS = {

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from salnb._common.autograd import nodes_of
 from salnb.saliency.relu_masks import is_zero
 
-__all__ = ["relus_unreached"]
+__all__ = ["STACKS", "note_stack", "relus_unreached"]
 
 #: what ReLUs, or what is taken away to make one, leave in a graph, and the attribute that is zero in these
 _NODES = {
@@ -30,7 +30,10 @@ _NODES = {
     "Fmin": "_saved_other",
 }
 #: where several tensors meet, of which one may be zero
-_OVER_STACKS = ("Amax", "Amin", "Max", "Min")
+_OVER_STACKS = ("Amax", "Amin", "Max", "Min", "Sort", "Topk")
+#: the calls that make stacks
+STACKS = {torch.stack, torch.cat, torch.concat, torch.concatenate}
+_HAS_ZEROS = "salnb: a constant of it is zero"
 
 Edge = tuple[Any, int]  # a node, and which of its results is meant
 
@@ -139,6 +142,15 @@ def _under_magnitude(edge: Edge) -> Edge | None:
     return None
 
 
+def note_stack(result: Any, tensors: Any, *args: Any, **options: Any) -> None:
+    """Remember of a stack whether a constant in it is zero, as the largest in it has no values to look at."""
+    if isinstance(result, Tensor) and result.grad_fn is not None:
+        constant = [t for t in tensors if not t.requires_grad]
+        if constant:
+            metadata: Any = result.grad_fn.metadata
+            metadata[_HAS_ZEROS] = any(is_zero(t) is not False for t in constant)
+
+
 def _is_over_zeros(node: Any) -> bool:
     """Whether a maximum or a minimum is taken of what was stacked, zeros among it."""
     stack, _ = node.next_functions[0]
@@ -153,8 +165,9 @@ def _is_over_zeros(node: Any) -> bool:
     dim = _from_front(stack._saved_dim, len(shape))
     if [_from_front(d, len(shape)) for d in dims] != [dim] or shape[dim] != len(stack.next_functions):
         return False
-    # max(dim) keeps no values
-    return values is None or any(is_zero(values.detach().select(dim, i)) for i in constant)
+    if values is None:  # max(dim), sort and topk keep none; nor is known what was stacked unseen
+        return stack.metadata.get(_HAS_ZEROS, True)
+    return any(is_zero(values.detach().select(dim, i)) for i in constant)
 
 
 def _from_front(dim: int, ndim: int) -> int:

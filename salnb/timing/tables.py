@@ -147,12 +147,18 @@ def ratio_series(record: Record) -> dict[str, dict[str, float]]:
 
 
 def batches_of(record: Record) -> tuple[str, dict[int, dict[str | None, TimingRow]]]:
-    """The network with most sizes of batches; its rows by originals in a batch, then by method or None."""
+    """The network with most sizes of batches; its rows by originals in a batch, then by method or None.
+
+    Raises:
+        ValueError: the record has no eager row of a baseline or of the plain gradient.
+    """
     found: dict[tuple[str, str], dict[int, dict[str | None, TimingRow]]] = {}
     for row in _matching(record, every=1, compiled=False):
         if row["method"] in (None, METHOD):
             sizes = found.setdefault((row["network"], row["precision"]), {})
             sizes.setdefault(row["batch"], {})[row["method"]] = row
+    if not found:
+        raise ValueError(f"record must hold eager rows of the baseline or of {METHOD}, got none")
     (network, _), sizes = max(found.items(), key=lambda item: len(item[1]))
     return network, dict(sorted(sizes.items()))
 

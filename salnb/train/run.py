@@ -18,7 +18,13 @@ from salnb import data, results
 from salnb._common.files import remove_drafts, write_atomic
 from salnb.objective import Losses, Objective
 from salnb.train import setup
-from salnb.train.checkpoint import last_checkpoint, load_checkpoint, save_checkpoint
+from salnb.train.checkpoint import (
+    check_optimizer,
+    check_position,
+    last_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
 from salnb.train.config import Config
 from salnb.train.epoch_sums import TERMS, EpochSums, StepTerms
 
@@ -195,7 +201,8 @@ class Run:
         except Exception as error:  # of another network, or of another version of torch
             why = " ".join(f"{type(error).__name__}: {error}".split())
             path = last_checkpoint(self.checkpoints)
-            raise ValueError(f"the run cannot go on from {path}: {why}") from error
+            way = "without this file it would go on from the one before, or begin again"
+            raise ValueError(f"the run cannot go on from {path}: {why}; {way}") from error
         if self.fabric.is_global_zero:
             remove_drafts(Path(self.config.out))
             remove_drafts(self.checkpoints)
@@ -208,12 +215,19 @@ class Run:
         return position | {name: part.state_dict() for name, part in self.parts.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what `state_dict` gave."""
+        """Go on from what `state_dict` gave, once it is known to be whole."""
+        trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+        check_position(
+            state, self.epoch_batches, (*TERMS, "train_accuracy", "validation_accuracy", "seconds")
+        )
+        check_optimizer(state, self.config.optimizer, trained)
         for name in _POSITION:
             setattr(self, name, state[name])
         self.sums = EpochSums(**state["sums"])
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
+        if self.objective.steps_done != self.step:
+            raise ValueError(f"objective must be at step {self.step}, got {self.objective.steps_done}")
 
     def progress_text(self) -> str:
         """What the bar shows beside itself; the most of it fits into 80 columns."""

@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import sys
 import time
 from multiprocessing import active_children
 
@@ -86,3 +87,30 @@ def test_a_handler_of_ones_own_is_still_called(split):
     finally:
         signal.signal(signal.SIGCHLD, torchs)
     assert seen
+
+
+SCRIPT = """
+import multiprocessing
+from pathlib import Path
+from salnb.data.folder import FolderImages
+
+multiprocessing.set_start_method("spawn", force=True)
+names = sorted(str(path.relative_to({root!r})) for path in Path({root!r}).rglob("*.png"))
+print(len(list(FolderImages(names, 16, 1, root=Path({root!r}), classes=("cat", "dog")).epoch(4, seed=1))))
+"""
+
+
+@pytest.mark.parametrize("guard", ["if True:", "if __name__ == '__main__':"])
+def test_a_script_that_started_processes_run_again(split, tmp_path, guard):
+    """What the start method is from Python 3.14 on, and on other systems before, runs a script again."""
+    lines = SCRIPT.format(root=str(tmp_path)).strip().splitlines()
+    script = tmp_path / "script.py"
+    script.write_text("\n".join([*lines[:3], guard, *(f"    {line}" for line in lines[3:])]))
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
+    last = done.stderr.strip().splitlines()[-1:]
+    if "main" in guard:
+        assert (done.returncode, done.stdout) == (0, "10\n"), done.stderr
+    else:
+        assert done.returncode == 1
+        assert "ended at once: started by 'spawn'" in last[0]
+        assert "if __name__ == '__main__':, or ask for workers=0" in last[0]

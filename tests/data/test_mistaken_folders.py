@@ -48,6 +48,33 @@ def test_what_is_no_mask_is_told_before_a_training(root, values, why):
         data.image_folder(root, 8, workers=0)
 
 
+def with_alpha(alpha, mode):
+    """A mask with an alpha channel, and what each mode makes of it."""
+    image = Image.merge("RGBA", [Image.fromarray(mask())] * 3 + [Image.fromarray(alpha)])
+    if mode != "P":
+        return image.convert(mode)
+    palette = Image.fromarray(mask() // 255, "P")
+    palette.putpalette([0, 0, 0, 255, 255, 255])
+    palette.info["transparency"] = bytes([int(alpha.min()), 255])
+    return palette
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+@pytest.mark.parametrize("alpha", [0, 254, 255])
+def test_a_transparent_mask_is_told_before_a_training(root, mode, alpha):
+    """The object may be what is opaque or what is cut out; on white, all of it would be."""
+    image = with_alpha(np.where(mask() == 0, alpha, 255).astype(np.uint8), mode)
+    for path in PATHS:
+        (root / "masks" / path).parent.mkdir(parents=True, exist_ok=True)
+        image.save(root / "masks" / path)
+    if alpha < 255:
+        with pytest.raises(DamagedFileError, match=r"4 masks .* transparent in places: save it without"):
+            data.image_folder(root, 8, workers=0)
+    else:
+        (batch,) = data.image_folder(root, 8, workers=0).test.epoch(4)
+        assert batch.masks.float().mean() == pytest.approx(0.5, abs=0.13)
+
+
 def test_a_damaged_mask_is_told_before_a_training(root):
     put(root / "masks", PATHS, mask)
     for path in PATHS:

@@ -14,6 +14,16 @@ def setitem(x):
     return x
 
 
+def setitem_at(x):
+    x[torch.where(x < 0)] = 0
+    return x
+
+
+def minus_in_place(x):
+    x -= x * (x < 0)
+    return x
+
+
 def times_in_place(x):
     x *= x > 0
     return x
@@ -126,6 +136,11 @@ SPELLINGS = {
     "masked_fill": (lambda x: x.masked_fill(x < 0, 0), INF),
     "masked_fill_": (lambda x: x.masked_fill_(torch.le(x, 0), 0.0), INF),
     "x[x < 0] = 0": (setitem, INF),
+    "x[where(x < 0)] = 0": (setitem_at, INF),
+    "index_put(nonzero)": (lambda x: x.index_put((x < 0).nonzero(as_tuple=True), torch.zeros(()).to(x)), INF),
+    "x - x * (x < 0)": (lambda x: x - x * (x < 0), INF),
+    "x - (x <= 0) * x": (lambda x: torch.sub(x, (x <= 0).to(x) * x), INF),
+    "x -= x * (x < 0)": (minus_in_place, INF),
     "aten.relu": (aten.relu, INF),
     "aten.relu.default": (aten.relu.default, INF),
     "aten.relu_.default": (aten.relu_.default, INF),
@@ -207,6 +222,11 @@ OTHERS = {
     "normalised": lambda x: x / x.abs().amax((1, 2, 3), keepdim=True),
     "maxout": lambda x: torch.stack([x, x.flip(1)]).amax(0) + torch.stack([x, -x], 1).max(1).values,
     "stack of constants": lambda x: torch.stack([x, torch.full_like(x, 0.1)]).amax(0),
+    "leaky by subtraction": lambda x: x - 0.9 * (x * (x < 0)),
+    "subtraction of another": lambda x: x - x.sub(1) * (x.sub(1) < 0),
+    "some places": lambda x: x.index_put((x > 0).nonzero(as_tuple=True)[:1], zeros(x)[0, 0, 0]),
+    "max over constants": lambda x: torch.stack([x, torch.full_like(x, 0.1)]).max(0).values,
+    "topk over constants": lambda x: torch.stack([x, torch.full_like(x, 0.1)]).topk(1, 0).values[0],
     "tokens": lambda x: x + torch.cat([zeros(x)[:, :2], x], 1).amax(1, keepdim=True),
     "stack elsewhere": lambda x: torch.stack([x, zeros(x)]).amax(1, keepdim=True).sum(0) + x,
 }

@@ -8,6 +8,7 @@ import signal
 import sys
 from functools import partial
 
+from salnb import results
 from salnb.train.config import Config
 
 # imported once by the server from which the processes are forked: a start takes milliseconds, not seconds
@@ -31,6 +32,19 @@ def rows(out):
 def without_times(rows):
     """The same, as they should be however often the run was stopped."""
     return [{k: v for k, v in row.items() if k not in ("seconds", "images_per_second")} for row in rows]
+
+
+def check_same(out, whole):
+    """A run's folder holds what the uninterrupted run's does, to the last bit, and nothing else."""
+    folder, summary = whole
+    found = results.read_record(out / "summary.json")
+    assert found["parameters_sha256"] == summary["parameters_sha256"]
+    assert found["test_loss"] == summary["test_loss"]
+    assert without_times(rows(out)) == without_times(rows(folder))
+    steps = [path.name.split(".")[0] for path in sorted((out / "checkpoints").glob("*.pt"))]
+    # killed at the very end, older ones may be left
+    assert steps[-2:] == ["step-000000011", "step-000000012"]
+    assert not list(out.rglob(".draft-*"))
 
 
 def silent(line):

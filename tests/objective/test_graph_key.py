@@ -34,7 +34,7 @@ def step_with(value):
 
 
 WRAPPERS = {
-    "object": (lambda value: types.SimpleNamespace(inner=value), 5),
+    "object": (lambda value: types.SimpleNamespace(inner=value), 51),
     "dictionary": (lambda value: {"inner": value}, 51),
     "list": (lambda value: [0, value], 51),
     "tuple": (lambda value: (value, None), 51),
@@ -46,7 +46,8 @@ WRAPPERS = {
 @pytest.mark.parametrize(("beyond", "seen"), [(None, True), (0, True), (1, False)])
 def test_how_deep_an_object_is_looked_into(wrap, deepest, beyond, seen):
     """Beyond, an object is told by which one it is."""
-    innermost = value = types.SimpleNamespace(scale=1.0) if deepest == 5 else {"scale": 1.0}
+    of_objects = isinstance(wrap(None), types.SimpleNamespace)
+    innermost = value = types.SimpleNamespace(scale=1.0) if of_objects else {"scale": 1.0}
     for _ in range(0 if beyond is None else deepest + beyond - 1):
         value = wrap(value)
     step = step_with(value)
@@ -57,6 +58,22 @@ def test_how_deep_an_object_is_looked_into(wrap, deepest, beyond, seen):
     store["scale"] = 1.0
     step["model"].looked_at = copy.deepcopy(value)
     assert (key_of(step) == before) == seen
+
+
+@pytest.mark.parametrize(("number", "seen"), [(0, True), (150, True), (250, False)])
+def test_of_many_objects_that_lie_deep_the_first_are_looked_into(number, seen):
+    """An object may lead to all the rest of a program."""
+    value = many = [types.SimpleNamespace(scale=1.0) for _ in range(300)]
+    for _ in range(4):
+        value = types.SimpleNamespace(inner=value)
+    value = {"deep": value, "beside": {"scale": 1.0}}
+    step = step_with(value)
+    before = key_of(step)
+    many[number].scale = 2.0
+    assert (key_of(step) != before) == seen
+    before = key_of(step)
+    value["beside"]["scale"] = 2.0  # what is not deep is looked into nonetheless
+    assert key_of(step) != before
 
 
 def config():

@@ -132,7 +132,10 @@ def test_each_photograph_begins_a_row_and_every_panel_has_its_title(photos, colu
 
 @pytest.mark.parametrize(
     ("count", "across", "columns", "message"),
-    [(3, "photos", 2, "one photograph, got 3"), (1, "methods", 0, "at least 1, got 0")],
+    [
+        (3, "photos", 2, "one photograph, got 3"),
+        (1, "methods", 0, r"must lie in \[1, 10000\], got 0"),
+    ],
 )
 def test_columns_that_do_not_fit_are_refused(photos, count, across, columns, message):
     with pytest.raises(ValueError, match=f"^columns .*{message}"):
@@ -166,7 +169,48 @@ REFUSED = {
     "channels": (lambda: plot.show_images(torch.rand(1, 4, 2, 2)), ValueError, "1 or 3 channels .* got 4"),
     "titles": (lambda: plot.show_images(P, titles=["a"]), ValueError, "titles must be 2 texts.* got 1"),
     "one-title": (lambda: plot.show_images(P, titles="ab"), ValueError, "titles must be 2 texts.* got 'ab'"),
-    "columns": (lambda: plot.show_images(P, columns=0), ValueError, "columns must be at least 1, got 0"),
+    "columns": (
+        lambda: plot.show_images(P, columns=0),
+        ValueError,
+        r"columns must lie in \[1, 10000\], got 0",
+    ),
+    "columns-text": (lambda: plot.show_images(P, columns="3"), TypeError, "columns must be a whole number"),
+    "size": (lambda: plot.show_images(P, size=-1), ValueError, r"size must lie in \(0, 100\], got -1"),
+    "bytes": (lambda: plot.show_images(P * 255), ValueError, r"images must have values in \[0, 1\].* by 255"),
+    "bytes-below": (lambda: plot.show_maps(P * 255, M), ValueError, r"images must .* divide them by 255"),
+    "bytes-beside": (
+        lambda: plot.show_maps(P, {"a": P * 255}),
+        ValueError,
+        r"maps\['a'\] must have values in",
+    ),
+    "power-text": (lambda: plot.show_maps(P, M, power="1"), TypeError, "power must be a number"),
+    "limit": (lambda: plot.show_numbers({"a": P[0, 0]}, limit=-1), ValueError, r"limit must lie in \(0, "),
+    "limit-zero": (
+        lambda: plot.show_numbers({"a": P[0, 0]}, limit=0),
+        ValueError,
+        r"limit must lie in \(0, ",
+    ),
+    "empty": (
+        lambda: plot.show_numbers({"a": P[0, 0, :0]}),
+        ValueError,
+        r"neither of them zero, got \(0, 4\)",
+    ),
+    "numpy": (
+        lambda: plot.show_numbers({"a": P[0, 0].numpy()}),
+        TypeError,
+        r"matrices\['a'\] must be a torch",
+    ),
+    "list": (lambda: plot.show_numbers([P[0, 0]]), TypeError, "matrices must be a dict .* got list"),
+    "infinite": (
+        lambda: plot.show_numbers({"a": P[0, 0] / 0}),
+        ValueError,
+        r"matrices\['a'\] must be finite",
+    ),
+    "struck-list": (
+        lambda: plot.show_numbers({"a": P[0, 0]}, struck={"a": [True]}),
+        ValueError,
+        r"struck\['a'\] must have the title and the shape",
+    ),
     "tensor": (lambda: plot.show_maps(P, M["m"]), TypeError, "maps must be a dict .* got Tensor"),
     "no-maps": (lambda: plot.show_maps(P, {}), ValueError, "at least one method"),
     "too-few": (lambda: plot.show_maps(P, {"m": M["m"][:1]}), ValueError, r"shape \(2, 1, H, W\), got \(1, "),
@@ -178,7 +222,7 @@ REFUSED = {
         r"valid\['m'\] must be booleans",
     ),
     "across": (lambda: plot.show_maps(P, M, across="rows"), ValueError, "across must be .* got 'rows'"),
-    "power": (lambda: plot.show_maps(P, M, power=0), ValueError, "power must be positive, got 0"),
+    "power": (lambda: plot.show_maps(P, M, power=0), ValueError, r"power must lie in \(0, 100\], got 0"),
     "opacity": (lambda: plot.overlay(P, M, opacity=2), ValueError, r"opacity must lie in \[0, 1\], got 2"),
     "no-matrix": (lambda: plot.show_numbers({}), ValueError, "at least one matrix"),
     "cube": (lambda: plot.show_numbers({"a": P}), ValueError, r"matrices\['a'\] must have two dimensions"),

@@ -132,7 +132,14 @@ def test_comparisons_tell_their_pairs():
 REFUSED = {
     "none": (lambda: show_differences([], LIMITS), "comparisons must hold at least one"),
     "zero": (lambda: show_differences([CASES["better"]], (0.1, 0.2)), r"zero between them, got \(0.1, 0.2\)"),
-    "order": (lambda: show_accuracies([CASES["better"]], (1, 0)), r"the lower one first, got \(1, 0\)"),
+    "order": (lambda: show_accuracies([CASES["better"]], (1, 0)), r"the lower one first, got \(1\.0, 0\.0\)"),
+    "nan": (lambda: show_differences([CASES["better"]], (-math.nan, 1)), "limits must lie in "),
+    "one": (
+        lambda: show_differences([CASES["better"]], (0.1,)),
+        "limits must be two numbers with zero between",
+    ),
+    "three": (lambda: show_accuracies([CASES["better"]], (0, 1, 2)), "limits must be two numbers, the lower"),
+    "infinite": (lambda: show_accuracies([CASES["better"]], (0, math.inf)), "limits must lie in "),
     "twice": (
         lambda: show_differences([CASES["better"]] * 2, LIMITS, row=augmentation),
         "row must tell comparisons apart, got 'better' twice",
@@ -148,3 +155,10 @@ REFUSED = {
 def test_bad_input_is_refused_by_name(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("limits", [0.1, None, "ab", ("0", "1")])
+@pytest.mark.parametrize("show", [show_differences, show_accuracies])
+def test_limits_that_are_no_numbers_are_refused_by_name(show, limits):
+    with pytest.raises(TypeError, match="limits must be "):
+        show([CASES["better"]], limits)

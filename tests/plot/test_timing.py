@@ -114,3 +114,25 @@ def test_methods_are_bars_with_their_arithmetic(record):
 def test_no_row_is_no_figure():
     with pytest.raises(ValueError, match="rows must hold at least one"):
         show_method_costs([])
+
+
+def test_batches_without_a_measured_step_are_no_figure(record):
+    with pytest.raises(ValueError, match="records must hold at least one, got none"):
+        show_batches({})
+    for row in record["rows"]:
+        row["status"] = "out of memory"
+    with pytest.raises(
+        ValueError, match=r"records\['a'\] must hold a step that was measured, got none of resnet"
+    ):
+        show_batches({"a": record})
+    with pytest.raises(
+        ValueError, match="record must hold eager rows of the baseline or of vanilla_gradient"
+    ):
+        show_batches({"a": record | {"rows": []}})
+
+
+def test_a_baseline_alone_is_drawn(record):
+    record["rows"] = [row for row in record["rows"] if row["method"] is None]
+    left, right = show_batches({"a": record}).axes
+    assert [len(line.get_xdata()) > 0 for line in left.lines] == [True, False]
+    assert not len(right.lines[0].get_xdata())

@@ -206,6 +206,8 @@ UNREACHED = {
     "lerp": (lambda: lambda x: x.lerp(x.abs(), 0.5), "LerpBackward0 of a tensor and its magnitude"),
     "stack.amax": (lambda: lambda x: torch.stack([x, zeros(x)], -1).amax(-1), "AmaxBackward0 over a stack"),
     "stack.max": (lambda: lambda x: torch.stack([zeros(x), x]).max(0).values, "MaxBackward0 over a stack"),
+    "stack.sort": (lambda: lambda x: torch.stack([zeros(x), x]).sort(0).values[1], "SortBackward0 over a stack"),
+    "stack.topk": (lambda: lambda x: torch.stack([x, zeros(x)]).topk(1, 0).values[0], "TopkBackward0 over a"),
     "cat.amax": (lambda: lambda x: torch.cat([x[None], zeros(x)[None]]).amax(0), "AmaxBackward0 over a stack"),
     "amin": (lambda: lambda x: -torch.stack([zeros(x), -x]).amin(0), "AminBackward0 over a stack"),
     "fmin": (lambda: lambda x: -torch.fmin(-x, zeros(x)), "FminBackward0"),

@@ -18,22 +18,9 @@ from salnb.train import Interrupted, NonFiniteError, fit, loop
 from salnb.train.checkpoint import last_checkpoint, load_checkpoint, save_checkpoint
 from salnb.train.signals import noticed_signals
 from tests.helpers import runs
-from tests.helpers.runs import rows, settings, silent, without_times
+from tests.helpers.runs import check_same, rows, settings, silent, without_times
 
 pytestmark = pytest.mark.usefixtures("cache")
-
-
-def check_same(out, whole):
-    """A run's folder holds what the uninterrupted run's does, to the last bit, and nothing else."""
-    folder, summary = whole
-    found = results.read_record(out / "summary.json")
-    assert found["parameters_sha256"] == summary["parameters_sha256"]
-    assert found["test_loss"] == summary["test_loss"]
-    assert without_times(rows(out)) == without_times(rows(folder))
-    steps = [path.name.split(".")[0] for path in sorted((out / "checkpoints").glob("*.pt"))]
-    # killed at the very end, older ones may be left
-    assert steps[-2:] == ["step-000000011", "step-000000012"]
-    assert not list(out.rglob(".draft-*"))
 
 
 # --- stopping and going on ---------------------------------------------------------------------------------
@@ -179,25 +166,6 @@ def test_the_command_saves_and_answers_with_the_signal(tmp_path, cache):
     assert "Traceback" not in stderr
     step = int(re.search(r"step (\d+)", stderr)[1])
     assert load_checkpoint(tmp_path / "run" / "checkpoints")["step"] == step
-
-
-@pytest.fixture
-def stopped(tmp_path):
-    """A run that was stopped after six of its steps."""
-    config = settings(tmp_path / "run")
-    seen = itertools.count(1)
-    with pytest.MonkeyPatch.context() as patch:
-        step = torch.optim.SGD.step
-
-        def interrupt(self, *args, **options):
-            if next(seen) == 6:
-                signal.raise_signal(signal.SIGTERM)
-            return step(self, *args, **options)
-
-        patch.setattr(torch.optim.SGD, "step", interrupt)
-        with pytest.raises(Interrupted):
-            fit(config, log=silent)
-    return config, tmp_path / "run"
 
 
 @pytest.mark.parametrize("how", ["flipped", "cut", "empty"])
