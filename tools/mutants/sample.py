@@ -29,6 +29,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     ),
     "salnb/statistics.py": ("salnb/statistics.py", "tests/test_statistics.py"),
     "salnb/trust.py": ("salnb/trust.py", "tests/test_trust.py"),
+    "salnb/saliency/own_gradients.py": ("tests/saliency/test_own_gradients.py",),
     "salnb/saliency/relu_*.py": ("tests/saliency/test_relu_spellings.py",),
     "salnb/saliency/*.py": (
         "salnb/saliency",
