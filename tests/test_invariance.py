@@ -47,11 +47,12 @@ def test_one_image_is_relative_to_nothing():
         invariance_loss([torch.rand(1, 3)], [torch.rand(1, 3)], relative=True)
 
 
-def test_shuffled_pairs_are_of_different_images_where_both_are_valid():
-    maps, new_maps = torch.rand(2, 3, 1, 2, 2)
-    valid = torch.rand(3, 1, 2, 2) > 0.3
+@pytest.mark.parametrize("n", [2, 3])
+def test_shuffled_pairs_are_of_different_images_where_both_are_valid(n):
+    maps, new_maps = torch.rand(2, n, 1, 2, 2)
+    valid = torch.rand(n, 1, 2, 2) > 0.3
     a, b, both = with_other_images(maps, new_maps, valid)
-    for i in range(3):
+    for i in range(n):
         assert torch.equal(a[i], maps[i])
         assert torch.equal(b[i], new_maps[i - 1])
         assert torch.equal(both[i], valid[i] & valid[i - 1])

@@ -247,6 +247,7 @@ def test_on_the_accelerator(device):
 
 M, K = torch.rand(2, 1, 4, 4), torch.ones(2, 1, 4, 4, dtype=torch.bool)
 X = torch.rand(2, 3, 4, 4)
+ONE = M.index_put((torch.tensor(1), torch.tensor(0), torch.tensor(2), torch.tensor(3)), torch.tensor(-0.25))
 NAN = M.index_fill(3, torch.tensor(1), math.nan)
 
 
@@ -258,6 +259,7 @@ BAD = {
     "maps-list": (lambda: trust.share_on_object([1.0], K), TypeError, "maps must be a torch.Tensor .* got list"),
     "maps-channels": (lambda: trust.share_on_object(X, K), ValueError, r"maps must have one channel.*\(2, 3, 4, 4\)"),
     "maps-negative": (lambda: trust.pointing_hit(M - 1, K), ValueError, "maps must not be negative, got -.*absolute"),
+    "maps-negative-once": (lambda: trust.pointing_hit(ONE, K), ValueError, "maps must not be negative, got -0.25:"),
     "maps-nan": (lambda: trust.pointing_hit(NAN, K), ValueError, "maps must be finite"),
     "masks-numbers": (lambda: trust.share_on_object(M, M), TypeError, "masks must be .* booleans, got torch.float32"),
     "masks-list": (lambda: trust.pointing_hit(M, [True]), TypeError, "masks must be .* booleans, got list"),

@@ -19,8 +19,10 @@ FIRST = "book/index.html"
 PLACE = '<span id="pdf"></span>'  # on the front page
 _BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
-# a page as it looks: pictures loaded, folds open, what was drawn kept, addresses whole
+# a page as it looks: pictures loaded, solutions open, what was drawn kept, addresses whole; without the code
+# that the page folds away
 _ARTICLE = """async () => {
+  for (const code of document.querySelectorAll("details.hide")) code.remove();
   for (const fold of document.querySelectorAll("details")) fold.open = true;
   const article = document.querySelector("article");
   for (const image of article.querySelectorAll("img")) {

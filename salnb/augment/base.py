@@ -183,8 +183,8 @@ class Augmentation(nn.Module, Generic[P]):
         unit_range: whether images must lie in [0, 1].
         least_samples: how many images it needs.
         piecewise: whether `_transform` treats each image on its own, so that it may get a batch in pieces.
-        division: how many times smaller than usual these are, for what does much with each image; 0, for what
-            does little, is the whole batch.
+        division: how many times smaller than usual these are, for what does much with each image; 0 is the
+            whole batch, for what does little, or goes through the images itself.
     """
 
     params_class: ClassVar[type[Params]]

@@ -195,6 +195,21 @@ def test_nothing_is_cut_off(browser, site, path, width):
     assert (cut, parted, small) == ([], [], [])
 
 
+@pytest.mark.parametrize("path", [page for page in PAGES if "<table" in (HTML / page).read_text()])
+def test_tables_fit_on_a4(browser, site, path):
+    """Between the margins of a printed page, and no word is parted."""
+    page = browser.new_page(viewport={"width": 673, "height": 950})
+    page.emulate_media(media="print")
+    settled(page, site + path)
+    ends = page.evaluate(
+        "[...document.querySelectorAll('article table')].map(table => table.getBoundingClientRect().right)"
+    )
+    parted = page.evaluate(PARTED_WORDS)
+    page.close()
+    assert max(ends) <= 673
+    assert parted == []
+
+
 @pytest.mark.parametrize("path", [page for page in PAGES if ' stacked"' in (HTML / page).read_text()])
 def test_wide_tables_are_stacked_on_a_phone_only(browser, site, path):
     """There each cell shows the name of its column, without a script too; on a desk and on paper nothing changes."""

@@ -63,6 +63,22 @@ def test_what_is_kept_is_not_overwritten_and_dropout_goes_on(cuda):
     sum(each.total for each in losses).backward()
 
 
+def test_numbers_drawn_on_the_host_are_refused(cuda):
+    """A graph would have drawn them once."""
+
+    class Noisy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rest = conv_bn()
+
+        def forward(self, x):
+            return self.rest(x * torch.rand(()).item())
+
+    _, captured = pair(Noisy(), cuda)
+    with pytest.raises(RuntimeError, match="random numbers are drawn on its device"):
+        captured(torch.rand(4, 3, 16, 16).to(cuda), TARGET.to(cuda))
+
+
 def test_a_network_of_table_4_with_the_fused_kernels(cuda):
     """The switch belongs to what a graph holds for."""
     pytest.importorskip("triton")

@@ -99,6 +99,19 @@ class Steer:
         return [self.inner(x) * self.k for x in output]
 
 
+class Elsewhere(Steer):
+    """Looks up what it does not have by a name made on the way."""
+
+    def __init__(self):
+        self.found_width = 1.0
+
+    def __getattr__(self, name):
+        return vars(self)["_".join(("found", name))]
+
+    def wide(self, x):
+        return x * self.width
+
+
 def with_scale(value):
     value.scale = 1.0
     return value
@@ -136,6 +149,7 @@ CHANGES = {
     ),
     "method in a method": (lambda: Steer().hook, lambda v: changed(v.__self__, "eps")),
     "by name": (lambda: Steer().hook, lambda v: changed(v.__self__, "by_name")),
+    "method that finds more": (lambda: Elsewhere().wide, lambda v: changed(v.__self__, "found_width")),
     "hook": (hooked, lambda v: changed(next(iter(v._forward_hooks.values())).__self__, "eps")),
     "partial of a method": (lambda: partial(Steer().hook), lambda v: changed(v.func.__self__, "eps")),
     "deque": (lambda: collections.deque([1.0]), lambda v: v.append(2.0)),

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torchvision import models
 
 from salnb import Objective, saliency
@@ -204,6 +205,13 @@ def test_tokens_that_no_score_depends_on_are_told():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         saliency.grad_cam(net, images(), 1, layer="encoder.layers.encoder_layer_0", reshape="tokens")
+
+
+def test_a_traced_map_of_tokens_is_not_looked_at():
+    target, options = torch.tensor([1]), {"layer": "encoder.layers.encoder_layer_0", "reshape": "tokens"}
+    net, x = vit(), images()[:1]
+    traced = make_fx(lambda x: saliency.grad_cam(net, x, target, **options))(x)
+    assert_close(traced(x + 1), saliency.grad_cam(net, x + 1, target, **options))
 
 
 class Mix2d(nn.Module):
