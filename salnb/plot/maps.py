@@ -249,8 +249,8 @@ def _draw_numbers(ax: Axes, matrix: Tensor, limit: float, struck: Tensor | None)
         _to_numpy(matrix.detach()),
         ax=ax,
         cmap=DIVERGING,
-        vmin=-1.6 * limit,  # pale colours, so that the numbers can be read
-        vmax=1.6 * limit,
+        vmin=-2.4 * limit,  # pale colours, so that the numbers can be read, inverted in the dark as well
+        vmax=2.4 * limit,
         annot=True,
         fmt="g",
         annot_kws={"color": INK, "fontsize": "medium"},
