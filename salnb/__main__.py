@@ -238,7 +238,7 @@ def _study_arguments(parser: argparse.ArgumentParser) -> None:
     add("--on", default="here", help="here: one training after the other; ray: on a cluster")
     add("--address", default="local", help="of the Ray cluster: local, auto or ray://HOST:PORT")
     add("--share", type=float, default=1.0, help="of a GPU or core that a training gets on Ray")
-    add("--device", help="of the trainings, instead of the scale's")
+    add("--device", help="of the runs, instead of the scale's")
 
 
 def _study(args: argparse.Namespace) -> int:
@@ -313,7 +313,7 @@ COMMANDS = {
     "evaluate": Command("say how a finished run does on labelled images", _evaluate_arguments, _evaluate),
     "explain": Command("draw where a network looks in photographs", _explain_arguments, _explain),
     "study": Command(
-        "run a grid of trainings: Tables 1 to 3, and open questions",
+        "make a grid of training runs: Tables 1 to 3, and open questions",
         _study_arguments,
         _study,
         "{name}: stopped; to go on, start the study again",

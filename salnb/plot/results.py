@@ -5,7 +5,8 @@ eye for colours. What lies outside the limits of an axis is an arrow at its edge
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+import textwrap
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
@@ -41,6 +42,7 @@ VERDICTS = {
 _SIDES = (_Look("#8a8a8a", "s"), _Look("#0072b2", "D"))  # the reference, and what is compared with it
 _FAINT = 0.4
 _LETTER = 0.08  # inches that a letter of a row's name takes
+_LETTERS = 25  # after which a row's name goes on in another line, so that a phone does not shrink the letters
 
 
 def name_of(comparison: Comparison) -> str:
@@ -53,17 +55,17 @@ def show_differences(
     limits: tuple[float, float],
     *,
     row: Name = name_of,
-    column: Name | None = None,
+    panel: Name | None = None,
     label: str = "difference of test accuracy in percentage points",
-    size: float = 4.2,
+    size: float = 3.5,
 ) -> Figure:
     """A forest plot: paired differences in percentage points, their 95 % intervals, and a line at zero.
 
     Args:
-        comparisons: see `salnb.statistics.compare`; each is a row, and those with one name share it.
+        comparisons: see `salnb.statistics.compare`; each is a row.
         limits: of the axis, as shares: (-0.1, 0.1) is ten points to each side. They must hold zero.
         row: names the row of a comparison.
-        column: names the panel of a comparison; None draws one panel.
+        panel: names the panel of a comparison; None draws one panel.
         label: of the axis.
         size: width of a panel in inches.
 
@@ -84,7 +86,7 @@ def show_differences(
         raise ValueError(f"limits must be {form}, got {limits}")
     verdicts = {c.verdict for c in comparisons}
     looks = {name: look for name, look in VERDICTS.items() if name in verdicts}
-    fig = _draw(_draw_difference, looks, comparisons, limits, row, column, label, size)
+    fig = _draw(_draw_difference, looks, comparisons, limits, row, panel, label, size)
     for ax in fig.axes:
         ax.axvline(0, color=INK, linewidth=0.9, zorder=1)
         ax.xaxis.set_major_formatter(_points)
@@ -96,10 +98,10 @@ def show_accuracies(
     limits: tuple[float, float],
     *,
     row: Name = name_of,
-    column: Name | None = None,
+    panel: Name | None = None,
     names: tuple[str, str] = ("reference", "saliency"),
     label: str = "test accuracy in percent",
-    size: float = 4.2,
+    size: float = 3.5,
 ) -> Figure:
     """What the reference reached and what is compared with it, the two runs of each seed joined by a line.
 
@@ -123,7 +125,7 @@ def show_accuracies(
     if without := [name_of(c) for c in comparisons if not c.pairs]:
         raise ValueError(f"comparisons must hold the pairs of their seeds, got none for {without}")
     looks = dict(zip(names, _SIDES, strict=True))
-    fig = _draw(_draw_pairs, looks, comparisons, limits, row, column, label, size)
+    fig = _draw(_draw_pairs, looks, comparisons, limits, row, panel, label, size)
     for ax in fig.axes:
         ax.xaxis.set_major_formatter(lambda x, _: f"{100 * x:.3g}")
     return fig
@@ -135,41 +137,48 @@ def _draw(
     comparisons: Sequence[Comparison],
     limits: tuple[float, float],
     row: Name,
-    column: Name | None,
+    panel: Name | None,
     label: str,
     size: float,
 ) -> Figure:
-    """Axes that share their rows, in the order of the comparisons, and what belongs into each row."""
+    """Panels below one another, in the order of the comparisons, and what belongs into each row."""
     if not comparisons:
         raise ValueError("comparisons must hold at least one, got none")
-    rows = list(dict.fromkeys(row(c) for c in comparisons))
-    found: dict[str, dict[int, Comparison]] = {}
+    found: dict[str, dict[str, Comparison]] = {}
     for comparison in comparisons:
-        panel = found.setdefault(column(comparison) if column else "", {})
-        y = rows.index(row(comparison))
-        if y in panel:
-            raise ValueError(f"row must tell comparisons apart, got {rows[y]!r} twice")
-        panel[y] = comparison
-    inches = (size * len(found) + _LETTER * max(map(len, rows)) + 0.3, 0.3 * len(rows) + 1.3)
-    options: dict[str, Any] = {"squeeze": False, "sharey": True, "layout": "constrained"}
-    fig, axes = plt.subplots(1, len(found), figsize=inches, **options)
-    for ax, (title, panel) in zip(axes[0], found.items(), strict=True):
-        ax.set(xlim=limits, ylim=(len(rows) - 0.4, -0.6), title=title)
-        ax.set_yticks(range(len(rows)), rows)
-        ax.title.set_fontsize("medium")
-        ax.tick_params(axis="y", length=0)
-        ax.grid(axis="x", color="#e4e4e4", linewidth=0.8)
-        ax.set_axisbelow(True)
-        for y in range(1, len(rows), 2):  # so that the eye keeps to its row
-            ax.axhspan(y - 0.5, y + 0.5, color="#f5f5f5", zorder=0)
-        sns.despine(ax=ax, left=True)
-        for y, comparison in panel.items():
+        rows = found.setdefault(panel(comparison) if panel else "", {})
+        name = textwrap.fill(row(comparison), _LETTERS, break_long_words=False)
+        if name in rows:
+            raise ValueError(f"row must tell comparisons apart, got {row(comparison)!r} twice")
+        rows[name] = comparison
+    lines = [line for rows in found.values() for name in rows for line in name.split("\n")]
+    heights = [len(rows) for rows in found.values()]
+    of_row = 0.42 if len(lines) > sum(heights) else 0.3
+    inches = size + _LETTER * max(map(len, lines)) + 0.3, of_row * sum(heights) + 0.6 * len(found) + 0.7
+    options: dict[str, Any] = {"squeeze": False, "height_ratios": heights, "layout": "constrained"}
+    fig, axes = plt.subplots(len(found), 1, figsize=inches, **options)
+    for ax, (title, rows) in zip(axes[:, 0], found.items(), strict=True):
+        _prepare(ax, title, rows, limits)
+        for y, comparison in enumerate(rows.values()):
             draw(ax, y, comparison, limits)
     fig.supxlabel(label, fontsize="small")
     marks = [Line2D([], [], marker=k.marker, lw=0, label=name, **k.style()) for name, k in looks.items()]
     marks.append(Line2D([], [], color=INK, marker="o", markersize=3, alpha=_FAINT, lw=0, label="one seed"))
     fig.legend(handles=marks, loc="outside upper center", ncols=len(marks), fontsize="small", frameon=False)
     return fig
+
+
+def _prepare(ax: Axes, title: str, rows: Collection[str], limits: tuple[float, float]) -> None:
+    """A panel without its content."""
+    ax.set(xlim=limits, ylim=(len(rows) - 0.4, -0.6), title=title)
+    ax.set_yticks(range(len(rows)), list(rows))
+    ax.title.set_fontsize("medium")
+    ax.tick_params(axis="y", length=0)
+    ax.grid(axis="x", color="#e4e4e4", linewidth=0.8)
+    ax.set_axisbelow(True)
+    for y in range(1, len(rows), 2):  # so that the eye keeps to its row
+        ax.axhspan(y - 0.5, y + 0.5, color="#f5f5f5", zorder=0)
+    sns.despine(ax=ax, left=True)
 
 
 def _draw_difference(ax: Axes, y: int, comparison: Comparison, limits: tuple[float, float]) -> None:

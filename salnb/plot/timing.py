@@ -22,7 +22,7 @@ _ARITHMETIC: dict[str, Any] = {"color": INK, "lw": 1, "ls": "--"}
 
 def show_ratios(records: Mapping[str, Record]) -> Figure:
     """Time with saliency over that of the baseline by network, in the paper's Table 4 and in each record."""
-    fig, ax = plt.subplots(figsize=(7.2, 3.6), layout="constrained")
+    fig, ax = plt.subplots(figsize=(5, 4.4), layout="constrained")
     paper = [salient / base for base, salient in PAPER.values()]
     ax.plot(list(PAPER), paper, "s", color="C3", label="the paper, RTX 2080 Ti")
     lowest = 1.8
@@ -36,8 +36,8 @@ def show_ratios(records: Mapping[str, Record]) -> Figure:
     ax.yaxis.set(
         ticks=[2, 3, 4, 6, 8, 10], major_formatter=ScalarFormatter(), minor_formatter=NullFormatter()
     )
-    ax.tick_params(axis="x", labelrotation=20)
-    ax.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
+    ax.tick_params(axis="x", labelrotation=25)
+    fig.legend(loc="outside lower center", ncols=2, fontsize="small", frameon=False)
     return fig
 
 
@@ -46,7 +46,7 @@ def show_parts(pairs: Mapping[str, Pair]) -> Figure:
 
     Of each two bars the right one is the step with saliency; see `salnb.timing.tables.pairs`.
     """
-    fig, axes = plt.subplots(1, 2, figsize=(8.8, 3.8), layout="constrained")
+    fig, axes = plt.subplots(2, 1, figsize=(5, 7.4), layout="constrained")
     named = (("parts", _PARTS, _SHADES), ("kinds", KINDS, _SHADES[[0, 2, 3, 4]]))
     for ax, (field, names, colours) in zip(axes, named, strict=True):
         known = {network: both for network, both in pairs.items() if all(row[field] for row in both)}
@@ -57,11 +57,12 @@ def show_parts(pairs: Mapping[str, Pair]) -> Figure:
             shares = np.array([row[field].get(name, 0.0) for row in rows]) / units
             ax.bar(x, shares, 0.36, height, color=colour, label=name)
             height += shares
-        ax.set_xticks(range(len(known)), list(known), rotation=35, ha="right")
-        ax.legend(fontsize="x-small", ncols=2, loc="upper left")
-        ax.set_ylim(0, 1.35 * ax.get_ylim()[1])
-    axes[0].set(ylabel="time / time of the baseline step", title="part of the step")
-    axes[1].set(title="kind of operation")
+        ax.set_xticks(range(len(known)), list(known), rotation=25)
+        ax.legend(fontsize="small", ncols=2, loc="upper left", frameon=False)
+        ax.set_ylim(0, 1.45 * ax.get_ylim()[1])
+    axes[0].set_title("part of the step", fontsize="medium")
+    axes[1].set_title("kind of operation", fontsize="medium")
+    fig.supylabel("time / time of the baseline step", fontsize="medium")
     return fig
 
 
@@ -79,16 +80,16 @@ def _numbers(rows: Sequence[TimingRow], field: str) -> np.ndarray:
 
 def show_memory(pairs: Mapping[str, Pair]) -> Figure:
     """The most memory in use during a step, and a line at what is there before it; see `show_parts`."""
-    fig, ax = plt.subplots(figsize=(7.2, 3.4), layout="constrained")
+    fig, ax = plt.subplots(figsize=(5, 3.6), layout="constrained")
     x, rows = _bars_of(pairs)
     peaks, held = (_numbers(rows, name) / 2**20 for name in ("peak_bytes", "held_bytes"))
     ax.plot([x - 0.18, x + 0.18], [held, held], color="C3", lw=2)
     ax.plot([], [], color="C3", lw=2, label="parameters, buffers, batch")
     labels = ["baseline", "with saliency", *["_"] * (len(rows) - 2)]
     ax.bar(x, peaks, 0.36, color=np.tile(_SHADES[[3, 0]], (len(pairs), 1)), label=labels[: len(rows)])
-    ax.set_xticks(range(len(pairs)), list(pairs), rotation=20)
+    ax.set_xticks(range(len(pairs)), list(pairs), rotation=25)
     ax.set(ylabel="MiB")
-    ax.legend(fontsize="small", ncols=3, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1))
+    fig.legend(fontsize="small", ncols=3, frameon=False, loc="outside upper center", columnspacing=1.2)
     return fig
 
 
@@ -100,7 +101,7 @@ def show_batches(records: Mapping[str, Record]) -> Figure:
     """
     if not records:
         raise ValueError("records must hold at least one, got none")
-    fig, axes = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained")
+    fig, axes = plt.subplots(2, 1, figsize=(5, 6), sharex=True, layout="constrained")
     for i, (name, record) in enumerate(records.items()):
         network, batches = batches_of(record)
         if not any(row["status"] == "ok" for found in batches.values() for row in found.values()):
@@ -117,9 +118,10 @@ def show_batches(records: Mapping[str, Record]) -> Figure:
     for ax, label in zip(axes, ("milliseconds per image", "with saliency / baseline"), strict=True):
         ax.set_xscale("log", base=2)
         ax.xaxis.set_major_formatter(ScalarFormatter())
-        ax.set(xlabel="originals in a batch", ylabel=label)
+        ax.set_ylabel(label)
+    axes[1].set_xlabel("originals in a batch")
     axes[0].set_ylim(0, None)
-    axes[0].legend(fontsize="x-small")
+    axes[0].legend(fontsize="small")
     return fig
 
 
@@ -131,7 +133,7 @@ def show_method_costs(rows: Sequence[TimingRow]) -> Figure:
     """
     if not rows:
         raise ValueError("rows must hold at least one, got none")
-    fig, ax = plt.subplots(figsize=(7.2, 3.2), layout="constrained")
+    fig, ax = plt.subplots(figsize=(5, 3.4), layout="constrained")
     labels, ratios, limits = map(method_label, rows), _numbers(rows, "ratio"), _numbers(rows, "flops_ratio")
     ax.barh(range(len(rows)), ratios, 0.6, color=_SHADES[1], label="measured")
     ax.plot(limits, range(len(rows)), "|", color="C3", ms=16, mew=2.5, label="arithmetic")

@@ -83,14 +83,14 @@ def markdown(study: str, rates: Mapping[str, float]) -> str:
         ValueError: there is no such study or scale, or a rate is not positive.
 
     >>> print(markdown("table3", {"smoke": 1e9}).splitlines()[0])
-    | study | scale | data | networks | trainings | operations, 10¹⁵ | rate, 10¹² / s | hours |
+    | study | scale | data | networks | runs | operations, 10¹⁵ | rate, 10¹² / s | hours |
     """
     header = (
         "study",
         "scale",
         "data",
         "networks",
-        "trainings",
+        "runs",
         "operations, 10¹⁵",
         "rate, 10¹² / s",
         "hours",

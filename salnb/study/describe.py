@@ -61,7 +61,7 @@ def coverage(
         for place in dict.fromkeys([*plan, *ran]):
             done, failed = (ended.count((place, status)) for status in ("done", "failed"))
             rows.append((study, *place, plan.count(place) or "–", done or "none", failed))
-    header = ("study", "data", "network", "trainings of the paper's scale", "recorded", "failed")
+    header = ("study", "data", "network", "runs of the paper's scale", "recorded", "failed")
     return markdown_table(header, rows, rule="---")
 
 

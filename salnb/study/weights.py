@@ -41,7 +41,7 @@ def choose_gammas(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     for name, accuracies in found.items():
         if not accuracies:
             errors = "; ".join(r["error"] for r in records if r["status"] == "failed")
-            raise RuntimeError(f"no weight can be chosen for {name}, as all trainings failed: {errors}")
+            raise RuntimeError(f"no weight can be chosen for {name}, as all its runs failed: {errors}")
     return {
         name: max(sorted(accuracies), key=lambda gamma: mean(accuracies[gamma]))
         for name, accuracies in found.items()

@@ -56,6 +56,11 @@ def test_an_entry_says_where_to_find_it(key, fields):
     assert re.search(r"^\s*(url|doi) = \{", fields, re.MULTILINE) or key in WITHOUT_ADDRESS
 
 
+def test_letters_with_accents_are_written_as_such():
+    """A label shows the commands of LaTeX as they are."""
+    assert "{\\" not in BIB
+
+
 @pytest.mark.parametrize("chapter", CHAPTERS, ids=ids(CHAPTERS))
 def test_a_source_is_named_as_it_is_listed(chapter):
     """Authors and year in the link's text, so that a reader on Colab knows which one is meant."""

@@ -91,15 +91,24 @@ def test_where_the_spread_is_unknown_there_is_no_interval(seeds):
     assert legend(fig) == ["cannot tell", "one seed"]
 
 
-def test_panels_share_their_rows():
-    cases = [comparison(0.01, 0.03, name="a"), comparison(0.01, 0.03, name="b", data="others")]
-    fig = show_differences(cases, LIMITS, row=augmentation, column=lambda c: c.where["data"])
-    left, right = fig.axes
-    assert (left.get_title(), right.get_title()) == ("digits", "others")
-    assert [label.get_text() for label in left.get_yticklabels()] == ["a", "b"]
-    assert interval(left, 0)
-    assert not interval(left, 1)
-    assert interval(right, 1)
+def test_panels_have_rows_of_their_own():
+    cases = [comparison(0.01, 0.03, name=name, data=data) for name, data in ("aA", "bA", "bB")]
+    fig = show_differences(cases, LIMITS, row=augmentation, panel=lambda c: c.where["data"])
+    upper, lower = fig.axes
+    assert (upper.get_title(), lower.get_title()) == ("A", "B")
+    assert [label.get_text() for label in upper.get_yticklabels()] == ["a", "b"]
+    assert [label.get_text() for label in lower.get_yticklabels()] == ["b"]
+    assert interval(upper, 1)
+    assert interval(lower, 0)
+    fig.draw_without_rendering()
+    assert upper.get_position().y0 > lower.get_position().y1
+
+
+def test_a_long_name_goes_on_in_another_line():
+    name = "all three, relative against class+invariance"
+    (ax,) = show_differences([comparison(0.01, 0.03, name=name)], LIMITS, row=augmentation).axes
+    (label,) = ax.get_yticklabels()
+    assert label.get_text().split("\n") == ["all three, relative", "against class+invariance"]
 
 
 def test_ticks_are_percentage_points_with_their_sign():

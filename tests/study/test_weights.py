@@ -47,7 +47,7 @@ def test_the_weight_is_the_best_on_the_validation_split():
 def test_without_a_training_there_is_no_choice():
     records = [gamma_record(0, 7, 0.5), failed(gamma_record(1, 7, 0.5)), gamma_record(1, 7, 0.5, "cifar10")]
     with pytest.raises(
-        RuntimeError, match="no weight can be chosen for svhn, as all trainings failed: MemoryError: 3"
+        RuntimeError, match="no weight can be chosen for svhn, as all its runs failed: MemoryError: 3"
     ):
         choose_gammas(records)
 
