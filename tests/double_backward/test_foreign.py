@@ -74,6 +74,14 @@ class ByOutput(Function):
         return (1 - ctx.saved_tensors[0].detach() ** 2) * grad
 
 
+class ReturnsMore(Swish):
+    """As those do that take numbers, which have no gradient."""
+
+    @staticmethod
+    def backward(ctx, grad):
+        return Swish.slope(ctx.saved_tensors[0].detach()) * grad, None
+
+
 class Product(Function):
     """Of a tensor and a weight, one of which is detached."""
 
@@ -124,7 +132,7 @@ class Applied(nn.Module):
         return self.function.apply(x)
 
 
-WRONG = [Detached, UnderNoGrad, HalfDetached, OnContext, SetUp, ByOutput, Product, WrongSecond]
+WRONG = [Detached, UnderNoGrad, HalfDetached, OnContext, SetUp, ByOutput, ReturnsMore, Product, WrongSecond]
 
 
 def network(function, dtype=torch.float32):

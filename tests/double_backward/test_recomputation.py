@@ -1,5 +1,6 @@
 """What saved-tensor hooks recompute runs in the modes of the forward pass, and what they hand out is checked."""
 
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
@@ -13,7 +14,18 @@ from tests.helpers.checkpointing import LAYERS, Segment, network, stored
 from tests.helpers.tolerances import assert_close
 
 
-def test_the_context_by_itself():
+def in_a_new_thread(work):
+    """Where no context has been entered before."""
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(work).result()
+
+
+@pytest.mark.parametrize("run", [lambda work: work(), in_a_new_thread], ids=["here", "in a new thread"])
+def test_the_context_by_itself(run):
+    run(compare_with_stored)
+
+
+def compare_with_stored():
     model = network(Segment(*LAYERS["linear"]()))
     gradients = []
     for m in (model, stored(model)):

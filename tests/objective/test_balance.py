@@ -182,6 +182,18 @@ def test_a_term_without_a_gradient_gets_no_huge_weight():
     assert objective.balance.weight == 1e4
 
 
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_measurement_with_one_length_that_is_not_finite_is_left_out(which):
+    balance = objective_of().balance
+    weight = torch.ones(2, requires_grad=True)
+    balance.measure(weight.sum(), 2 * weight.sum(), [weight], None)
+    before = balance.lengths.clone()
+    losses = [weight.sum(), weight.sum()]
+    losses[which] = losses[which] * torch.inf
+    assert not balance.measure(*losses, [weight], None)
+    assert torch.equal(balance.lengths, before)
+
+
 def test_frozen_parameters_take_no_part():
     objective = objective_of()
     for parameter in objective.model[:3].parameters():

@@ -146,6 +146,9 @@ def test_a_model_of_which_nothing_is_trained_is_warned_about():
         with torch.no_grad():
             objective(torch.rand(4, 3, 8, 8, dtype=torch.float64), TARGET)
         step(objective.eval())
+        without = made(gamma=0.0)
+        without.model.requires_grad_(False)
+        without(torch.rand(4, 3, 8, 8, dtype=torch.float64), TARGET)
         next(reversed([*objective.model.parameters()])).requires_grad_()
         step(objective.train())
 
