@@ -79,7 +79,9 @@ def check_position(state: dict[str, Any], epoch_batches: int, columns: Iterable[
         raise ValueError(f"history must have a line for each of {epoch} epochs, got {len(lines)}")
     if lacking := {name for name in columns if not all(_is_number(row.get(name)) for row in lines)}:
         raise ValueError(f"history must have numbers for {', '.join(sorted(lacking))} in each line")
-    sums, names = state["sums"], [field.name for field in dataclasses.fields(EpochSums)]
+    sums = state["sums"]
+    # older checkpoints lack gamma
+    names = [f.name for f in dataclasses.fields(EpochSums) if f.name != "gamma" or f.name in sums]
     if not all(_is_number(sums.get(name)) for name in names) or sums["steps"] != batch:
         raise ValueError(f"sums must have numbers of {batch} steps for {', '.join(names)}")
     if state["schedule"].get("last_epoch") != step:
