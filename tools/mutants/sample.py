@@ -93,6 +93,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "tests/objective/test_everywhere.py",
         "tests/objective/test_own_loss.py",
         "tests/objective/test_settings.py",
+        "tests/objective/test_balance.py",
     ),
 }
 # of cosmic-ray's operators those whose mutants run: `a >> b` of floating-point numbers would only fail
