@@ -137,6 +137,7 @@ SPELLINGS = {
     "masked_fill_": (lambda x: x.masked_fill_(torch.le(x, 0), 0.0), INF),
     "x[x < 0] = 0": (setitem, INF),
     "x[where(x < 0)] = 0": (setitem_at, INF),
+    "index_put(mask)": (lambda x: x.index_put((x < 0,), torch.zeros(()).to(x)), INF),
     "index_put(nonzero)": (lambda x: x.index_put((x < 0).nonzero(as_tuple=True), torch.zeros(()).to(x)), INF),
     "x - x * (x < 0)": (lambda x: x - x * (x < 0), INF),
     "x - (x <= 0) * x": (lambda x: torch.sub(x, (x <= 0).to(x) * x), INF),

@@ -103,12 +103,6 @@ def test_a_counter_of_numpy_is_put_back(batch):
     assert network.count == 0
 
 
-def test_index_put_is_a_relu(batch):
-    expected = saliency.guided_backprop(Network(F.relu), *batch)
-    found = saliency.guided_backprop(Network(lambda x: x.index_put((x < 0,), torch.tensor(0.0))), *batch)
-    torch.testing.assert_close(found, expected)
-
-
 @pytest.mark.parametrize(
     "spelling",
     [

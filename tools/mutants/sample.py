@@ -80,7 +80,10 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "tests/objective/test_stale_graphs.py",
     ),
     "salnb/objective/captured.py": ("tests/objective/test_captured.py",),
-    "salnb/objective/randomness.py": ("tests/objective/test_randomness.py",),
+    "salnb/objective/randomness.py": (
+        "tests/objective/test_randomness.py",
+        "tests/objective/test_graph_key.py",
+    ),
     "salnb/objective/balance.py": ("tests/objective/test_state_dict.py", "tests/objective/test_balance.py"),
     "salnb/objective/class_terms.py": ("tests/objective/test_own_loss.py",),
     "salnb/objective/unlabelled.py": ("tests/objective/test_unlabelled.py",),
