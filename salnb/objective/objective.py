@@ -233,8 +233,8 @@ class Objective(nn.Module):
 
         Refused with a `RuntimeError` are models (and augmentations) that a graph would not repeat: those
         that look at values, change their own attributes, draw random numbers from Python, NumPy or an own
-        generator, or seed PyTorch's. What a model takes from global variables, files or clocks is not
-        noticed, nor what is written by `.data`, nor what changes in one of many objects deep within
+        generator, or seed PyTorch's. What a model takes from global variables, files, clocks or `.grad` is
+        not noticed, nor what is written by `.data`, nor what changes in one of many objects deep within
         others.
 
         Nothing is gained on a CPU. Below torch 2.9 Inductor is refused there: it writes beyond its buffers.
