@@ -20,9 +20,9 @@ PLACE = '<span id="pdf"></span>'  # on the front page
 _BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 # a page as it looks: pictures loaded, solutions open, what was drawn kept, addresses whole; without the code
-# that the page folds away
-_ARTICLE = """async () => {
-  for (const code of document.querySelectorAll("details.hide")) code.remove();
+# that the page folds away above what it draws or reports
+ARTICLE = """async () => {
+  for (const code of document.querySelectorAll(".tag_hide-input details.hide")) code.remove();
   for (const fold of document.querySelectorAll("details")) fold.open = true;
   const article = document.querySelector("article");
   for (const image of article.querySelectorAll("img")) {
@@ -71,7 +71,7 @@ def articles(page, address: str) -> list[str]:  # type: ignore[no-untyped-def]  
         page.wait_for_function(
             "!document.querySelector('.math') || document.documentElement.dataset.formulas"
         )
-        article, following = page.evaluate(_ARTICLE)
+        article, following = page.evaluate(ARTICLE)
         found.append(article)
     return found
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.sites import CompressingHandler, served
+from tools.pdf import ARTICLE
 
 ROOT = Path(__file__).resolve().parents[2]
 HTML = ROOT / "_build" / "html"
@@ -208,6 +209,19 @@ def test_tables_fit_on_a4(browser, site, path):
     page.close()
     assert max(ends) <= 673
     assert parted == []
+
+
+@pytest.mark.parametrize("path", [page for page in PAGES if "tag_hide-cell" in (HTML / page).read_text()])
+def test_the_pdf_has_solutions_and_no_code_that_is_folded_away(browser, site, path):
+    page = browser.new_page()
+    settled(page, site + path)
+    folds = "[...document.querySelectorAll('details.hide > summary')].map(fold => fold.textContent.trim())"
+    before = page.evaluate(folds)
+    page.evaluate(ARTICLE)
+    after = page.evaluate(folds)
+    page.close()
+    assert after
+    assert after == [fold for fold in before if fold.startswith("Solution")] != before
 
 
 @pytest.mark.parametrize("path", [page for page in PAGES if ' stacked"' in (HTML / page).read_text()])
