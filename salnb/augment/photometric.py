@@ -72,7 +72,7 @@ def luminance(images: Tensor) -> Tensor:
 def blend(reference: Tensor, images: Tensor, factor: Tensor) -> Tensor:
     """Move images away from (factor `(N,)` > 1) or towards (< 1) a reference, and clip to [0, 1]."""
     weight = column(factor, images)
-    return torch.addcmul(reference * (1 - weight), images, weight).clamp_(0, 1)
+    return torch.addcmul(reference * (1 - weight), images, weight).clamp(0, 1)
 
 
 def adjust_hue(images: Tensor, turn: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 import colorsys
 import itertools
+import warnings
 
 import pytest
 import torch
@@ -131,3 +132,21 @@ def test_simclr_is_crop_flip_jitter_and_grey():
         outside[top[index] : top[index] + height[index], left[index] : left[index] + width[index]] = False
         assert not (valid[index, 0] & outside).any()
     assert (pulled[valid] - 1).abs().max() < 1e-6 if valid.any() else True
+
+
+@pytest.mark.parametrize(
+    "aug", [augment.Contrast(), augment.ColorJitter()], ids=lambda aug: type(aug).__name__
+)
+def test_vmap_has_a_rule_for_each_operation(aug):
+    """Else PyTorch warns, and calls the operation for each sample."""
+    images = torch.rand(2, 4, 3, 6, 5)
+    params = aug.make_params(images[0])
+    always = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            found = torch.vmap(lambda batch: aug.images(batch, params))(images)
+    finally:
+        torch.set_warn_always(always)
+    torch.testing.assert_close(found, torch.stack([aug.images(batch, params) for batch in images]))
