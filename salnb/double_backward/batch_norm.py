@@ -57,8 +57,15 @@ def first_gradients(
         mask: which of the three are wanted.
         more_x: what is added to `gx`, like x.
     """
-    batch, running = ((at.mean, at.spread), (None, None)) if at.training else ((None, None), at[2:4])
-    gx, gw, gb = aten.native_batch_norm_backward(gy, at.x, at.w, *running, *batch, at.training, at.eps, mask)
+    x, w, mean, spread, training, eps = at
+    if training:
+        batch, running = (mean, spread), (None, None)
+    else:
+        # as the forward pass of evaluation leaves them: the kernel for CUDA wants to see them
+        batch, running = (mean.new_empty(0),) * 2, (mean, spread)
+    if w is None and any(mask[1:]):
+        w = torch.ones_like(mean)  # without one the kernel for CUDA makes no sums
+    gx, gw, gb = aten.native_batch_norm_backward(gy, x, w, *running, *batch, training, eps, mask)
     if more_x is not None and mask[0]:
         gx = gx.add_(more_x)
     return gx, gw, gb

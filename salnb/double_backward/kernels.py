@@ -2,9 +2,9 @@
 # mypy: disable-error-code="no-untyped-def"
 """Batch norm's derivatives as Triton kernels: one that makes the sums of each channel, one that writes.
 
-All take tensors in one dense layout, either (N, C, H, W) or channels_last, as the pixels of C channels: pixel
-`m` of channel `c` lies at `m // inner * image + m % inner * pixel + c * channel`. A program has a block of
-channels and one of `parts` stretches of their pixels; the second kernel adds up what the parts of the first
+All take tensors in one dense layout, either (N, C, H, W) or channels_last, which counts as one large image:
+pixel `p` of channel `c` of image `i` lies at `i * image + p * pixel + c * channel`. A program has a block of
+channels and one of `parts` stretches of their tiles; the second kernel adds up what the parts of the first
 found, so that results are the same each time. Sums are in float32 (float64 where the input is) whatever the
 input is in. For the notation see `salnb.double_backward.batch_norm`.
 """
@@ -25,48 +25,49 @@ tl: Any = None  # triton.language, once a kernel is wanted: Triton is not everyw
 
 def _sums(
     u_ptr, gy_ptr, x_ptr, mean_ptr, spread_ptr, out_ptr,
-    channels, pixels, inner, image, pixel, channel, stretch, eps,
+    channels, images, inner, image, pixel, channel, stretch, eps,
     ACC: tl.constexpr, TRAINING: tl.constexpr, WITH_GY: tl.constexpr,
-    PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
+    IMAGES: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """For each channel the sums of u, u * x' and, where asked for, u * gy: (3, parts, C)."""
-    c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)[None, None, :]
     part, parts = tl.program_id(1), tl.num_programs(1)
     mean = tl.load(mean_ptr + c, mask=c < channels, other=0).to(ACC)
     r = tl.load(spread_ptr + c, mask=c < channels, other=1).to(ACC)
     if not TRAINING:
         r = 1 / tl.sqrt(r + eps)
-    sum_1 = tl.zeros([CHANNELS], ACC)
-    sum_x = tl.zeros([CHANNELS], ACC)
-    sum_gy = tl.zeros([CHANNELS], ACC)
-    end = tl.minimum((part + 1) * stretch, pixels)
-    for start in range(part * stretch, end, PIXELS):
-        m = start + tl.arange(0, PIXELS)
-        place = (m // inner).to(tl.int64) * image + m % inner * pixel
-        at = place[:, None] + c[None, :] * channel
-        inside = (m < end)[:, None] & (c < channels)[None, :]
+    # of each place in a tile, and of all in the end: threads need not wait for one another in each tile
+    sum_1 = tl.zeros([IMAGES, PIXELS, CHANNELS], ACC)
+    sum_x = tl.zeros([IMAGES, PIXELS, CHANNELS], ACC)
+    sum_gy = tl.zeros([IMAGES, PIXELS, CHANNELS], ACC)
+    across = tl.cdiv(inner, PIXELS)
+    for tile in range(part * stretch, tl.minimum((part + 1) * stretch, tl.cdiv(images, IMAGES) * across)):
+        i = tile // across * IMAGES + tl.arange(0, IMAGES)[:, None, None]
+        p = tile % across * PIXELS + tl.arange(0, PIXELS)[None, :, None]
+        at = i.to(tl.int64) * image + p.to(tl.int64) * pixel + c * channel
+        inside = (i < images) & (p < inner) & (c < channels)
         u = tl.load(u_ptr + at, mask=inside, other=0).to(ACC)
         x = tl.load(x_ptr + at, mask=inside, other=0).to(ACC)
-        sum_1 += tl.sum(u, 0)
-        sum_x += tl.sum(u * (x - mean[None, :]) * r[None, :], 0)
+        sum_1 += u
+        sum_x += u * (x - mean) * r
         if WITH_GY:
             gy = tl.load(gy_ptr + at, mask=inside, other=0).to(ACC)
-            sum_gy += tl.sum(u * gy, 0)
+            sum_gy += u * gy
     out = out_ptr + part * channels + c
-    tl.store(out, sum_1, mask=c < channels)
-    tl.store(out + parts * channels, sum_x, mask=c < channels)
+    tl.store(out, tl.sum(tl.sum(sum_1, 0, True), 1, True), mask=c < channels)
+    tl.store(out + parts * channels, tl.sum(tl.sum(sum_x, 0, True), 1, True), mask=c < channels)
     if WITH_GY:
-        tl.store(out + 2 * parts * channels, sum_gy, mask=c < channels)
+        tl.store(out + 2 * parts * channels, tl.sum(tl.sum(sum_gy, 0, True), 1, True), mask=c < channels)
 
 
 def _write_first(
     u_ptr, x_ptr, w_ptr, mean_ptr, spread_ptr, sums_ptr, more_ptr, more_w_ptr, out_ptr, gw_out, gb_out,
-    channels, pixels, inner, image, pixel, channel, stretch, eps, parts,
+    channels, images, inner, image, pixel, channel, stretch, eps, parts,
     ACC: tl.constexpr, TRAINING: tl.constexpr, WEIGHT: tl.constexpr, MORE: tl.constexpr, MORE_W: tl.constexpr,
-    PIXELS: tl.constexpr, CHANNELS: tl.constexpr, PARTS: tl.constexpr,
+    IMAGES: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Of u = gy: gx, gw and gb, each plus what is added to it."""
-    c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)[None, None, :]
     part = tl.program_id(1)
     here = c < channels
     mean = tl.load(mean_ptr + c, mask=here, other=0).to(ACC)
@@ -74,29 +75,33 @@ def _write_first(
     if not TRAINING:
         r = 1 / tl.sqrt(r + eps)
     wr = r * tl.load(w_ptr + c, mask=here, other=0).to(ACC) if WEIGHT else r
-    p = tl.arange(0, PARTS)
-    known = (p < parts)[:, None] & here[None, :]
-    sums = sums_ptr + p[:, None] * channels + c[None, :]
-    sum_1 = tl.sum(tl.load(sums, mask=known, other=0), 0)
-    sum_x = tl.sum(tl.load(sums + parts * channels, mask=known, other=0), 0)
+    sum_1 = tl.zeros([1, ROWS, CHANNELS], ACC)
+    sum_x = tl.zeros([1, ROWS, CHANNELS], ACC)
+    for row in range(0, parts, ROWS):
+        p = row + tl.arange(0, ROWS)[None, :, None]
+        sum_1 += tl.load(sums_ptr + p * channels + c, mask=(p < parts) & here, other=0)
+        sum_x += tl.load(sums_ptr + (parts + p) * channels + c, mask=(p < parts) & here, other=0)
+    sum_1, sum_x = tl.sum(sum_1, 1, True), tl.sum(sum_x, 1, True)
+    pixels = images * inner
     if part == 0:
         gw = sum_x
         if MORE_W:
             gw += tl.load(more_w_ptr + c, mask=here, other=0).to(ACC)
         tl.store(gw_out + c, gw, mask=here)
         tl.store(gb_out + c, sum_1, mask=here)
-    end = tl.minimum((part + 1) * stretch, pixels)
-    for start in range(part * stretch, end, PIXELS):
-        m = start + tl.arange(0, PIXELS)
-        place = (m // inner).to(tl.int64) * image + m % inner * pixel
-        at = place[:, None] + c[None, :] * channel
-        inside = (m < end)[:, None] & here[None, :]
+    mean_1, mean_x = sum_1 / pixels, sum_x / pixels
+    across = tl.cdiv(inner, PIXELS)
+    for tile in range(part * stretch, tl.minimum((part + 1) * stretch, tl.cdiv(images, IMAGES) * across)):
+        i = tile // across * IMAGES + tl.arange(0, IMAGES)[:, None, None]
+        p = tile % across * PIXELS + tl.arange(0, PIXELS)[None, :, None]
+        at = i.to(tl.int64) * image + p.to(tl.int64) * pixel + c * channel
+        inside = (i < images) & (p < inner) & here
         u = tl.load(u_ptr + at, mask=inside, other=0).to(ACC)
         if TRAINING:
             x = tl.load(x_ptr + at, mask=inside, other=0).to(ACC)
-            x = (x - mean[None, :]) * r[None, :]
-            u -= (sum_1 / pixels)[None, :] + x * (sum_x / pixels)[None, :]
-        u *= wr[None, :]
+            x = (x - mean) * r
+            u -= mean_1 + x * mean_x
+        u *= wr
         if MORE:
             u += tl.load(more_ptr + at, mask=inside, other=0).to(ACC)
         tl.store(out_ptr + at, u, mask=inside)
@@ -104,12 +109,12 @@ def _write_first(
 
 def _write_second(
     u_ptr, gy_ptr, x_ptr, w_ptr, mean_ptr, spread_ptr, sums_ptr, gw_ptr, gb_ptr, ggy_ptr, ggx_ptr, ggw_out,
-    channels, pixels, inner, image, pixel, channel, stretch, eps, parts,
+    channels, images, inner, image, pixel, channel, stretch, eps, parts,
     ACC: tl.constexpr, TRAINING: tl.constexpr, WEIGHT: tl.constexpr,
-    PIXELS: tl.constexpr, CHANNELS: tl.constexpr, PARTS: tl.constexpr,
+    IMAGES: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Of u = vx: ggy, ggw and, in training, ggx."""
-    c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)[None, None, :]
     part = tl.program_id(1)
     here = c < channels
     mean = tl.load(mean_ptr + c, mask=here, other=0).to(ACC)
@@ -117,34 +122,38 @@ def _write_second(
     if not TRAINING:
         r = 1 / tl.sqrt(r + eps)
     wr = r * tl.load(w_ptr + c, mask=here, other=0).to(ACC) if WEIGHT else r
-    p = tl.arange(0, PARTS)
-    known = (p < parts)[:, None] & here[None, :]
-    sums = sums_ptr + p[:, None] * channels + c[None, :]
-    v_1 = tl.sum(tl.load(sums, mask=known, other=0), 0) / pixels
-    v_x = tl.sum(tl.load(sums + parts * channels, mask=known, other=0), 0) / pixels
-    v_gy = tl.sum(tl.load(sums + 2 * parts * channels, mask=known, other=0), 0)
+    v_1 = tl.zeros([1, ROWS, CHANNELS], ACC)
+    v_x = tl.zeros([1, ROWS, CHANNELS], ACC)
+    v_gy = tl.zeros([1, ROWS, CHANNELS], ACC)
+    for row in range(0, parts, ROWS):
+        p = row + tl.arange(0, ROWS)[None, :, None]
+        v_1 += tl.load(sums_ptr + p * channels + c, mask=(p < parts) & here, other=0)
+        v_x += tl.load(sums_ptr + (parts + p) * channels + c, mask=(p < parts) & here, other=0)
+        v_gy += tl.load(sums_ptr + (2 * parts + p) * channels + c, mask=(p < parts) & here, other=0)
+    pixels = images * inner
+    v_1, v_x, v_gy = tl.sum(v_1, 1, True) / pixels, tl.sum(v_x, 1, True) / pixels, tl.sum(v_gy, 1, True)
     gw = tl.load(gw_ptr + c, mask=here, other=0).to(ACC)
     gb = tl.load(gb_ptr + c, mask=here, other=0).to(ACC)
     if TRAINING:
         v_gy -= v_1 * gb + v_x * gw
     if part == 0:
         tl.store(ggw_out + c, r * v_gy, mask=here)
-    c_x = (v_gy - v_x * gw) / pixels
-    end = tl.minimum((part + 1) * stretch, pixels)
-    for start in range(part * stretch, end, PIXELS):
-        m = start + tl.arange(0, PIXELS)
-        place = (m // inner).to(tl.int64) * image + m % inner * pixel
-        at = place[:, None] + c[None, :] * channel
-        inside = (m < end)[:, None] & here[None, :]
+    c_x, gw, gb = (v_gy - v_x * gw) / pixels, gw / pixels, gb / pixels
+    across = tl.cdiv(inner, PIXELS)
+    for tile in range(part * stretch, tl.minimum((part + 1) * stretch, tl.cdiv(images, IMAGES) * across)):
+        i = tile // across * IMAGES + tl.arange(0, IMAGES)[:, None, None]
+        p = tile % across * PIXELS + tl.arange(0, PIXELS)[None, :, None]
+        at = i.to(tl.int64) * image + p.to(tl.int64) * pixel + c * channel
+        inside = (i < images) & (p < inner) & here
         u = tl.load(u_ptr + at, mask=inside, other=0).to(ACC)
         if TRAINING:
             x = tl.load(x_ptr + at, mask=inside, other=0).to(ACC)
-            x = (x - mean[None, :]) * r[None, :]
-            u -= v_1[None, :] + x * v_x[None, :]
-            gy = tl.load(gy_ptr + at, mask=inside, other=0).to(ACC) - (gb / pixels)[None, :]
-            ggx = v_x[None, :] * gy + c_x[None, :] * x + (gw / pixels)[None, :] * u
-            tl.store(ggx_ptr + at, -(wr * r)[None, :] * ggx, mask=inside)
-        tl.store(ggy_ptr + at, u * wr[None, :], mask=inside)
+            x = (x - mean) * r
+            u -= v_1 + x * v_x
+            gy = tl.load(gy_ptr + at, mask=inside, other=0).to(ACC) - gb
+            ggx = v_x * gy + c_x * x + gw * u
+            tl.store(ggx_ptr + at, -(wr * r) * ggx, mask=inside)
+        tl.store(ggy_ptr + at, u * wr, mask=inside)
 
 
 @functools.cache
@@ -208,17 +217,17 @@ class _Run:
         self.format = torch.channels_last if last and x.ndim == 4 else torch.contiguous_format
         self.x, self.mean, self.spread = self.laid_out(x), mean, spread
         self.channels, inner = x.shape[1], x[0, 0].numel()
-        pixels = len(x) * inner
+        images, inner = (1, len(x) * inner) if last else (len(x), inner)
         # of a tile: neighbours in memory, few enough to stay in registers
-        self.blocks = {"PIXELS": 32, "CHANNELS": 32} if last else {"PIXELS": 1024, "CHANNELS": 1}
-        across = -(-self.channels // self.blocks["CHANNELS"])
-        tiles = -(-pixels // self.blocks["PIXELS"])
-        wanted = min(tiles, 64, max(1, _PROGRAMS // across))
-        stretch = -(-tiles // wanted) * self.blocks["PIXELS"]
-        self.grid = across, -(-pixels // stretch)
-        strides = (self.channels, 1) if last else (1, inner)  # of a pixel and of a channel
-        self.extent = self.channels, pixels, inner, inner * self.channels, *strides, stretch, eps
-        self.types = {"ACC": _triton_dtype(self.accumulator), "TRAINING": training, **self.blocks}
+        pixels = 32 if last else min(1024, 1 << (inner - 1).bit_length())
+        blocks = {"IMAGES": 1 if last else 1024 // pixels, "PIXELS": pixels, "CHANNELS": 32 if last else 1}
+        across = -(-self.channels // blocks["CHANNELS"])
+        tiles = -(-images // blocks["IMAGES"]) * -(-inner // pixels)
+        stretch = -(-tiles // max(1, _PROGRAMS // across))
+        self.grid = across, -(-tiles // stretch)
+        strides = (0, self.channels, 1) if last else (self.channels * inner, 1, inner)
+        self.extent = self.channels, images, inner, *strides, stretch, eps
+        self.types = {"ACC": _triton_dtype(self.accumulator), "TRAINING": training, **blocks}
 
     @property
     def accumulator(self) -> torch.dtype:
@@ -240,9 +249,7 @@ class _Run:
     def start(self, kernel: Callable, tensors: tuple[Tensor | None, ...], **switches: bool) -> None:
         """Run one of the kernels that write."""
         given = (self.x if tensor is None else tensor for tensor in tensors)  # those are not read
-        parts = self.grid[1]
-        power = 1 << (parts - 1).bit_length()
-        _compiled(kernel)[self.grid](*given, *self.extent, parts, **self.types, **switches, PARTS=power)
+        _compiled(kernel)[self.grid](*given, *self.extent, self.grid[1], **self.types, **switches, ROWS=32)
 
 
 # enough to keep the largest devices busy several times over

@@ -95,6 +95,22 @@ def test_batch_norm(options, affine, shape, random, device):
         assert plain is fast is None or same(plain, fast)
 
 
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("weighted", [True, False], ids=["weight", "no weight"])
+def test_batch_norm_gives_its_kernel_what_it_wants_on_a_gpu(weighted, training, random):
+    """That of CUDA makes sums only beside a weight, and needs the statistics of the batch, if empty ones."""
+    running = torch.randn(3).double(), torch.rand(3).double() + 0.5
+    inputs = random(4, 3, 5, 2), random(3) if weighted else None
+    with Calls() as calls, fast_double_backward():
+        second_order(lambda x, w: F.batch_norm(x, *running, w, None, training), inputs)
+    made = calls.arguments(aten.native_batch_norm_backward.default)
+    assert len(made) == 3
+    for _, _, w, _, _, mean, spread, _, _, (_, *sums) in made:
+        assert isinstance(mean, torch.Tensor)
+        assert isinstance(spread, torch.Tensor)
+        assert w is not None or not any(sums)
+
+
 def test_batch_norm_with_a_weight_of_zero(random, device):
     """Residual networks start there: nothing may be divided by the weight."""
     check(

@@ -8,14 +8,16 @@ RELATIVE = {torch.float64: 1e-10, torch.float32: 1e-6, torch.bfloat16: 2e-2, tor
 FROM_FLOAT64, GRADIENT_FROM_FLOAT64 = 2e-5, 2e-4
 # of two runs in float64: some kernels of a GPU add in whatever order
 NONDETERMINISM = {"cpu": 0.0, "cuda": 1e-10}
+# of squares of what float64 rounds
+ZERO = 1e-28
 
 
 def relative_difference(actual, expected):
-    """Largest absolute difference over the largest absolute value expected (0 where both are zero)."""
+    """Largest absolute difference over the largest absolute value expected, where that is not about zero."""
     assert actual.shape == expected.shape, f"{tuple(actual.shape)} is not {tuple(expected.shape)}"
     scale = expected.abs().max().item()
     gap = (actual - expected).abs().max().item()
-    return gap / scale if scale else gap
+    return gap / scale if scale > ZERO else gap
 
 
 def assert_close(actual, expected, tolerance=None):
