@@ -157,8 +157,9 @@ test-recipes:  ## run the recipes of chapter 17 with transformers, Accelerate an
 # with the Python at hand, as a machine with a GPU may have no network: nothing is installed
 DEVICE := cuda
 GPU_TESTS := gpu augment/test_devices.py augment/test_equivariance.py double_backward/test_functions.py \
-	double_backward/test_networks.py objective/test_compiled.py objective/test_objective.py \
-	saliency/test_definitions.py saliency/test_methods.py test_losses.py test_trust.py
+	double_backward/test_fused.py double_backward/test_networks.py objective/test_compiled.py \
+	objective/test_objective.py saliency/test_definitions.py saliency/test_methods.py \
+	test_losses.py test_trust.py
 GPU_NEEDS := torch torchvision pytest
 CHECK_GPU_NEEDS = $(PYTHON) -c 'import importlib.util, sys; \
 	lacks = [name for name in "$(GPU_NEEDS)".split() if importlib.util.find_spec(name) is None]; \

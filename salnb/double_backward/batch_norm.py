@@ -58,6 +58,8 @@ def first_gradients(
         more_x: what is added to `gx`, like x.
     """
     x, w, mean, spread, training, eps = at
+    batch: tuple[Maybe, Maybe]
+    running: tuple[Maybe, Maybe]
     if training:
         batch, running = (mean, spread), (None, None)
     else:

@@ -1,28 +1,35 @@
-"""Batch norm's derivatives in fused kernels: experimental, and off unless it is asked for.
+"""Batch norm's derivatives in fused kernels: where a step is captured, or where they are asked for.
 
 A saliency step runs PyTorch's batch norm backward three times and some twenty operators besides, and most of
 the time of a network with batch norm on a GPU goes there. The kernels of `salnb.double_backward.kernels` read
 each tensor twice and write each result once: two launches for a first derivative, two for a second. Each is
 one operator to PyTorch, `salnb::batch_norm_gradients` and `salnb::batch_norm_second_gradients`.
 
-They are tested on a CPU, by Triton's interpreter. No GPU has run them yet, which is why they are off.
+They are tested on a CPU, by Triton's interpreter, and on an H100. The host needs about as long to start them
+as to start the operators that they replace, so that eager steps, for which the GPU often waits, gain little.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from salnb._common.warning import warn_caller
 from salnb.double_backward import batch_norm, kernels
 from salnb.double_backward.batch_norm import Forward, Maybe
 
-__all__ = ["applies", "first_gradients", "is_enabled", "second_gradients", "use_fused_batch_norm"]
+__all__ = ["applies", "first_gradients", "preferred", "second_gradients", "setting", "use_fused_batch_norm"]
 
-_enabled = False
+_enabled: bool | None = None
+_preferred = ContextVar("_preferred", default=False)
 
 _library = torch.library.Library("salnb", "FRAGMENT")
 _library.define(
@@ -35,18 +42,19 @@ _library.define(
 )
 
 
-def use_fused_batch_norm(enabled: bool = True) -> None:
-    """Switch the fused kernels of batch norm's derivatives on or off: experimental, off by default.
+def use_fused_batch_norm(enabled: bool | None = True) -> None:
+    """Switch the fused kernels of batch norm's derivatives on or off: experimental.
 
-    They are for NVIDIA GPUs and need Triton, which PyTorch brings along on Linux. A forward pass of
+    By default, captured steps (`Objective.compile(mode="cuda-graphs")`) use them where they can, and no
+    others. They are for NVIDIA GPUs and need Triton, which PyTorch brings along on Linux. A forward pass of
     `Objective` (or inside `fast_double_backward`) that begins with the switch on takes its derivatives by
     them, in train and eval mode, contiguous or channels_last, in any floating-point dtype; sums are in
-    float32 at least. On other devices, in graphs of `Objective.compile`, and where a map is a gradient with
-    respect to something else than the images, nothing changes. Results agree with those of the default up
-    to rounding.
+    float32 at least. On other devices, in graphs of Inductor, and where a map is a gradient with respect to
+    something else than the images, nothing changes. Results agree with those of PyTorch's operators up to
+    rounding.
 
     Args:
-        enabled: whether they are used from now on, in all threads.
+        enabled: whether they are used from now on, in all threads; None is the default.
 
     Raises:
         RuntimeError: Triton is not installed.
@@ -59,15 +67,43 @@ def use_fused_batch_norm(enabled: bool = True) -> None:
     _enabled = enabled
 
 
-def is_enabled() -> bool:
-    """Whether `use_fused_batch_norm` is on."""
+def setting() -> bool | None:
+    """What `use_fused_batch_norm` was told last."""
     return _enabled
+
+
+@contextmanager
+def preferred(device: torch.device) -> Iterator[None]:
+    """The kernels are used inside, unless they are switched off or the device cannot run them."""
+    token = _preferred.set(_enabled is None and device.type == "cuda" and _runs_on(device))
+    try:
+        yield
+    finally:
+        _preferred.reset(token)
+
+
+@functools.cache
+def _runs_on(device: torch.device) -> bool:
+    """Whether a kernel can be compiled and started there: that takes Triton, and Triton a C compiler."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    x, ones = torch.rand(2, 1, 2, 2, device=device), torch.ones(1, device=device)
+    try:
+        kernels.first_gradients(x, x, None, ones, ones, True, 0.0)
+    except Exception as error:
+        warn_caller(
+            f"batch norm's fused kernels cannot be used ({type(error).__name__}: {error}); steps take "
+            "PyTorch's operators, which is slower: use_fused_batch_norm(False) does without this warning"
+        )
+        return False
+    return True
 
 
 def applies(x: Tensor) -> bool:
     """Whether the derivatives of a batch norm of `x` are to be taken by the kernels."""
     # what is traced is fused by the compiler
-    return _enabled and x.is_cuda and not isinstance(x, FakeTensor)
+    wanted = _preferred.get() if _enabled is None else _enabled
+    return wanted and x.is_cuda and not isinstance(x, FakeTensor)
 
 
 def first_gradients(

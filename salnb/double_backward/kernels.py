@@ -179,11 +179,12 @@ def first_gradients(
     more_w: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`gx + more_x`, `gw + more_w` and `gb`; arguments as in `salnb.double_backward.batch_norm`."""
-    run = _Run(x, mean, spread, training, eps)
-    gy, more_x = run.laid_out(gy), None if more_x is None else run.laid_out(more_x)
-    gx, gw, gb = torch.empty_like(run.x), run.vector(), run.vector()
-    tensors = gy, run.x, w, mean, spread, run.sums(gy, None), more_x, more_w, gx, gw, gb
-    run.start(_write_first, tensors, WEIGHT=w is not None, MORE=more_x is not None, MORE_W=more_w is not None)
+    plan = _plan_for(x, training, eps)
+    gy, x, more_x = plan.laid_out(gy), plan.laid_out(x), None if more_x is None else plan.laid_out(more_x)
+    gx, gw, gb = torch.empty_like(x), plan.vector(), plan.vector()
+    sums = plan.sums(gy, None, x, mean, spread)
+    tensors = gy, x, w, mean, spread, sums, more_x, more_w, gx, gw, gb
+    plan.start(_write_first, tensors, (w is not None, more_x is not None, more_w is not None))
     return gx, gw, gb
 
 
@@ -200,60 +201,106 @@ def second_gradients(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`ggy`, `ggx` (empty in evaluation) and `ggw`, for a cotangent of `gx` only."""
-    run = _Run(x, mean, spread, training, eps)
-    vx, gy = run.laid_out(vx), run.laid_out(gy)
-    ggy, ggw = torch.empty_like(run.x), run.vector()
-    ggx = torch.empty_like(run.x) if training else run.x.new_empty(0)
-    tensors = vx, gy, run.x, w, mean, spread, run.sums(vx, gy), gw, gb, ggy, ggx, ggw
-    run.start(_write_second, tensors, WEIGHT=w is not None)
+    plan = _plan_for(x, training, eps)
+    vx, gy, x = plan.laid_out(vx), plan.laid_out(gy), plan.laid_out(x)
+    ggy, ggw = torch.empty_like(x), plan.vector()
+    ggx = torch.empty_like(x) if training else x.new_empty(0)
+    sums = plan.sums(vx, gy, x, mean, spread)
+    tensors = vx, gy, x, w, mean, spread, sums, gw, gb, ggy, ggx, ggw
+    plan.start(_write_second, tensors, (w is not None,))
     return ggy, ggx, ggw
 
 
-class _Run:
-    """How the kernels go through one tensor."""
+def _plan_for(x: Tensor, training: bool, eps: float) -> _Plan:
+    last = x.ndim == 2 or (not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last))
+    return _plan(x.shape, last, x.dtype, x.device, training, eps)
 
-    def __init__(self, x: Tensor, mean: Tensor, spread: Tensor, training: bool, eps: float) -> None:
-        last = x.ndim == 2 or (not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last))
-        self.format = torch.channels_last if last and x.ndim == 4 else torch.contiguous_format
-        self.x, self.mean, self.spread = self.laid_out(x), mean, spread
-        self.channels, inner = x.shape[1], x[0, 0].numel()
-        images, inner = (1, len(x) * inner) if last else (len(x), inner)
+
+class _Plan:
+    """How the kernels go through tensors of one kind."""
+
+    def __init__(
+        self,
+        shape: torch.Size,
+        last: bool,
+        dtype: torch.dtype,
+        device: torch.device,
+        training: bool,
+        eps: float,
+    ) -> None:
+        self.format = torch.channels_last if last and len(shape) == 4 else torch.contiguous_format
+        images, self.channels, inner = shape[0], shape[1], shape[2:].numel()
+        if last:
+            images, inner = 1, images * inner
         # of a tile: neighbours in memory, few enough to stay in registers
         pixels = 32 if last else min(1024, 1 << (inner - 1).bit_length())
-        blocks = {"IMAGES": 1 if last else 1024 // pixels, "PIXELS": pixels, "CHANNELS": 32 if last else 1}
-        across = -(-self.channels // blocks["CHANNELS"])
-        tiles = -(-images // blocks["IMAGES"]) * -(-inner // pixels)
+        block = (1, pixels, 32) if last else (1024 // pixels, pixels, 1)  # images, pixels, channels
+        across = -(-self.channels // block[2])
+        tiles = -(-images // block[0]) * -(-inner // pixels)
         stretch = -(-tiles // max(1, _PROGRAMS // across))
-        self.grid = across, -(-tiles // stretch)
+        self.grid = across, -(-tiles // stretch), 1
         strides = (0, self.channels, 1) if last else (self.channels * inner, 1, inner)
         self.extent = self.channels, images, inner, *strides, stretch, eps
-        self.types = {"ACC": _triton_dtype(self.accumulator), "TRAINING": training, **blocks}
-
-    @property
-    def accumulator(self) -> torch.dtype:
-        return torch.promote_types(self.x.dtype, torch.float32)
+        accumulator = torch.promote_types(dtype, torch.float32)
+        self.vector = functools.partial(torch.empty, self.channels, dtype=accumulator, device=device)
+        parts = 3, self.grid[1], self.channels
+        self.parts = functools.partial(torch.empty, parts, dtype=accumulator, device=device)
+        self.training, self.block, self.accumulator = training, block, _triton_dtype(accumulator)
+        self.launchers: dict[tuple, Callable] = {}
 
     def laid_out(self, tensor: Tensor) -> Tensor:
         """The tensor in the layout of x."""
         return tensor.contiguous(memory_format=self.format)
 
-    def vector(self) -> Tensor:
-        return torch.empty(self.channels, dtype=self.accumulator, device=self.x.device)
-
-    def sums(self, u: Tensor, gy: Tensor | None) -> Tensor:
-        out = torch.empty(3, self.grid[1], self.channels, dtype=self.accumulator, device=self.x.device)
-        tensors = u, u if gy is None else gy, self.x, self.mean, self.spread, out
-        _compiled(_sums)[self.grid](*tensors, *self.extent, WITH_GY=gy is not None, **self.types)
+    def sums(self, u: Tensor, gy: Tensor | None, x: Tensor, mean: Tensor, spread: Tensor) -> Tensor:
+        """What the parts found for each channel."""
+        out = self.parts()
+        self._launch(_sums, (u, gy, x, mean, spread, out), self.extent, (gy is not None,), self.block)
         return out
 
-    def start(self, kernel: Callable, tensors: tuple[Tensor | None, ...], **switches: bool) -> None:
+    def start(self, kernel: Callable, tensors: tuple[Any, ...], switches: tuple[bool, ...]) -> None:
         """Run one of the kernels that write."""
-        given = (self.x if tensor is None else tensor for tensor in tensors)  # those are not read
-        _compiled(kernel)[self.grid](*given, *self.extent, self.grid[1], **self.types, **switches, ROWS=32)
+        self._launch(kernel, tensors, (*self.extent, self.grid[1]), switches, (*self.block, _ROWS))
+
+    def _launch(
+        self,
+        kernel: Callable,
+        tensors: tuple[Any, ...],
+        extent: tuple[float, ...],
+        switches: tuple[bool, ...],
+        block: tuple[int, ...],
+    ) -> None:
+        """Start a kernel; from the second time on without a look at each argument, which takes Triton long.
+
+        It compiles a kernel for types, and for integers that are one or multiples of 16, all of which a plan
+        fixes, and for pointers that are such multiples.
+        """
+        first = tensors[0]
+        given = [first if tensor is None else tensor for tensor in tensors]  # those are not read
+        arguments = *given, *extent, self.accumulator, self.training, *switches, *block
+        types = [tensor.dtype for tensor in given if tensor.data_ptr() % 16 == 0]
+        key = (kernel, switches, *types)
+        if (launcher := self.launchers.get(key)) is not None:
+            launcher(*arguments)
+            return
+        compiled = _compiled(kernel)[self.grid](*arguments)
+        if len(types) == len(given) and _can_be_started_again():
+            self.launchers[key] = compiled[self.grid]
 
 
-# enough to keep the largest devices busy several times over
+_plan = functools.lru_cache(maxsize=1024)(_Plan)
+# of a grid: enough to keep the largest devices busy several times over
 _PROGRAMS = 1024
+_ROWS = 32  # of sums that are read at a time
+
+
+@functools.cache
+def _can_be_started_again() -> bool:
+    """Whether Triton starts what it compiled with the arguments of its function; the interpreter does not."""
+    import triton
+
+    version = tuple(map(int, triton.__version__.split(".")[:2]))
+    return version >= (3, 6) and not triton.knobs.runtime.interpret
 
 
 def _triton_dtype(dtype: torch.dtype) -> Any:

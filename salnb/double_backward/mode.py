@@ -145,9 +145,9 @@ def second_derivatives_of_pytorch() -> Iterator[None]:
         _fast = before
 
 
-def switches() -> tuple[bool, bool]:
+def switches() -> tuple[bool, bool | None]:
     """What a step's operators depend on: whether derivatives are fast, and those of batch norm fused."""
-    return _fast, fused.is_enabled()
+    return _fast, fused.setting()
 
 
 _eager = _Shared(lambda: torch.compiler.set_stance("force_eager"))

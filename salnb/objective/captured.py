@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from salnb.double_backward import fused
 from salnb.objective.compiled import CompiledStep, Graph, TracedStep
 from salnb.objective.randomness import refuse_seeding
 
@@ -58,7 +59,7 @@ class CapturedStep(CompiledStep):
         run = partial(_run, step, (tuple(inputs[:3]), tuple(inputs[3:])))
         generators = _generators(step, device)
         stream = torch.cuda.Stream(device)
-        with torch.enable_grad(), _without_cached_casts():
+        with torch.enable_grad(), _without_cached_casts(), fused.preferred(device):
             with _as_before(step, device, generators):
                 stream.wait_stream(torch.cuda.current_stream(device))
                 with torch.cuda.stream(stream):

@@ -86,10 +86,10 @@ def test_a_network_of_table_4_with_the_fused_kernels(cuda):
     eager, captured = pair(models.build("resnet18", 10), cuda)
     images = torch.rand(4, 3, 64, 64).to(cuda)
     try:
-        for fused in (False, True):
-            use_fused_batch_norm(fused)
+        for enabled in (False, None, True):
+            use_fused_batch_norm(enabled)
             (_, gradient), (_, other) = (step(each, images) for each in (eager, captured))
             assert relative_difference(other, gradient) < 1e-2
     finally:
-        use_fused_batch_norm(False)
-    assert len(captured._compiled._graphs) == 2
+        use_fused_batch_norm(None)
+    assert len(captured._compiled._graphs) == 3
