@@ -16,7 +16,7 @@ import torch
 from salnb.timing.cases import Case, counted
 from salnb.timing.clock import Stopwatch, clock_of, distribution, run_protocol
 from salnb.timing.peaks import peak_flops, peaks_of
-from salnb.timing.profiler import StepProfile, clocks
+from salnb.timing.profiler import MemoryOfAll, StepProfile, clocks
 from salnb.timing.records import ACCESSORIES, Measured, Row
 from salnb.timing.steps import arithmetic, step_of
 from salnb.timing.work import count_bytes, count_flops
@@ -75,8 +75,10 @@ def measure_case(
     if device.type == "cpu":
         _let_memory_be_kept()
     with arithmetic(case, device):
+        memory = MemoryOfAll(device)
         step = step_of(case, device, watch.mark)
         iterations, averaged = run_protocol(step, watch, wanted, averaged, left, shrink=shrink)
+        most = memory.peak_bytes
         measured = Measured(
             iterations=iterations,
             averaged=averaged,
@@ -92,8 +94,10 @@ def measure_case(
             "clocks_mhz": lambda: clocks(device),
             "parts": lambda: _parts(case, watch, averaged),
             "held_bytes": lambda: step.held_bytes,
-            "kinds": lambda: _nanoseconds(profile.kinds) if case.every == 1 else None,
-            "peak_bytes": lambda: step.held_bytes + profile.peak_bytes,
+            # what a captured graph starts does not say which operator it is of
+            "kinds": lambda: _nanoseconds(profile.kinds) if case.every == 1 and not case.captured else None,
+            # and lies in memory that was taken while it was captured
+            "peak_bytes": lambda: most if case.captured else step.held_bytes + profile.peak_bytes,
             "flops": lambda: count_flops(case),
             "bytes": lambda: count_bytes(case),
             "peaks": lambda: peaks_of(device, case.precision),
@@ -140,7 +144,7 @@ def _parts(case: Case, watch: Stopwatch, averaged: int) -> dict[str, float] | No
 def _peak_share(case: Case, device: torch.device, measured: Measured, profile: StepProfile) -> float | None:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     possible = peak_flops(name, case.precision)
-    if possible is None:
+    if possible is None or case.captured:
         return None
     if measured.convolution_flops is None:
         raise ValueError("the operations of the convolutions were not counted")

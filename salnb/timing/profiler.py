@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from salnb.timing.steps import TimedStep
 
-__all__ = ["KINDS", "StepProfile", "clocks", "device_facts", "kind_of", "seconds_by_kind"]
+__all__ = ["KINDS", "MemoryOfAll", "StepProfile", "clocks", "device_facts", "kind_of", "seconds_by_kind"]
 
 KINDS = ("convolution", "batch norm", "matrix product", "other")
 
@@ -73,6 +73,21 @@ class StepProfile:
         held = torch.cuda.memory_allocated(self.device)
         self.step()
         return torch.cuda.max_memory_allocated(self.device) - held
+
+
+class MemoryOfAll:
+    """The most memory that tensors of a GPU have taken since, in bytes; 0 on other devices."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.on_gpu = device, device.type == "cuda"
+        if self.on_gpu:
+            torch.cuda.reset_peak_memory_stats(device)
+            self.before = torch.cuda.memory_allocated(device)
+
+    @property
+    def peak_bytes(self) -> int:
+        """Beyond what was taken at the beginning."""
+        return torch.cuda.max_memory_allocated(self.device) - self.before if self.on_gpu else 0
 
 
 def seconds_by_kind(events: Iterable[Any], on_gpu: bool) -> dict[str, float]:

@@ -33,7 +33,7 @@ class Measured:
         averaged: how many of the last iterations count.
         seconds: mean, median, percentiles and extremes of a step.
         parts: mean of each part of a step; None where it has none, or where not all steps are alike.
-        kinds: of a step, by kind of operation; None where not all steps are alike.
+        kinds: of a step, by kind of operation; None where not all steps are alike, or captured.
         first_step_seconds: of the first step, in which a compiled one is compiled.
         held_bytes: memory of parameters, buffers and the batch.
         peak_bytes: the most memory in use during a step, with what is held.
