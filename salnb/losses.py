@@ -19,6 +19,8 @@ from torch import Tensor
 
 from salnb._common.checks import (
     at_least_float32,
+    check_alike,
+    check_device,
     check_labels,
     check_samples,
     check_several_classes,
@@ -144,7 +146,7 @@ def invariance_loss(
     for name, old in layers.items():
         new = new_layers[name]
         check_tensors({f"features[{name!r}]": old, f"new_features[{name!r}]": new})
-        _check_same_shape(f"new_features[{name!r}]", new, f"features[{name!r}]", old)
+        check_alike(f"new_features[{name!r}]", new, f"features[{name!r}]", old)
         new, old = at_least_float32(new), at_least_float32(old)
         apart = compare(new, old)
         if relative:
@@ -293,7 +295,7 @@ def saliency_loss(
     _check_known("normalize", "none" if normalize is None else normalize, NORMALIZATIONS)
     _check_known("distance", distance, DISTANCES)
     check_tensors({"maps": maps, "new_maps": new_maps})
-    _check_same_shape("new_maps", new_maps, "maps", maps)
+    check_alike("new_maps", new_maps, "maps", maps)
     if pool != 1:
         new_maps, _ = pool_maps(new_maps, valid, pool)
         maps, valid = pool_maps(maps, valid, pool)
@@ -334,7 +336,7 @@ def outside_loss(maps: Tensor, masks: Tensor, known: Tensor | None = None) -> Te
     tensor(4.)
     """
     _check_maps(maps, masks, "masks")
-    check_samples("known", known, len(maps))
+    check_samples("known", known, maps)
     each = at_least_float32(maps).masked_fill(masks, 0).square().sum((1, 2, 3))
     return each.mean() if known is None else (each * known).sum() / known.sum().clamp(min=1)
 
@@ -376,13 +378,7 @@ def _check_maps(maps: Tensor, valid: Tensor | None, name: str = "valid") -> None
             f"{name} must be bool of {(n, 1, *size)} or of the shape of maps {tuple(maps.shape)}, "
             f"got {tuple(valid.shape)} of {valid.dtype}"
         )
-
-
-def _check_same_shape(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
-    if tensor.shape != other.shape:
-        raise ValueError(
-            f"{name} must have the shape {tuple(other.shape)} of {other_name}, got {tuple(tensor.shape)}"
-        )
+    check_device(name, valid, "maps", maps)
 
 
 def _check_known(argument: str, given: str, allowed: frozenset[str]) -> None:

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from salnb._common.checks import (
     as_target,
     at_least_float32,
+    check_alike,
+    check_device,
     check_finite,
     check_generator,
     check_images,
@@ -118,7 +120,7 @@ def rank_correlation(maps: Tensor, others: Tensor) -> Tensor:
     -1.0
     """
     maps, others = _check_maps("maps", maps), _check_maps("others", others)
-    _check_same_shape(others, maps)
+    check_alike("others", others, "maps", maps)
     return _cosine(_centred_ranks("maps", maps), _centred_ranks("others", others))
 
 
@@ -142,7 +144,7 @@ def correlation(maps: Tensor, others: Tensor, valid: Tensor | None = None) -> Te
     """
     check_images(maps, name="maps")
     check_images(others, name="others")
-    _check_same_shape(others, maps)
+    check_alike("others", others, "maps", maps)
     if valid is None:
         valid = torch.ones_like(maps, dtype=torch.bool)
     _check_masks(valid, maps, name="valid")
@@ -252,6 +254,7 @@ def _curve(
     check_finite(images, name="images")
     if _check_maps("maps", maps).shape != (expected := (len(images), 1, *images.shape[-2:])):
         raise ValueError(f"maps must have shape {expected} for these images, got {tuple(maps.shape)}")
+    check_device("maps", maps, "images", images)
     check_finite(maps, name="maps")
     steps = check_integer("steps", steps, 1, 2**31)
     check_generator(generator)
@@ -266,7 +269,7 @@ def _curve(
         for step in range(steps + 1):
             mixed = torch.where(place * steps < step * place[0].numel(), end, start)
             logits = _logits(model, mixed)
-            check_target(target, *logits.shape)
+            check_target(target, logits)
             curve.append(class_scores(at_least_float32(logits).softmax(1), target))
     return torch.stack(curve, dim=1)
 
@@ -346,16 +349,8 @@ def _check_maps(name: str, maps: Tensor) -> Tensor:
     return at_least_float32(maps)
 
 
-def _check_same_shape(others: Tensor, maps: Tensor) -> None:
-    if maps.shape != others.shape:
-        raise ValueError(
-            f"others must have the shape of maps, {tuple(maps.shape)}, got {tuple(others.shape)}"
-        )
-
-
 def _check_masks(masks: Tensor, maps: Tensor, name: str = "masks") -> None:
     if not isinstance(masks, Tensor) or masks.dtype is not torch.bool:
         got = masks.dtype if isinstance(masks, Tensor) else type(masks).__name__
         raise TypeError(f"{name} must be a tensor of booleans, got {got}")
-    if masks.shape != maps.shape:
-        raise ValueError(f"{name} must have the shape of maps, {tuple(maps.shape)}, got {tuple(masks.shape)}")
+    check_alike(name, masks, "maps", maps)

@@ -147,7 +147,12 @@ def test_invariance_loss_of_half_precision_does_not_overflow():
         ({"a": torch.ones(2)}, {"b": torch.ones(2)}, {}, r"new_features must have the layers \['a'\]"),
         ([torch.ones(2)], [torch.ones(2)] * 2, {}, "new_features must have the layers"),
         ([torch.ones(2)], [torch.ones(2)], {"weights": [1, 2]}, "weights must have the layers"),
-        ({"a": torch.ones(2)}, {"a": torch.ones(3)}, {}, r"new_features\['a'\] must have the shape \(2,\)"),
+        (
+            {"a": torch.ones(2)},
+            {"a": torch.ones(3)},
+            {},
+            r"new_features\['a'\] must have the shape .*, \(2,\)",
+        ),
         (
             [torch.ones(2)],
             [torch.ones(2)],
@@ -377,7 +382,7 @@ ONES = torch.ones(2, 1, 3, 3)
         ((ONES, ONES), {"normalize": "maximum"}, r"normalize must be one of \['l2', 'max', .*got 'maximum'"),
         ((ONES, ONES), {"distance": "l2"}, r"distance must be one of \['cosine', 'l1', 'mse'\], got 'l2'"),
         ((ONES, ONES), {"distance": "mes"}, r"got 'mes' \(did you mean 'mse'\?\)"),
-        ((ONES, ONES[:1]), {}, r"new_maps must have the shape \(2, 1, 3, 3\) of maps, got \(1, 1, 3, 3\)"),
+        ((ONES, ONES[:1]), {}, r"new_maps must have the shape of maps, \(2, 1, 3, 3\), got \(1, 1, 3, 3\)"),
         ((ONES[0], ONES[0]), {}, r"maps must be floating-point \(N, C, H, W\), got \(1, 3, 3\)"),
         ((ONES.long(), ONES.long()), {}, r"maps must be floating-point .* of torch.int64"),
         ((ONES, ONES, ONES), {}, r"valid must be bool .*got \(2, 1, 3, 3\) of torch.float32"),

@@ -113,12 +113,32 @@ def check_tensors(given: Mapping[str, Any]) -> None:
             raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
 
 
-def check_samples(name: str, given: Any, n: int) -> None:
-    """Raise a TypeError or ValueError unless this is None, or says of n samples which count."""
+def check_samples(name: str, given: Any, maps: Tensor) -> None:
+    """Raise a TypeError or ValueError unless this is None, or says for which samples of the maps count."""
     if given is not None:
         check_tensors({name: given})
+        n = len(maps)
         if given.dtype is not torch.bool or given.shape != (n,):
             raise ValueError(f"{name} must be bool of ({n},), got {tuple(given.shape)} of {given.dtype}")
+        check_device(name, given, "maps", maps)
+
+
+def check_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    """Raise a ValueError unless both tensors are on one device."""
+    if tensor.device != other.device:
+        raise ValueError(
+            f"{name} must be on {other.device}, as {other_name} are, got {tensor.device}: "
+            f"use {name}.to({str(other.device)!r})"
+        )
+
+
+def check_alike(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    """Raise a ValueError unless both tensors have one shape, on one device."""
+    if tensor.shape != other.shape:
+        raise ValueError(
+            f"{name} must have the shape of {other_name}, {tuple(other.shape)}, got {tuple(tensor.shape)}"
+        )
+    check_device(name, tensor, other_name, other)
 
 
 def check_generator(generator: Any) -> None:
@@ -127,13 +147,14 @@ def check_generator(generator: Any) -> None:
         raise TypeError(f"generator must be a torch.Generator or None, got {generator!r}")
 
 
-def check_mask(name: str, mask: Tensor, images: Tensor) -> None:
+def check_mask(name: str, mask: Tensor, images: Tensor, other_name: str = "images") -> None:
     """Raise a TypeError or a ValueError unless this is a mask (N, 1, H, W) for such images or maps."""
     shape = (len(images), 1, *images.shape[-2:])
     if not isinstance(mask, Tensor):
         raise TypeError(f"{name} must be a tensor of booleans {shape}, got {type(mask).__name__}")
     if mask.dtype is not torch.bool or mask.shape != shape:
         raise ValueError(f"{name} must be bool of {shape}, got {tuple(mask.shape)} of {mask.dtype}")
+    check_device(name, mask, other_name, images)
 
 
 def check_finite(values: Tensor, *, name: str) -> None:
@@ -164,7 +185,8 @@ def check_no_transform() -> None:
 def as_target(target: Any, n: int) -> Any:
     """A target of n images with its integer-likes (NumPy's, tensors without dimensions) made usable.
 
-    What was made in inference mode is copied, as it can take part in no graph.
+    What was made in inference mode is copied, as it can take part in no graph. A number on the CPU goes with
+    images on any device.
     """
     if not isinstance(target, Tensor):
         # NumPy 1 takes its truth values, `bool_`, for indices
@@ -172,7 +194,9 @@ def as_target(target: Any, n: int) -> Any:
         whole = hasattr(target, "__index__") and not truth and not getattr(target, "ndim", 0)
         return operator.index(target) if whole else target
     target = target.clone() if target.is_inference() else target
-    return target.expand(n) if target.ndim == 0 and _is_integer(target) else target
+    if target.ndim or not _is_integer(target):
+        return target
+    return target.expand(n) if target.device.type != "cpu" or is_traced(target) else int(target)
 
 
 def as_labels(target: Tensor) -> Tensor:
@@ -180,15 +204,16 @@ def as_labels(target: Tensor) -> Tensor:
     return target.long() if target.dtype in (torch.uint16, torch.uint32, torch.uint64) else target
 
 
-def check_target(target: Tensor | int | None, n: int, num_classes: int) -> None:
-    """Raise unless `target` gives each of `n` images a class or class weights (this waits for the device).
+def check_target(target: Tensor | int | None, logits: Tensor) -> None:
+    """Raise unless `target` gives each row of `logits` (N, K) a class or weights (this waits for the device).
 
     The range of classes is not looked at while tracing.
 
     Raises:
         TypeError: neither None, an int, an integer tensor nor a floating-point tensor of weights.
-        ValueError: a class outside 0 … `num_classes` - 1, or a shape other than (n,) or (n, num_classes).
+        ValueError: a class outside 0 … K - 1, a shape other than (N,) or (N, K), or another device.
     """
+    n, num_classes = logits.shape
     if target is None:
         return
     if isinstance(target, bool) or not isinstance(target, int | Tensor):
@@ -203,6 +228,7 @@ def check_target(target: Tensor | int | None, n: int, num_classes: int) -> None:
         raise TypeError(f"target must hold integer classes or floating-point weights, got {target.dtype}")
     if not weights and shape != (n,):
         raise ValueError(f"target must have shape ({n},), one class per image, got {shape}")
+    check_device("target", target, "the model's logits", logits)
     if not weights and not is_traced(target):
         _check_classes(*_ends(target), num_classes)
 
@@ -270,16 +296,18 @@ def check_training_target(target: Tensor, n: int) -> None:
 
 def check_target_of_logits(target: Tensor, logits: Tensor) -> None:
     """Raise a ValueError unless `target` has labels (N,) or weights (N, K) for `logits` (N, K)."""
-    if target.shape == logits.shape or (target.shape == logits.shape[:1] and _is_integer(target)):
-        return
-    raise ValueError(
-        f"target must be integer labels (N,) or weights (N, K) for logits {tuple(logits.shape)}, "
-        f"got {tuple(target.shape)} of {target.dtype}"
-    )
+    if target.shape != logits.shape and not (target.shape == logits.shape[:1] and _is_integer(target)):
+        raise ValueError(
+            f"target must be integer labels (N,) or weights (N, K) for logits {tuple(logits.shape)}, "
+            f"got {tuple(target.shape)} of {target.dtype}"
+        )
+    check_device("target", target, "logits", logits)
 
 
 def check_labels_to_mix(target: Tensor, num_classes: int | None) -> int:
-    """K, unless `target` does not have labels (N,) or weights (N, K) to mix (this waits for the device).
+    """K, unless `target` does not have labels (N,) or weights (N, K) to mix.
+
+    Only looks at labels on a CPU: a GPU would have to be waited for.
 
     Raises:
         TypeError: labels, or `num_classes`, that are not integers.
@@ -298,7 +326,7 @@ def check_labels_to_mix(target: Tensor, num_classes: int | None) -> int:
         )
     if num_classes is None:
         raise ValueError("num_classes must be given where integer labels are mixed, got None")
-    if not is_traced(target):
+    if target.device.type == "cpu" and not is_traced(target):
         low, high = _ends(target)
         if low < 0 or high >= num_classes:
             raise ValueError(f"target must hold labels from 0 to {num_classes - 1}, got {low} to {high}")

@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 from salnb._common.checks import (
     as_labels,
     at_least_float32_dtype,
+    check_alike,
     check_generator,
     check_images,
     check_mask,
@@ -243,7 +244,7 @@ class Augmentation(nn.Module, Generic[P]):
         maps = check_images(maps, name="maps")
         params = self._checked(params, maps, "maps")
         if valid is not None:
-            check_mask("valid", valid, maps)
+            check_mask("valid", valid, maps, "maps")
         carried, valid = self._carry(maps, params, valid if valid is None else plain(valid))
         return carried, everywhere(carried) if valid is None else valid
 
@@ -270,10 +271,7 @@ class Augmentation(nn.Module, Generic[P]):
             The two maps, and `valid` `(N, 1, H, W)`: where they may be compared.
         """
         maps, new_maps = check_images(maps, name="maps"), check_images(new_maps, name="new_maps")
-        if maps.shape != new_maps.shape:
-            raise ValueError(
-                f"maps and new_maps must have one shape, got {tuple(maps.shape)} and {tuple(new_maps.shape)}"
-            )
+        check_alike("new_maps", new_maps, "maps", maps)
         if self.invertible:
             return maps, *self.inverse(new_maps, params)
         expected, valid = self.carry(maps, params)

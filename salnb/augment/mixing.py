@@ -91,11 +91,15 @@ def mix(own: Tensor, others: Tensor, weight: Tensor) -> Tensor:
 
 
 def class_weights(target: Tensor, num_classes: int | None, dtype: torch.dtype) -> Tensor:
-    """Class weights `(N, K)`: the target itself if it has them, else one-hot rows of its labels `(N,)`."""
+    """Class weights `(N, K)`: the target itself if it has them, else one-hot rows of its labels `(N,)`.
+
+    Labels that are no classes are an error; that of a GPU is its own.
+    """
     num_classes = check_labels_to_mix(target, num_classes)
     if target.ndim == 2:
         return target if target.is_floating_point() else target.to(dtype)
-    return (target[:, None] == torch.arange(num_classes, device=target.device)).to(dtype)
+    nothing = torch.zeros(len(target), num_classes, dtype=dtype, device=target.device)
+    return nothing.scatter(1, target.long()[:, None], 1.0)
 
 
 def both_targets(target: Tensor, new_target: Tensor, num_classes: int, *, check: bool = True) -> Tensor:

@@ -8,13 +8,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from salnb._common.catalog import METHODS, SCORES, check_balance, check_confidence
-from salnb._common.checks import check_mask, unknown
+from salnb._common.checks import check_device, check_mask, check_training_target, unknown
 from salnb._common.limits import check_integer, check_number
 from salnb._common.outputs import check_output
 from salnb.augment import Augmentation
 from salnb.losses import DISTANCES, FEATURE_DISTANCES, NORMALIZATIONS
 
-__all__ = ["NO_PARTS", "check_pairs", "check_state", "checked_settings", "snapshot"]
+__all__ = ["NO_PARTS", "check_batch", "check_state", "checked_settings", "snapshot"]
 
 _WEIGHTS = ("alpha", "beta", "gamma", "consistency", "confidence", "balance")
 # what is kept as it is given, also where it is a parameter or module, which it must not be part of
@@ -161,13 +161,21 @@ def check_state(state: Tensor) -> None:
         )
 
 
-def check_pairs(images: Tensor, partners: Tensor | None, masks: Tensor | None) -> None:
-    """Raise unless `partners` are like images (N, C, H, W), and `masks` are (N, 1, H, W) booleans.
+def check_batch(
+    model: nn.Module, images: Tensor, target: Tensor, partners: Tensor | None, masks: Tensor | None
+) -> None:
+    """Raise unless what comes beside the images (N, C, H, W) goes with them.
+
+    These are labels or weights, `partners` like images, and `masks`, (N, 1, H, W) booleans.
 
     Raises:
-        TypeError: not a tensor, or partners of another dtype.
-        ValueError: another shape, or masks of another dtype.
+        TypeError: not a tensor, labels that are no integers, or partners of another dtype.
+        ValueError: another shape or device, or masks of another dtype.
     """
+    check_training_target(target, len(images))
+    # a model on several devices has its logits, and wants the labels, on any of them
+    if target.device != images.device and len({p.device for p in model.parameters()}) < 2:
+        check_device("target", target, "images", images)
     if partners is not None:
         if not isinstance(partners, Tensor):
             raise TypeError(f"partners must be a tensor like images, got {type(partners).__name__}")
@@ -177,5 +185,6 @@ def check_pairs(images: Tensor, partners: Tensor | None, masks: Tensor | None) -
             )
         if partners.dtype is not images.dtype:
             raise TypeError(f"partners must have the dtype of images, {images.dtype}, got {partners.dtype}")
+        check_device("partners", partners, "images", images)
     if masks is not None:
         check_mask("masks", masks, images)

@@ -16,7 +16,6 @@ from salnb._common.checks import (
     check_images,
     check_no_transform,
     check_normalized,
-    check_training_target,
     is_channels_last,
     is_traced,
     unknown,
@@ -25,7 +24,7 @@ from salnb._common.limits import check_integer
 from salnb._common.outputs import check_model_kwargs, given_twice
 from salnb._common.warning import warn_caller
 from salnb.augment import Augmentation
-from salnb.objective.arguments import NO_PARTS, check_pairs, check_state, checked_settings, snapshot
+from salnb.objective.arguments import NO_PARTS, check_batch, check_state, checked_settings, snapshot
 from salnb.objective.balance import EVERY, Balance
 from salnb.objective.captured import CapturedStep
 from salnb.objective.class_terms import ClassTerm
@@ -258,8 +257,8 @@ class Objective(nn.Module):
         masks: Tensor | None = None,
     ) -> Losses:
         """The losses of a batch; see the class."""
-        self._check_call(images, target)
-        check_pairs(images, partners, masks)
+        self._check_call(images)
+        check_batch(self.model, images, target, partners, masks)
         check_model_kwargs(model_kwargs)
         target = as_labels(target)
         step = self.steps_done if step is None else check_integer("step", step, 0, 2**62)
@@ -382,10 +381,9 @@ class Objective(nn.Module):
             check_usable(self.model)
             self._term_settings().recorder(self.model)  # finds the layer, or says that there is none
 
-    def _check_call(self, images: Tensor, target: Tensor) -> None:
+    def _check_call(self, images: Tensor) -> None:
         self._check_settings()
         check_images(images)
-        check_training_target(target, len(images))
         if self.gamma:
             check_no_transform()
         if self.gamma and torch.is_grad_enabled():

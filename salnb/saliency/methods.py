@@ -362,7 +362,7 @@ def _map(
         if not frozen_stem:
             pixels.requires_grad_()
         logits = logits_of(model, pixels, call)
-        check_target(target, *logits.shape)
+        check_target(target, logits)
         scores = class_scores(logits, target, score)
         refusal = "create_graph=True", "leave create_graph out"
         parameters = model.parameters() if isinstance(model, nn.Module) else ()

@@ -311,7 +311,7 @@ def test_bad_images_are_refused(name):
         aug.make_params(images[0])
     with pytest.raises(ValueError, match=r"params were drawn for 6 samples, but images has 4"):
         aug.images(images[:4], params)
-    with pytest.raises(ValueError, match="maps and new_maps must have one shape"):
+    with pytest.raises(ValueError, match="new_maps must have the shape of maps"):
         aug.align(maps_like(images), maps_like(images)[..., 1:], params)
     with pytest.raises(TypeError, match=r"target must be a tensor \(N,\) or \(N, K\), got list"):
         aug.targets([0, 1, 2, 3, 4, 0], params, CLASSES)

@@ -97,9 +97,9 @@ def test_batch_norm(options, affine, shape, random, device):
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 @pytest.mark.parametrize("weighted", [True, False], ids=["weight", "no weight"])
-def test_batch_norm_gives_its_kernel_what_it_wants_on_a_gpu(weighted, training, random):
+def test_batch_norm_gives_its_kernel_what_it_wants_on_a_gpu(weighted, training, random, device):
     """That of CUDA makes sums only beside a weight, and needs the statistics of the batch, if empty ones."""
-    running = torch.randn(3).double(), torch.rand(3).double() + 0.5
+    running = torch.randn(3).double().to(device), torch.rand(3).double().to(device) + 0.5
     inputs = random(4, 3, 5, 2), random(3) if weighted else None
     with Calls() as calls, fast_double_backward():
         second_order(lambda x, w: F.batch_norm(x, *running, w, None, training), inputs)

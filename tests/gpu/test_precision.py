@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from salnb import Objective, saliency
-from salnb.augment import Rotation
+from salnb.augment import AUGMENTATIONS, Rotation
 from salnb.objective.precision import tf32
 from tests.helpers.methods import cheap
 from tests.helpers.networks import conv_bn
@@ -138,10 +138,11 @@ def test_a_step_compiled_by_inductor(step, cuda):
         assert_agrees(gradient, step.exact[1], GRADIENT_FROM_FLOAT64)
 
 
-def test_a_step_waits_for_nothing(step, cuda):
+@pytest.mark.parametrize("name", AUGMENTATIONS)
+def test_a_step_waits_for_nothing(name, step, cuda):
     """From the second one on, the host only hands out work."""
     objective, x, _ = step.on(cuda)
-    objective.augmentation = Rotation(20)
+    objective.augmentation = AUGMENTATIONS[name]()
     target, generator = TARGET.to(cuda), torch.Generator(cuda).manual_seed(0)
     objective(x, target, generator).total.backward()
     torch.cuda.set_sync_debug_mode("error")
