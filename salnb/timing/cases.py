@@ -46,6 +46,8 @@ class Case:
         plain: with the second derivatives that PyTorch has, instead of those of `salnb.double_backward`.
         originals_only: a baseline whose batch lacks the augmented images.
         captured: `Objective.compile(mode="cuda-graphs")`, or the baseline's network as CUDA graphs.
+        fused: an eager step with the fused kernels of batch norm's derivatives, which a captured one has
+            anyway.
     """
 
     network: str
@@ -60,11 +62,12 @@ class Case:
     plain: bool = False
     originals_only: bool = False
     captured: bool = False
+    fused: bool = False
 
     @property
     def baseline(self) -> "Case":
         """The step that this one is compared with."""
-        return replace(self, method=None, every=1, samples=0, plain=False, originals_only=False)
+        return replace(self, method=None, every=1, samples=0, plain=False, originals_only=False, fused=False)
 
     @property
     def mode(self) -> str:
@@ -84,6 +87,7 @@ class Case:
         words += [self.method.replace("_", " ") if self.method else "baseline"]
         words += [f"every {self.every}"] * (self.every > 1)
         words += ["plain PyTorch"] * self.plain + ["originals only"] * self.originals_only
+        words += ["fused"] * self.fused
         return ", ".join(words)
 
     @property
@@ -214,6 +218,7 @@ def _gpu_cases(settings: Settings) -> Iterator[Case]:
     yield from _each(first, precision=("32", "bf16", "tf32"), network=networks)
     for case in (first, fast):
         yield from _beside(case)
+        yield replace(case, fused=True)
     yield from _each(fast, every=(1, 4, 16))
     yield replace(fast, channels_last=True)
     for case in (fast, replace(first, precision="tf32")):

@@ -1,5 +1,6 @@
 """Which rows need not be tried: what the device lacks, what was too large before, what takes too long."""
 
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -52,11 +53,11 @@ def guaranteed(case: Case, before: Sequence[Row], left: float) -> bool:
 
 
 def _paired(before: Sequence[Row]) -> bool:
-    return any(row.measured and row.case.method and not row.case.plain for row in before)
+    return any(row.measured and row.case.method and not _beside(row.case) for row in before)
 
 
 def _beside(case: Case) -> bool:
-    return case.plain or case.originals_only
+    return case.plain or case.originals_only or case.fused
 
 
 def expected_seconds(case: Case, iterations: int, before: Sequence[Row]) -> float:
@@ -75,8 +76,10 @@ def expected_seconds(case: Case, iterations: int, before: Sequence[Row]) -> floa
 
 def lacking(case: Case, device: torch.device) -> str:
     """What the device lacks for a row; empty where nothing."""
-    if case.captured and device.type != "cuda":
-        return "CUDA graphs are for NVIDIA's GPUs"
+    if device.type != "cuda" and (case.captured or case.fused):
+        return f"{'CUDA graphs' if case.captured else 'fused kernels'} are for NVIDIA's GPUs"
+    if case.fused and importlib.util.find_spec("triton") is None:
+        return "fused kernels need Triton"
     if device.type != "cuda":
         return "TF32 is for NVIDIA's GPUs" if case.precision == "tf32" else ""
     capability = torch.cuda.get_device_capability(device)

@@ -38,8 +38,9 @@ def check_profile(record: Any) -> dict[str, Any]:
 
     A record has `provenance`, `protocol`, `lacks` (what it does not hold, and why), and `rows`: the fields of
     a `salnb.timing.Case`, the median of a step, what the host took to start it, the first step, the sum of
-    its kernels (all in seconds), the peak of memory in bytes, the number of launches, and `kernels`, the
-    dearest first, each as name, seconds and launches.
+    its kernels (all in seconds), the peak of memory in bytes (null for a captured one, if it was not seen
+    while that was captured), the number of launches, and `kernels`, the dearest first, each as name, seconds
+    and launches.
     """
     _expect(isinstance(record, dict) and record.get("schema") == PROFILE_SCHEMA, f"schema {PROFILE_SCHEMA!r}")
     for name in ("provenance", "protocol", "lacks"):
@@ -58,7 +59,8 @@ def check_profile(record: Any) -> dict[str, Any]:
     _expect(cases and len(set(cases)) == len(cases), "rows, each of a case of its own")
     for case, row in zip(cases, record["rows"], strict=True):
         _expect(case.baseline in cases, f"the baseline of {case.label}")
-        for name in _SECONDS + _COUNTS:
+        unseen = ["peak_bytes"] if case.captured and row.get("peak_bytes", 0) is None else []
+        for name in sorted({*_SECONDS, *_COUNTS}.difference(unseen)):
             kind = float if name in _SECONDS else int
             _expect(type(row.get(name)) is kind and 0 < row[name] < math.inf, f"{name} of {case.label}")
         kernels = row.get("kernels")
@@ -87,7 +89,9 @@ def profile_table(record: Mapping[str, Any]) -> str:
     for case, row in rows.items():
         if case.method is not None:
             base = rows[case.baseline]
-            kind = " ".join([case.arithmetic, case.mode] + ["channels_last"] * case.channels_last)
+            words = [case.arithmetic, case.mode, *["fused"] * case.fused]
+            kind = " ".join(words + ["channels_last"] * case.channels_last)
+            memory = [each["peak_bytes"] for each in (row, base)]
             cells.append(
                 [
                     f"{case.network}, {kind}",
@@ -95,7 +99,7 @@ def profile_table(record: Mapping[str, Any]) -> str:
                     f"{row['median_seconds'] / base['median_seconds']:.2f}",
                     *(f"{1000 * each['kernel_seconds']:.1f}" for each in (base, row)),
                     *(str(each["launches"]) for each in (base, row)),
-                    f"{row['peak_bytes'] / base['peak_bytes']:.2f}",
+                    "–" if None in memory else f"{memory[0] / memory[1]:.2f}",
                 ]
             )
     header = ["step", "base ms", "saliency ms", "ratio"]

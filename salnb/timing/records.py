@@ -144,13 +144,19 @@ def read_timing(path: str | Path) -> dict[str, Any]:
     if isinstance(record.get("rows"), list):
         if record.get("schema") == _BEFORE_BYTES:
             record |= {"schema": SCHEMA, "rows": [_with_bytes(row) for row in record["rows"]]}
-        for row in record["rows"]:
-            if isinstance(row, dict):
-                row.setdefault("captured", False)  # there was no such mode before
+        record["rows"] = [_with_modes(row) for row in record["rows"]]
     try:
         return check_record(record)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def _with_modes(row: Any) -> Any:
+    """A row of before there were captured and fused steps in the form of today's."""
+    if not isinstance(row, dict):
+        return row
+    known = {name: row[name] for name in _CASE if name in row}
+    return known | dict.fromkeys(("captured", "fused"), False) | row
 
 
 def _with_bytes(row: Any) -> Any:

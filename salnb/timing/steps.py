@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from salnb import models
 from salnb.augment import AUGMENTATIONS, Augmentation
+from salnb.double_backward import fused
 from salnb.double_backward.mode import second_derivatives_of_pytorch
 from salnb.objective import Objective
 from salnb.objective.precision import tf32
@@ -164,7 +165,8 @@ class SaliencyStep(TimedStep):
 
     def loss(self) -> Tensor:
         """The objective."""
-        with second_derivatives_of_pytorch() if self.case.plain else nullcontext():
+        plain = second_derivatives_of_pytorch() if self.case.plain else nullcontext()
+        with plain, fused.preferred(self.device) if self.case.fused else nullcontext():
             return self.objective(self.images, self.target).total
 
 

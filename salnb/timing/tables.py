@@ -119,7 +119,8 @@ def rows_of(record: Record, **wanted: Any) -> list[TimingRow]:
 
 
 def _matching(record: Record, **wanted: Any) -> list[TimingRow]:
-    wanted = {"captured": False, "channels_last": False, "plain": False, "originals_only": False} | wanted
+    others = ("captured", "channels_last", "plain", "originals_only", "fused")
+    wanted = dict.fromkeys(others, False) | wanted
     return [row for row in record["rows"] if wanted.items() <= row.items()]
 
 
@@ -230,6 +231,7 @@ _BESIDE: dict[str, dict[str, Any]] = {
     "baseline": {"method": None},
     "with saliency": {"method": METHOD},
     "with saliency, plain PyTorch": {"method": METHOD, "plain": True},
+    "with saliency, fused": {"method": METHOD, "fused": True},
 }
 
 

@@ -52,7 +52,9 @@ def count_bytes(case: Case) -> dict[str, int]:
 
 def _per_step(case: Case) -> Counter[str]:
     precision = "32" if case.precision == "tf32" else case.precision
-    usual = replace(case, every=1, precision=precision, compiled=False, captured=False, channels_last=False)
+    usual = replace(
+        case, every=1, precision=precision, compiled=False, captured=False, channels_last=False, fused=False
+    )
     each_once = replace(usual, samples=min(case.samples, 1))
     base, each = _count(each_once.baseline), _count(each_once)
     if case.samples > 1:  # every further noisy copy takes as much again

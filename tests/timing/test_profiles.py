@@ -52,6 +52,21 @@ def test_a_damaged_file_is_named(tmp_path):
         read_profile(path)
 
 
+def test_the_memory_of_a_captured_step_may_be_unknown_and_of_no_other():
+    captured = read_profile(published() / "profile-nvidia-h100-captured.json")
+    unknown = [row for row in captured["rows"] if row["peak_bytes"] is None]
+    assert unknown
+    assert all(row["captured"] for row in unknown)
+    lines = profile_table(captured).splitlines()
+    assert "| resnet50, bf16 captured | 29.8 | 49.3 | 1.66 | 29.6 | 48.6 | 998 | 2448 | – |" in lines
+    assert "| resnet50, bf16 eager fused | 30.7 | 157.3 | 5.12 | 29.5 | 49.4 | 996 | 2114 | 1.92 |" in lines
+    with pytest.raises(ValueError, match="peak_bytes of resnet50, bf16, eager"):
+        check_profile(changed(lambda record: record["rows"][0].update(peak_bytes=None)))
+    captured["rows"][0].pop("peak_bytes")
+    with pytest.raises(ValueError, match="peak_bytes of"):
+        check_profile(captured)
+
+
 def test_the_table_has_each_step_beside_its_baseline():
     lines = profile_table(RECORD).splitlines()
     assert len(lines) == 2 + len(RECORD["rows"]) // 2

@@ -163,6 +163,7 @@ def test_the_plan_of_a_gpu_holds_every_question():
         captured = {c.network for c in cases if c.captured and c.precision == precision}
         assert captured >= set(TABLE_4), precision
     assert not [case for case in cases if case.captured and case.compiled]
+    assert {case.precision for case in cases if case.fused} == {"32", "bf16"}
     assert {case.network for case in cases if case.channels_last and case.compiled} == networks
     assert {case.every for case in cases} == {1, 4, 16}
     assert {case.batch for case in cases} == {8, 16, 32, 64, 128, 256}
@@ -343,6 +344,16 @@ def test_what_a_gpu_lacks_is_not_available(monkeypatch, precision, capability, l
     status, reason = foresight.foreseen(case, torch.device("cuda"), 200, 100.0, [])
     assert status == ("not available" if lacking else None)
     assert reason.startswith(lacking)
+
+
+def test_fused_kernels_take_a_gpu_and_triton(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    case, found = Case("resnet18", fused=True), []
+    monkeypatch.setattr(foresight.importlib.util, "find_spec", lambda name: found and object())
+    assert foresight.lacking(case, torch.device("cpu")) == "fused kernels are for NVIDIA's GPUs"
+    assert foresight.lacking(case, torch.device("cuda")) == "fused kernels need Triton"
+    found.append("triton")
+    assert foresight.lacking(case, torch.device("cuda")) == ""
 
 
 def test_a_device_that_is_not_there_is_refused():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -92,6 +93,17 @@ def test_a_captured_step_is_the_objectives_own(monkeypatch):
     assert called == [("model", 1, False), "cuda-graphs"]
     assert case.label.startswith("small, bf16, captured")
     assert case.baseline.captured
+
+
+def test_a_fused_step_prefers_the_kernels_and_its_baseline_has_none(monkeypatch):
+    asked = []
+    monkeypatch.setattr(steps.fused, "preferred", lambda device: asked.append(device) or nullcontext())
+    case = Case("small", fused=True, batch=2, size=16)
+    for each in (case, case.baseline, dataclasses.replace(case, fused=False)):
+        steps.step_of(each, torch.device("cpu"))()
+    assert asked == [torch.device("cpu")]
+    assert case.label.endswith("fused")
+    assert case.baseline == Case("small", None, batch=2, size=16)
 
 
 def test_the_images_were_augmented_beforehand(monkeypatch):
