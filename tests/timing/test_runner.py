@@ -349,7 +349,7 @@ def test_what_a_gpu_lacks_is_not_available(monkeypatch, precision, capability, l
 def test_fused_kernels_take_a_gpu_and_triton(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     case, found = Case("resnet18", fused=True), []
-    monkeypatch.setattr(foresight.importlib.util, "find_spec", lambda name: found and object())
+    monkeypatch.setattr(foresight.importlib.util, "find_spec", lambda name: object() if found else None)
     assert foresight.lacking(case, torch.device("cpu")) == "fused kernels are for NVIDIA's GPUs"
     assert foresight.lacking(case, torch.device("cuda")) == "fused kernels need Triton"
     found.append("triton")
