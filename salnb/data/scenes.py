@@ -107,8 +107,8 @@ def digit_scenes(
         seed: of everything that is drawn; the same seed gives the same pixels.
         name: "digit-scenes", "digit-scenes-shifted", whose test photographs are of another kind than
             those for training (`PHOTOGRAPHS` lists them), or "digit-scenes-shortcut".
-        test_scenes: of the test, in thousands: its 1,000 digits appear in several scenes each, of which the
-            first thousand are drawn anew with each number.
+        test_scenes: of the test, a multiple of 1,000: its 1,000 digits appear in several scenes each, of
+            which the first thousand are drawn anew with each number.
 
     Returns:
         The three splits, as uint8 `salnb.data.Arrays`; `masks` (N, 1, size, size) are true where the

@@ -61,7 +61,7 @@ class Config:
     skip_unreadable: bool = setting(False, "go on without the images of the folder that cannot be read")
     size: int = setting(32, "height and width of the images, in pixels", least=1)
     train_images: int | None = setting(None, "use only so many training images", least=1)
-    test_scenes: int = setting(1000, "scenes of the test of digit scenes, in thousands", least=1000)
+    test_scenes: int = setting(1000, "scenes in the test of digit scenes, a multiple of 1000", least=1000)
     model: str = setting("small", "network: " + ", ".join([*catalog.NETWORKS, "timm:NAME"]))
     weights: str | None = setting(None, "to begin with: DEFAULT, a file or a finished run; by default drawn")
     freeze: tuple[str, ...] = setting((), "modules of the network whose parameters stay as they are")
@@ -163,8 +163,8 @@ class Config:
             )
         if self.test_scenes % 1000 or (self.test_scenes != 1000 and source.sizes is None):
             raise ValueError(
-                f"test_scenes must be in thousands, and are for digit scenes only, got {self.test_scenes} "
-                f"with {self.data}"
+                "test_scenes must be a multiple of 1000, and are for digit scenes only, "
+                f"got {self.test_scenes} with {self.data}"
             )
         least = catalog.AUGMENTATIONS[self.augmentation]
         if self.batch_size < least:

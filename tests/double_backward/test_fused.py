@@ -18,7 +18,7 @@ from tests.helpers.networks import Residual
 from tests.helpers.tolerances import assert_close
 
 # what is normalised
-KINDS = ("images", "images channels_last", "vectors")
+KINDS = ("images", "images channels_last", "vectors", "sequences", "volumes")
 
 
 @pytest.fixture

@@ -53,9 +53,12 @@ def main(kind, layout="contiguous_format"):
     """Compare all cases of a kind; gives how many there are."""
     torch.manual_seed(0)
     # the smallest with more than one part, and more than one block of channels
-    shape = {"vectors": (45, 34), "contiguous_format": (3, 2, 21, 17), "channels_last": (2, 34, 7, 5)}[
-        "vectors" if kind == "vectors" else layout
-    ]
+    shape = {
+        "images": (2, 34, 7, 5) if layout == "channels_last" else (3, 2, 21, 17),
+        "vectors": (45, 34),
+        "sequences": (5, 2, 300),
+        "volumes": (2, 2, 5, 11, 13),
+    }[kind]
     cases = [(dtype, both, both) for dtype, both in itertools.product(TOLERANCE, (True, False))]
     for case in cases:
         compare(shape, getattr(torch, layout), *case)
