@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 
 from salnb.double_backward import fused
 from salnb.objective.compiled import CompiledStep, Graph, TracedStep
+from salnb.objective.gradients_read import refuse_reading_gradients
 from salnb.objective.randomness import refuse_seeding
 
 __all__ = ["CapturedStep"]
@@ -94,7 +95,7 @@ class CapturedStep(CompiledStep):
 def _run(step: TracedStep, given: tuple) -> tuple[list, list]:
     """The step on parameters that lie where the model's do, but have no hooks: these run in the backward."""
     parameters = {name: p.detach().requires_grad_(p.requires_grad) for name, p in step.named_parameters()}
-    with refuse_seeding():
+    with refuse_seeding(), refuse_reading_gradients():
         return torch.func.functional_call(step, parameters, given)
 
 

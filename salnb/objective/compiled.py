@@ -29,6 +29,7 @@ from salnb._common.checks import at_least_float32_dtype, check_labels
 from salnb._common.warning import warn_caller
 from salnb.double_backward.foreign import has_foreign_functions
 from salnb.double_backward.recomputation import stored_instead
+from salnb.objective.gradients_read import refuse_reading_gradients
 from salnb.objective.graph_key import changes, graph_key, refuse_what_a_graph_forgets
 from salnb.objective.precision import autocast_dtype, full_precision
 from salnb.objective.randomness import refuse_seeding
@@ -208,7 +209,7 @@ class TracedStep(nn.ModuleDict):
             else tensor.clone()
             for name, tensor in zip([*parameters, *buffers], rest, strict=True)
         }
-        with refuse_seeding():
+        with refuse_seeding(), refuse_reading_gradients():
             values, gradients = torch.func.functional_call(self, state, (weights, given))
         if changed := [n for n, p in parameters.items() if state[n].requires_grad is not p.requires_grad]:
             raise RuntimeError(

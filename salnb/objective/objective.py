@@ -231,10 +231,10 @@ class Objective(nn.Module):
         A checkpointed segment is stored; the compiler decides what is recomputed.
 
         Refused with a `RuntimeError` are models (and augmentations) that a graph would not repeat: those
-        that look at values, change their own attributes, draw random numbers from Python, NumPy or an own
-        generator, or seed PyTorch's. What a model takes from global variables, files, clocks or `.grad` is
-        not noticed, nor what is written by `.data`, nor what changes in one of many objects deep within
-        others.
+        that look at values or at a `.grad`, change their own attributes, draw random numbers from Python,
+        NumPy or an own generator, or seed PyTorch's. What a model takes from global variables, files or
+        clocks is not noticed, nor what is written by `.data`, nor what changes in one of many objects deep
+        within others.
 
         Nothing is gained on a CPU. Below torch 2.9 Inductor is refused there: it writes beyond its buffers.
         A graph has the memory format of model and images: convolutions in half precision want channels_last.

@@ -240,3 +240,14 @@ def test_python_must_not_draw(played):
     _, captured = pair(Lucky(192, 4).double())
     with pytest.raises(RuntimeError, match="draws its random numbers with PyTorch"):
         captured(images(), TARGET)
+
+
+@pytest.mark.usefixtures("played")
+def test_grad_must_not_be_read():
+    class Reading(nn.Linear):
+        def forward(self, x):
+            return super().forward(x.flatten(1)) * (1 if self.weight.grad is None else 2)
+
+    _, captured = pair(Reading(192, 4).double())
+    with pytest.raises(RuntimeError, match=r"does not read \.grad"):
+        captured(images(), TARGET)

@@ -184,3 +184,39 @@ def test_an_objective_of_a_model_that_takes_a_gradient(before, compiled):
         totals.append([losses.total, *(p.grad for p in net.parameters())])
     for a, b in zip(*totals, strict=True):
         assert_close(a, b)
+
+
+def reads_one(net, x):
+    return x if net.first.weight.grad is None else 2 * x
+
+
+def reads_all(net, x):
+    return x * (1 + sum(getattr(p, "grad", None) is not None for p in net.parameters()))
+
+
+def leaves_it_to_pytorch(net, x):
+    net.zero_grad()
+    return x
+
+
+@pytest.mark.parametrize("before", [reads_one, reads_all])
+def test_a_compiled_step_of_a_model_that_reads_grad_is_refused(before):
+    """It is None as a step is traced, and would be for ever."""
+    objective = Objective(Network(before).double(), HorizontalFlip())
+    objective(batch(), torch.arange(2)).total.backward()
+    objective.compile(backend="eager")
+    with pytest.raises(
+        RuntimeError, match=r"does not read \.grad, .*\(tests\.saliency\.test_own_gradients\)"
+    ):
+        objective(batch(), torch.arange(2))
+
+
+@pytest.mark.parametrize(
+    "before", [leaves_it_to_pytorch, lambda net, x: x if (2 * x).grad is None else 0 * x]
+)
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_a_compiled_step_of_a_model_that_reads_no_parameters_grad_is_not(before):
+    objective = Objective(Network(before).double(), HorizontalFlip())
+    objective.compile(backend="eager")
+    objective(batch(), torch.arange(2)).total.backward()
+    assert all(p.grad.abs().max() > 0 for p in objective.parameters())
