@@ -95,7 +95,7 @@ class CapturedStep(CompiledStep):
 def _run(step: TracedStep, given: tuple) -> tuple[list, list]:
     """The step on parameters that lie where the model's do, but have no hooks: these run in the backward."""
     parameters = {name: p.detach().requires_grad_(p.requires_grad) for name, p in step.named_parameters()}
-    with refuse_seeding(), refuse_reading_gradients():
+    with refuse_seeding(), refuse_reading_gradients(parameters.values()):
         return torch.func.functional_call(step, parameters, given)
 
 

@@ -209,7 +209,7 @@ class TracedStep(nn.ModuleDict):
             else tensor.clone()
             for name, tensor in zip([*parameters, *buffers], rest, strict=True)
         }
-        with refuse_seeding(), refuse_reading_gradients():
+        with refuse_seeding(), refuse_reading_gradients(state.values()):
             values, gradients = torch.func.functional_call(self, state, (weights, given))
         if changed := [n for n, p in parameters.items() if state[n].requires_grad is not p.requires_grad]:
             raise RuntimeError(

@@ -1,10 +1,11 @@
 """What a model reads of its parameters' `.grad` as a step is traced: a graph would not read it again."""
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from torch import Tensor
 from torch._C import TensorBase
 from torch.overrides import TorchFunctionMode
 
@@ -15,10 +16,14 @@ _OTHERS = ("salnb", "torch")  # which look at it and put it back, or set it to N
 
 
 class _Refusing(TorchFunctionMode):
+    def __init__(self, parameters: Iterable[Tensor]):
+        super().__init__()
+        self.parameters = {id(parameter) for parameter in parameters}
+
     def __torch_function__(
         self, func: Callable, types: Sequence[type], args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        of_parameter = func == _READING and args[0].is_leaf and args[0].requires_grad
+        of_parameter = func == _READING and id(args[0]) in self.parameters
         if of_parameter and (reader := _caller()).partition(".")[0] not in _OTHERS:
             raise RuntimeError(
                 "compile() needs a model that does not read .grad, which a graph would not do again, but "
@@ -36,7 +41,7 @@ def _caller() -> str:
 
 
 @contextmanager
-def refuse_reading_gradients() -> Iterator[None]:
-    """Raise a RuntimeError where code other than PyTorch's reads the `.grad` of a parameter inside."""
-    with _Refusing():
+def refuse_reading_gradients(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Raise a RuntimeError where code other than PyTorch's reads the `.grad` of one of these inside."""
+    with _Refusing(parameters):
         yield
