@@ -46,7 +46,8 @@ def use_fused_batch_norm(enabled: bool | None = True) -> None:
     """Switch the fused kernels of batch norm's derivatives on or off: experimental.
 
     By default, captured steps (`Objective.compile(mode="cuda-graphs")`) use them where they can, and no
-    others. They are for NVIDIA GPUs and need Triton, which PyTorch brings along on Linux. A forward pass of
+    others. They are for NVIDIA GPUs (compute capability 8.0, where nobody asks for them) and need Triton,
+    which PyTorch brings along on Linux. A forward pass of
     `Objective` (or inside `fast_double_backward`) that begins with the switch on takes its derivatives by
     them, in train and eval mode, contiguous or channels_last, in any floating-point dtype; sums are in
     float32 at least. On other devices, in graphs of Inductor, and where a map is a gradient with respect to
@@ -84,8 +85,11 @@ def preferred(device: torch.device) -> Iterator[None]:
 
 @functools.cache
 def _runs_on(device: torch.device) -> bool:
-    """Whether a kernel can be compiled and started there: that takes Triton, and Triton a C compiler."""
-    if importlib.util.find_spec("triton") is None:
+    """Whether a kernel can be compiled and started there: that takes Triton, and Triton a C compiler.
+
+    Triton promises GPUs from compute capability 8.0 on; older ones lack bfloat16.
+    """
+    if importlib.util.find_spec("triton") is None or torch.cuda.get_device_capability(device) < (8, 0):
         return False
     x, ones = torch.rand(2, 1, 2, 2, device=device), torch.ones(1, device=device)
     try:

@@ -101,11 +101,13 @@ def test_off_unless_asked_for_and_on_a_cpu_always(monkeypatch):
 
 
 @pytest.fixture
-def never_tried():
+def never_tried(monkeypatch):
     """No device was found to run the kernels, or not, so far."""
-    fused._runs_on.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    cached = fused._runs_on
+    cached.cache_clear()
     yield torch.device("cuda")
-    fused._runs_on.cache_clear()
+    cached.cache_clear()
 
 
 def test_preferred_where_a_gpu_runs_them(never_tried, monkeypatch):
@@ -138,10 +140,22 @@ def test_preferred_but_not_to_be_had(never_tried, monkeypatch):
             assert not fused.applies(OnCuda())
     with fused.preferred(never_tried):
         assert not fused.applies(OnCuda())
-    fused._runs_on.cache_clear()
-    monkeypatch.setattr(fused.importlib.util, "find_spec", lambda name: None)
-    with fused.preferred(never_tried):
-        assert not fused.applies(OnCuda())
+
+
+def test_preferred_where_nobody_need_try(never_tried, monkeypatch):
+    def fail(*args):
+        raise AssertionError("it was tried")
+
+    monkeypatch.setattr(fused, "warn_caller", fail)
+    for home, name, found in (
+        (torch.cuda, "get_device_capability", (7, 5)),
+        (fused.importlib.util, "find_spec", None),
+    ):
+        monkeypatch.setattr(home, name, lambda which, found=found: found)
+        with fused.preferred(never_tried):
+            assert not fused.applies(OnCuda())
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+        fused._runs_on.cache_clear()
 
 
 def test_what_is_traced_keeps_the_closed_form(monkeypatch):
