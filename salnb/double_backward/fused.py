@@ -49,9 +49,9 @@ def use_fused_batch_norm(enabled: bool | None = True) -> None:
     others. They are for NVIDIA GPUs, by default of compute capability 8.0 or more, and need Triton, which
     PyTorch brings along on Linux. A forward pass of `Objective` (or inside `fast_double_backward`) that
     begins with the switch on takes its derivatives by them, in train and eval mode, contiguous or
-    channels_last, in any floating-point dtype; sums are in float32 at least. On other devices, in graphs of Inductor, and where a map is a gradient with respect to
-    something else than the images, nothing changes. Results agree with those of PyTorch's operators up to
-    rounding.
+    channels_last, in any floating-point dtype; sums are in float32 at least. On other devices, in graphs of
+    Inductor, and where a map is a gradient with respect to something else than the images, nothing changes.
+    Results agree with those of PyTorch's operators up to rounding.
 
     Args:
         enabled: whether they are used from now on, in all threads; None is the default.
