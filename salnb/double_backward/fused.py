@@ -90,9 +90,10 @@ def _runs_on(device: torch.device) -> bool:
     """
     if importlib.util.find_spec("triton") is None or torch.cuda.get_device_capability(device) < (8, 0):
         return False
-    x, ones = torch.rand(2, 1, 2, 2, device=device), torch.ones(1, device=device)
     try:
-        kernels.first_gradients(x, x, None, ones, ones, True, 0.0)
+        with torch.cuda.device(device):  # where Triton starts what it is given
+            x, ones = torch.ones(2, 1, 2, 2, device=device), torch.ones(1, device=device)
+            kernels.first_gradients(x, x, None, ones, ones, True, 0.0)
     except Exception as error:
         warn_caller(
             f"batch norm's fused kernels cannot be used ({type(error).__name__}: {error}); steps take "
