@@ -11,16 +11,15 @@ Memory is the most that tensors hold at one time during a step, gradients includ
 """
 
 import argparse
-import dataclasses
 import statistics
+from dataclasses import replace
 
 import torch
 
 from benchmarks._ratio import durations, print_table
-from salnb.double_backward import use_fused_batch_norm
 from salnb.timing import Case
 from salnb.timing.profiler import StepProfile
-from salnb.timing.steps import SaliencyStep, TimedStep, arithmetic, step_of
+from salnb.timing.steps import TimedStep, arithmetic, step_of
 
 # originals in a batch and their side: what two cores do in seconds
 CPU_SIZES = {"resnet18": (16, 112), "resnet50": (16, 64), "vgg16_bn": (8, 64), "densenet121": (16, 64)}
@@ -29,27 +28,12 @@ GPU_SIZE = (32, 224)
 
 def steps_of(case: Case, device: torch.device, *, compiled: bool) -> dict[str, TimedStep]:
     """One step of each kind, on models of their own."""
-
-    class Fused(SaliencyStep):
-        def __call__(self) -> None:
-            use_fused_batch_norm()
-            try:
-                super().__call__()
-            finally:
-                use_fused_batch_norm(False)
-
-    steps = {
-        "baseline": step_of(case.baseline, device),
-        "plain": step_of(dataclasses.replace(case, plain=True), device),
-        "eager": step_of(case, device),
-    }
+    cases = {"baseline": case.baseline, "plain": replace(case, plain=True), "eager": case}
     if device.type == "cuda":
-        steps["fused"] = Fused(case, device)
-        steps["captured"] = captured = SaliencyStep(case, device)
-        captured.objective.compile(mode="cuda-graphs")
+        cases |= {"fused": replace(case, fused=True), "captured": replace(case, captured=True)}
     if compiled:
-        steps["compiled"] = step_of(dataclasses.replace(case, compiled=True), device)
-    return steps
+        cases["compiled"] = replace(case, compiled=True)
+    return {name: step_of(each, device) for name, each in cases.items()}
 
 
 def main() -> None:
