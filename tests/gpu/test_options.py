@@ -67,8 +67,7 @@ def step(objective, x, given):
     return torch.cat([losses.total.detach()[None], *gradients])
 
 
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("mode", ["eager", "captured"])
+@pytest.mark.parametrize(("mode", "training"), [("eager", True), ("eager", False), ("captured", True)])
 @pytest.mark.parametrize("name", OPTIONS)
 def test_an_option(name, mode, training, device):
     if mode == "captured" and device.type != "cuda":
