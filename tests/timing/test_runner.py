@@ -151,6 +151,10 @@ def test_the_table_of_the_paper_comes_first_and_as_it_is_in_the_paper():
         assert (case.precision, case.compiled, case.channels_last) == ("32", False, False)
         assert (case.batch, case.size, case.every) == (32, 224, 1)
     assert Settings().on("cuda").iterations == 200
+    # then the fastest steps, each behind the eager one
+    assert [(case.precision, case.captured, case.method) for case in cases[10:14]] == [
+        ("bf16", captured, method) for captured in (False, True) for method in (None, "vanilla_gradient")
+    ]
 
 
 def test_the_plan_of_a_gpu_holds_every_question():
