@@ -340,6 +340,7 @@ def test_half_area_of_special_maps():
     point, flat = torch.zeros(1, 1, 4, 4), torch.full((1, 1, 4, 4), 0.1)
     point[0, 0, 2, 1] = 7.0
     assert trust.half_area(torch.cat([point, flat, 0 * flat])).tolist() == [1 / 16, 0.5, 0.5]
+    assert trust.half_area(flat[..., :1, :1]).tolist() == [1.0]
     with pytest.raises(ValueError, match="maps must not be negative"):
         trust.half_area(-flat)
 

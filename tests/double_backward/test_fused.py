@@ -236,6 +236,41 @@ def test_a_kernel_is_started_again_as_it_was_started_first(monkeypatch):
         assert first[1] == again[1]
         for a, b in zip(first[2], again[2], strict=True):
             assert (a.shape, a.dtype) == (b.shape, b.dtype) if isinstance(a, torch.Tensor) else a == b
+    for index, switches in ((1, (False, False, False)), (3, (True, True, False))):
+        # whether there is a weight, and what is added to either gradient
+        assert started[index][2][-7:-4] == switches
+
+
+@pytest.mark.parametrize(
+    ("version", "interpret", "can"),
+    [("3.6.0", False, True), ("3.10.1", False, True), ("3.5.9", False, False), ("3.6.0", True, False)],
+)
+def test_who_can_start_a_kernel_again(monkeypatch, version, interpret, can):
+    triton = pytest.importorskip("triton", minversion="3.4", reason="the kernels are written in Triton")
+    monkeypatch.setattr(triton, "__version__", version)
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", interpret)
+    kernels._can_be_started_again.cache_clear()
+    try:
+        assert kernels._can_be_started_again() is can
+    finally:
+        kernels._can_be_started_again.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("x", "last"),
+    [
+        (torch.ones(2, 3, 4, 4), False),
+        (torch.ones(2, 3, 4, 4).contiguous(memory_format=torch.channels_last), True),
+        (torch.ones(2, 3, 4, 4, 2)[..., 0], False),
+        (torch.ones(2, 3), True),
+        (torch.ones(2, 3, 4), False),
+    ],
+    ids=["contiguous", "channels_last", "with gaps", "vectors", "sequences"],
+)
+def test_the_layout_of_a_plan(x, last):
+    plan = kernels._plan_for(x, True, 1e-5)
+    assert plan.block[2] == (32 if last else 1)  # channels of a tile
+    assert plan.format == (torch.channels_last if last and x.ndim == 4 else torch.contiguous_format)
 
 
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")  # Triton's own
