@@ -58,3 +58,10 @@ def test_shuffled_pairs_are_of_different_images_where_both_are_valid(n):
         assert torch.equal(both[i], valid[i] & valid[i - 1])
     with pytest.raises(ValueError, match="two images at least, got 1"):
         with_other_images(maps[:1], maps[:1], valid[:1])
+
+
+def test_images_that_differ_by_rounding_only_are_no_measure():
+    """Relative to them a distance is small, and positive."""
+    old = [torch.ones(2, 3)]
+    loss = invariance_loss(old, [old[0] + 1e-4], relative=True)
+    assert 0 < loss < 0.02

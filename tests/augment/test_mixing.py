@@ -375,3 +375,10 @@ def test_depth_and_weights():
     assert_close(params.chain_weight.sum(-1), torch.ones(400))
     assert 0.1 <= params.level.abs().min() < params.level.abs().max() <= 3
     assert augment.AugMix(depth=2).make_params(images).operation.min() >= 0
+
+
+def test_targets_of_both_halves_are_checked_unless_they_may_be_no_classes():
+    labels, mixed = torch.tensor([0, 9]), torch.tensor([0, 1])
+    with pytest.raises(ValueError, match="target must lie in 0 … 3, got 9"):
+        mixing.both_targets(labels, mixed, 4)
+    assert mixing.both_targets(labels, mixed, 4, check=False).tolist() == [0, 9, 0, 1]

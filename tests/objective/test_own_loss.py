@@ -11,6 +11,7 @@ from torch import nn
 from salnb import Objective, saliency
 from salnb.augment import CutMix, HorizontalFlip, Rotation
 from salnb.losses import saliency_loss
+from salnb.objective.class_terms import ClassTerm
 from tests.helpers.methods import cheap
 from tests.helpers.networks import conv_bn
 from tests.helpers.tolerances import assert_close
@@ -365,3 +366,10 @@ def test_lbfgs_sees_one_function_in_a_step():
         assert len(totals) > 2
         assert {salient for _, salient in totals} == {step == 0}
         assert totals[-1][0] < totals[0][0]
+
+
+def test_a_pair_is_explained_where_both_images_have_a_label():
+    term = ClassTerm(nn.BCEWithLogitsLoss())
+    targets = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.5, 0.5], [1.0, 0.0], [0.0, 0.0]])
+    _, known = term.explained(targets, 2)
+    assert known.tolist() == [False, True, False]

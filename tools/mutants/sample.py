@@ -80,6 +80,10 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "tests/objective/test_stale_graphs.py",
     ),
     "salnb/objective/captured.py": ("tests/objective/test_captured.py",),
+    "salnb/objective/gradients_read.py": (
+        "tests/saliency/test_own_gradients.py",
+        "tests/objective/test_captured.py",
+    ),
     "salnb/objective/randomness.py": (
         "tests/objective/test_randomness.py",
         "tests/objective/test_graph_key.py",
