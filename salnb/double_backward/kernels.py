@@ -23,6 +23,26 @@ __all__ = ["first_gradients", "second_gradients"]
 tl: Any = None  # triton.language, once a kernel is wanted: Triton is not everywhere
 
 
+def _statistics(mean_ptr, spread_ptr, c, here, eps, ACC: tl.constexpr, TRAINING: tl.constexpr):
+    """Mean and 1/std of the channels."""
+    mean = tl.load(mean_ptr + c, mask=here, other=0).to(ACC)
+    r = tl.load(spread_ptr + c, mask=here, other=1).to(ACC)
+    if not TRAINING:
+        r = 1 / tl.sqrt(r + eps)
+    return mean, r
+
+
+def _place(
+    tile, c, here, images, inner, image, pixel, channel, IMAGES: tl.constexpr, PIXELS: tl.constexpr
+):  # fmt: skip
+    """Where the values of a tile lie, and which of them there are."""
+    across = tl.cdiv(inner, PIXELS)
+    i = tile // across * IMAGES + tl.arange(0, IMAGES)[:, None, None]
+    p = tile % across * PIXELS + tl.arange(0, PIXELS)[None, :, None]
+    at = i.to(tl.int64) * image + p.to(tl.int64) * pixel + c * channel
+    return at, (i < images) & (p < inner) & here
+
+
 def _sums(
     u_ptr, gy_ptr, x_ptr, mean_ptr, spread_ptr, out_ptr,
     channels, images, inner, image, pixel, channel, stretch, eps,
@@ -32,20 +52,15 @@ def _sums(
     """For each channel the sums of u, u * x' and, where asked for, u * gy: (3, parts, C)."""
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)[None, None, :]
     part, parts = tl.program_id(1), tl.num_programs(1)
-    mean = tl.load(mean_ptr + c, mask=c < channels, other=0).to(ACC)
-    r = tl.load(spread_ptr + c, mask=c < channels, other=1).to(ACC)
-    if not TRAINING:
-        r = 1 / tl.sqrt(r + eps)
+    here = c < channels
+    mean, r = _statistics(mean_ptr, spread_ptr, c, here, eps, ACC, TRAINING)
     # of each place in a tile, and of all in the end: threads need not wait for one another in each tile
     sum_1 = tl.zeros([IMAGES, PIXELS, CHANNELS], ACC)
     sum_x = tl.zeros([IMAGES, PIXELS, CHANNELS], ACC)
     sum_gy = tl.zeros([IMAGES, PIXELS, CHANNELS], ACC)
-    across = tl.cdiv(inner, PIXELS)
-    for tile in range(part * stretch, tl.minimum((part + 1) * stretch, tl.cdiv(images, IMAGES) * across)):
-        i = tile // across * IMAGES + tl.arange(0, IMAGES)[:, None, None]
-        p = tile % across * PIXELS + tl.arange(0, PIXELS)[None, :, None]
-        at = i.to(tl.int64) * image + p.to(tl.int64) * pixel + c * channel
-        inside = (i < images) & (p < inner) & (c < channels)
+    tiles = tl.cdiv(images, IMAGES) * tl.cdiv(inner, PIXELS)
+    for tile in range(part * stretch, tl.minimum((part + 1) * stretch, tiles)):
+        at, inside = _place(tile, c, here, images, inner, image, pixel, channel, IMAGES, PIXELS)
         u = tl.load(u_ptr + at, mask=inside, other=0).to(ACC)
         x = tl.load(x_ptr + at, mask=inside, other=0).to(ACC)
         sum_1 += u
@@ -54,10 +69,10 @@ def _sums(
             gy = tl.load(gy_ptr + at, mask=inside, other=0).to(ACC)
             sum_gy += u * gy
     out = out_ptr + part * channels + c
-    tl.store(out, tl.sum(tl.sum(sum_1, 0, True), 1, True), mask=c < channels)
-    tl.store(out + parts * channels, tl.sum(tl.sum(sum_x, 0, True), 1, True), mask=c < channels)
+    tl.store(out, tl.sum(tl.sum(sum_1, 0, True), 1, True), mask=here)
+    tl.store(out + parts * channels, tl.sum(tl.sum(sum_x, 0, True), 1, True), mask=here)
     if WITH_GY:
-        tl.store(out + 2 * parts * channels, tl.sum(tl.sum(sum_gy, 0, True), 1, True), mask=c < channels)
+        tl.store(out + 2 * parts * channels, tl.sum(tl.sum(sum_gy, 0, True), 1, True), mask=here)
 
 
 def _write_first(
@@ -70,10 +85,7 @@ def _write_first(
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)[None, None, :]
     part = tl.program_id(1)
     here = c < channels
-    mean = tl.load(mean_ptr + c, mask=here, other=0).to(ACC)
-    r = tl.load(spread_ptr + c, mask=here, other=1).to(ACC)
-    if not TRAINING:
-        r = 1 / tl.sqrt(r + eps)
+    mean, r = _statistics(mean_ptr, spread_ptr, c, here, eps, ACC, TRAINING)
     wr = r * tl.load(w_ptr + c, mask=here, other=0).to(ACC) if WEIGHT else r
     sum_1 = tl.zeros([1, ROWS, CHANNELS], ACC)
     sum_x = tl.zeros([1, ROWS, CHANNELS], ACC)
@@ -90,12 +102,9 @@ def _write_first(
         tl.store(gw_out + c, gw, mask=here)
         tl.store(gb_out + c, sum_1, mask=here)
     mean_1, mean_x = sum_1 / pixels, sum_x / pixels
-    across = tl.cdiv(inner, PIXELS)
-    for tile in range(part * stretch, tl.minimum((part + 1) * stretch, tl.cdiv(images, IMAGES) * across)):
-        i = tile // across * IMAGES + tl.arange(0, IMAGES)[:, None, None]
-        p = tile % across * PIXELS + tl.arange(0, PIXELS)[None, :, None]
-        at = i.to(tl.int64) * image + p.to(tl.int64) * pixel + c * channel
-        inside = (i < images) & (p < inner) & here
+    tiles = tl.cdiv(images, IMAGES) * tl.cdiv(inner, PIXELS)
+    for tile in range(part * stretch, tl.minimum((part + 1) * stretch, tiles)):
+        at, inside = _place(tile, c, here, images, inner, image, pixel, channel, IMAGES, PIXELS)
         u = tl.load(u_ptr + at, mask=inside, other=0).to(ACC)
         if TRAINING:
             x = tl.load(x_ptr + at, mask=inside, other=0).to(ACC)
@@ -117,10 +126,7 @@ def _write_second(
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)[None, None, :]
     part = tl.program_id(1)
     here = c < channels
-    mean = tl.load(mean_ptr + c, mask=here, other=0).to(ACC)
-    r = tl.load(spread_ptr + c, mask=here, other=1).to(ACC)
-    if not TRAINING:
-        r = 1 / tl.sqrt(r + eps)
+    mean, r = _statistics(mean_ptr, spread_ptr, c, here, eps, ACC, TRAINING)
     wr = r * tl.load(w_ptr + c, mask=here, other=0).to(ACC) if WEIGHT else r
     v_1 = tl.zeros([1, ROWS, CHANNELS], ACC)
     v_x = tl.zeros([1, ROWS, CHANNELS], ACC)
@@ -139,12 +145,9 @@ def _write_second(
     if part == 0:
         tl.store(ggw_out + c, r * v_gy, mask=here)
     c_x, gw, gb = (v_gy - v_x * gw) / pixels, gw / pixels, gb / pixels
-    across = tl.cdiv(inner, PIXELS)
-    for tile in range(part * stretch, tl.minimum((part + 1) * stretch, tl.cdiv(images, IMAGES) * across)):
-        i = tile // across * IMAGES + tl.arange(0, IMAGES)[:, None, None]
-        p = tile % across * PIXELS + tl.arange(0, PIXELS)[None, :, None]
-        at = i.to(tl.int64) * image + p.to(tl.int64) * pixel + c * channel
-        inside = (i < images) & (p < inner) & here
+    tiles = tl.cdiv(images, IMAGES) * tl.cdiv(inner, PIXELS)
+    for tile in range(part * stretch, tl.minimum((part + 1) * stretch, tiles)):
+        at, inside = _place(tile, c, here, images, inner, image, pixel, channel, IMAGES, PIXELS)
         u = tl.load(u_ptr + at, mask=inside, other=0).to(ACC)
         if TRAINING:
             x = tl.load(x_ptr + at, mask=inside, other=0).to(ACC)
@@ -159,11 +162,12 @@ def _write_second(
 @functools.cache
 def _compiled(kernel: Callable) -> Any:
     """The kernel as Triton has it."""
-    global tl
+    global tl, _statistics, _place
     import triton
     import triton.language
 
-    tl = triton.language  # where the kernels look for it
+    if tl is None:  # where the kernels look for them
+        tl, _statistics, _place = triton.language, triton.jit(_statistics), triton.jit(_place)
     return triton.jit(kernel)
 
 
