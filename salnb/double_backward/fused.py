@@ -73,11 +73,11 @@ def setting() -> bool | None:
 
 
 @contextmanager
-def preferred(device: torch.device) -> Iterator[None]:
-    """The kernels are used inside, unless they are switched off or the device cannot run them."""
+def preferred(device: torch.device) -> Iterator[bool]:
+    """The kernels are used inside, and this tells so, unless they are off or the device cannot run them."""
     token = _preferred.set(_enabled is None and device.type == "cuda" and _runs_on(device))
     try:
-        yield
+        yield _wanted()
     finally:
         _preferred.reset(token)
 
@@ -106,8 +106,11 @@ def _runs_on(device: torch.device) -> bool:
 def applies(x: Tensor) -> bool:
     """Whether the derivatives of a batch norm of `x` are to be taken by the kernels."""
     # what is traced is fused by the compiler
-    wanted = _preferred.get() if _enabled is None else _enabled
-    return wanted and x.is_cuda and not isinstance(x, FakeTensor)
+    return _wanted() and x.is_cuda and not isinstance(x, FakeTensor)
+
+
+def _wanted() -> bool:
+    return _preferred.get() if _enabled is None else _enabled
 
 
 def first_gradients(

@@ -76,12 +76,12 @@ def expected_seconds(case: Case, iterations: int, before: Sequence[Row]) -> floa
 
 def lacking(case: Case, device: torch.device) -> str:
     """What the device lacks for a row; empty where nothing."""
-    if device.type != "cuda" and (case.captured or case.fused):
-        return f"{'CUDA graphs' if case.captured else 'fused kernels'} are for NVIDIA's GPUs"
+    if device.type != "cuda":
+        kinds = {"CUDA graphs are": case.captured, "fused kernels are": case.fused}
+        kinds["TF32 is"] = case.precision == "tf32"
+        return next((f"{kind} for NVIDIA's GPUs" for kind, wanted in kinds.items() if wanted), "")
     if case.fused and importlib.util.find_spec("triton") is None:
         return "fused kernels need Triton"
-    if device.type != "cuda":
-        return "TF32 is for NVIDIA's GPUs" if case.precision == "tf32" else ""
     capability = torch.cuda.get_device_capability(device)
     for need in ({"tf32": "TF32", "bf16": "bfloat16"}.get(case.precision), "the compiler" * case.compiled):
         if need and capability < _CAPABILITIES[need]:

@@ -166,7 +166,9 @@ class SaliencyStep(TimedStep):
     def loss(self) -> Tensor:
         """The objective."""
         plain = second_derivatives_of_pytorch() if self.case.plain else nullcontext()
-        with plain, fused.preferred(self.device) if self.case.fused else nullcontext():
+        with plain, fused.preferred(self.device) if self.case.fused else nullcontext(False) as is_fused:
+            if self.case.fused and not is_fused:
+                raise RuntimeError("the fused kernels cannot be used here")
             return self.objective(self.images, self.target).total
 
 

@@ -113,11 +113,13 @@ def never_tried(monkeypatch):
 
 def test_preferred_where_a_gpu_runs_them(never_tried, monkeypatch):
     monkeypatch.setattr(fused, "_runs_on", lambda device: True)
-    with fused.preferred(never_tried):
+    with fused.preferred(never_tried) as used:
+        assert used
         assert fused.applies(OnCuda())
         assert not fused.applies(torch.ones(2, 3))
     assert not fused.applies(OnCuda())
-    with fused.preferred(torch.device("cpu")):
+    with fused.preferred(torch.device("cpu")) as used:
+        assert not used
         assert not fused.applies(OnCuda())
     use_fused_batch_norm(False)
     try:

@@ -97,11 +97,14 @@ def test_a_captured_step_is_the_objectives_own(monkeypatch):
 
 def test_a_fused_step_prefers_the_kernels_and_its_baseline_has_none(monkeypatch):
     asked = []
-    monkeypatch.setattr(steps.fused, "preferred", lambda device: asked.append(device) or nullcontext())
+    monkeypatch.setattr(steps.fused, "preferred", lambda device: asked.append(device) or nullcontext(True))
     case = Case("small", fused=True, batch=2, size=16)
     for each in (case, case.baseline, dataclasses.replace(case, fused=False)):
         steps.step_of(each, torch.device("cpu"))()
     assert asked == [torch.device("cpu")]
+    monkeypatch.undo()  # this CPU cannot: the times of another step would bear that name
+    with pytest.raises(RuntimeError, match="the fused kernels cannot be used here"):
+        steps.step_of(case, torch.device("cpu"))()
     assert case.label.endswith("fused")
     assert case.baseline == Case("small", None, batch=2, size=16)
 
