@@ -1,8 +1,7 @@
 """What a model reads of its parameters' `.grad` as a step is traced: a graph would not read it again."""
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -40,8 +39,6 @@ def _caller() -> str:
     return frame.f_globals.get("__name__", "")
 
 
-@contextmanager
-def refuse_reading_gradients(parameters: Iterable[Tensor]) -> Iterator[None]:
-    """Raise a RuntimeError where code other than PyTorch's reads the `.grad` of one of these inside."""
-    with _Refusing(parameters):
-        yield
+def refuse_reading_gradients(parameters: Iterable[Tensor]) -> TorchFunctionMode:
+    """Context with a RuntimeError where code other than PyTorch's reads the `.grad` of one of these."""
+    return _Refusing(parameters)
