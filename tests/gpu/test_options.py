@@ -1,4 +1,4 @@
-"""Every option of the objective on the device, eager and captured, is what it is in float64 on the CPU."""
+"""Every option of the objective on a GPU, eager and captured, is what it is in float64 on the CPU."""
 
 import copy
 
@@ -69,14 +69,12 @@ def step(objective, x, given):
 
 @pytest.mark.parametrize(("mode", "training"), [("eager", True), ("eager", False), ("captured", True)])
 @pytest.mark.parametrize("name", OPTIONS)
-def test_an_option(name, mode, training, device):
-    if mode == "captured" and device.type != "cuda":
-        pytest.skip("needs a GPU: --device cuda")
+def test_an_option(name, mode, training, cuda):
     options, given = OPTIONS[name]
     objective = Objective(Network().double(), **{"augmentation": Affine()} | options).train(training)
     exact = step(copy.deepcopy(objective), x := images(), given)
-    objective.to(device)
+    objective.to(cuda)
     if mode == "captured":
         objective.compile(mode="cuda-graphs")
-    found = step(objective, x.to(device), pytree.tree_map(lambda tensor: tensor.to(device), given))
+    found = step(objective, x.to(cuda), pytree.tree_map(lambda tensor: tensor.to(cuda), given))
     assert relative_difference(found.cpu(), exact) < 1e-7
