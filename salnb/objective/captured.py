@@ -23,8 +23,9 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from salnb.double_backward import fused
-from salnb.objective.compiled import CompiledStep, Graph, TracedStep
+from salnb.objective.compiled import CompiledStep, Graph, TracedStep, all_at_once
 from salnb.objective.gradients_read import refuse_reading_gradients
+from salnb.objective.graph_key import graph_key
 from salnb.objective.randomness import refuse_seeding
 
 __all__ = ["CapturedStep"]
@@ -50,10 +51,9 @@ class CapturedStep(CompiledStep):
     def _check_compiler(self, images: Tensor) -> None:
         pass
 
-    def _key(self, step: TracedStep, *rest: Any) -> dict:
+    def _key(self, step: TracedStep, settings: Any, given: list[Tensor], structure: pytree.TreeSpec) -> dict:
         """What a compiled graph holds for, and where parameters and buffers are."""
-        addresses = tuple(tensor.data_ptr() for tensor in _state(step))
-        return super()._key(step, *rest) | {"the place of a parameter or buffer": addresses}
+        return graph_key(step, settings, given, structure, places=True)
 
     def _make(self, step: TracedStep, tensors: list[Tensor]) -> Graph:
         device = tensors[3].device
@@ -87,7 +87,7 @@ class CapturedStep(CompiledStep):
             for kept, tensor in zip(inputs, tensors, strict=False):
                 kept.copy_(tensor)
             graph.replay()
-            return [None if tensor is None else tensor.clone() for tensor in made]
+            return all_at_once(_copies, made)
 
         return Graph(replay, outputs, values[4].shape[1])
 
@@ -99,9 +99,10 @@ def _run(step: TracedStep, given: tuple) -> tuple[list, list]:
         return torch.func.functional_call(step, parameters, given)
 
 
-def _state(step: TracedStep) -> Iterator[Tensor]:
-    yield from step.parameters()
-    yield from step.buffers()
+def _copies(tensors: list[Tensor]) -> list[Tensor]:
+    copies = [torch.empty_like(tensor) for tensor in tensors]
+    torch._foreach_copy_(copies, tensors)
+    return copies
 
 
 def _generators(step: TracedStep, device: torch.device) -> list[torch.Generator]:

@@ -12,7 +12,7 @@ call.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -36,7 +36,7 @@ from salnb.objective.randomness import refuse_seeding
 from salnb.objective.terms import Losses, StepInputs, StepModules, TermSettings, step_losses
 from salnb.saliency.isolation import left_as_found
 
-__all__ = ["CompiledStep", "Graph", "TracedStep"]
+__all__ = ["CompiledStep", "Graph", "TracedStep", "all_at_once"]
 
 _OWN_GENERATOR = (
     "compile() needs a model that draws from PyTorch's default generator, and this one has a torch.Generator "
@@ -76,10 +76,14 @@ class CompiledStep:
         given, structure = pytree.tree_flatten(inputs)
         _check_constant(inputs)
         step = TracedStep(modules, settings, structure)
-        state = dict(step.named_parameters()) | dict(step.named_buffers())
+        parameters, buffers = step.state()
         # written by the device itself, which a copy from the host would have to wait for
         scalar = partial(torch.full, (), dtype=at_least_float32_dtype(images.dtype), device=images.device)
-        tensors = [*map(scalar, weights), *given, *(tensor.detach() for tensor in state.values())]
+        tensors = [
+            *map(scalar, weights),
+            *given,
+            *(tensor.detach() for tensor in (*parameters.values(), *buffers.values())),
+        ]
 
         key_of_the_moment = partial(self._key, step, settings, given, structure)
         names = key_of_the_moment()
@@ -96,11 +100,12 @@ class CompiledStep:
 
         with torch.no_grad(), full_precision(images):  # all casts are in the graph
             results = graph.run(*tensors)
-            values, gradients, buffers = pytree.tree_unflatten(results, graph.outputs)
-            for name, value in buffers.items():
-                state[name].copy_(value)
+            values, gradients, updated = pytree.tree_unflatten(results, graph.outputs)
+            for name, value in updated.items():
+                buffers[name].copy_(value)
         value, classes, invariance, salience, logits, gamma, consistent = values
-        total = _ReturnPrecomputedGradients.apply(value, gradients, *step.trained())
+        trained = (p for p in parameters.values() if p.requires_grad)
+        total = _ReturnPrecomputedGradients.apply(value, gradients, *trained)
         has_saliency = settings.has_saliency
         return Losses(total, classes, invariance, salience, logits, has_saliency, gamma, consistent)
 
@@ -171,6 +176,17 @@ class TracedStep(nn.ModuleDict):
     def __init__(self, modules: StepModules, settings: TermSettings, structure: pytree.TreeSpec):
         super().__init__(modules._asdict())
         self.step_modules, self.settings, self.structure = modules, settings, structure
+
+    def state(self) -> tuple[dict[str, nn.Parameter], dict[str, Tensor]]:
+        """`named_parameters` and `named_buffers`, from one walk through the modules."""
+        found: tuple[dict, dict] = {}, {}
+        for prefix, module in self.named_modules():
+            for known, tensors in zip(found, (module._parameters, module._buffers), strict=True):
+                for name, tensor in tensors.items():
+                    if tensor is not None:
+                        known.setdefault(id(tensor), (f"{prefix}.{name}", tensor))
+        parameters, buffers = (dict(known.values()) for known in found)
+        return parameters, buffers
 
     def trained(self) -> list[nn.Parameter]:
         """The parameters that gradients are computed of."""
@@ -251,6 +267,19 @@ def _compile(step: TracedStep, tensors: list[Tensor], options: dict[str, Any]) -
     return Graph(run, step.outputs, step.num_classes)
 
 
+def all_at_once(
+    run: Callable[[list[Tensor]], Iterable[Tensor]], tensors: Iterable[Tensor | None]
+) -> list[Tensor | None]:
+    """What a function of a list makes of the tensors that are there, each in its place.
+
+    With PyTorch's `_foreach` operators: a host needs longer to start a kernel for each than they take.
+    """
+    tensors = list(tensors)
+    there = [tensor for tensor in tensors if tensor is not None]
+    results = iter(run(there) if there else ())
+    return [None if tensor is None else next(results) for tensor in tensors]
+
+
 class _ReturnPrecomputedGradients(torch.autograd.Function):
     """The total, whose backward pass returns gradients that are known already."""
 
@@ -262,4 +291,4 @@ class _ReturnPrecomputedGradients(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, *(None if g is None else g * grad for g in ctx.saved_tensors)
+        return None, None, *all_at_once(lambda known: torch._foreach_mul(known, grad), ctx.saved_tensors)

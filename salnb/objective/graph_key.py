@@ -79,7 +79,9 @@ class _Entries(tuple[tuple, ...]):
     __slots__ = ()
 
 
-def graph_key(step: nn.Module, settings: Any, given: list[Tensor], structure: pytree.TreeSpec) -> dict:
+def graph_key(
+    step: nn.Module, settings: Any, given: list[Tensor], structure: pytree.TreeSpec, places: bool = False
+) -> dict:
     """What a graph holds for, by what it is called.
 
     Args:
@@ -87,6 +89,7 @@ def graph_key(step: nn.Module, settings: Any, given: list[Tensor], structure: py
         settings: a description of the step, `TermSettings`; each of its `model_kwargs` has its own entry.
         given: the tensors of the batch.
         structure: that of the batch.
+        places: whether it holds only where parameters and buffers lie at present.
     """
     kwargs = settings.model_kwargs
     key: dict[str, Hashable] = {
@@ -97,19 +100,22 @@ def graph_key(step: nn.Module, settings: Any, given: list[Tensor], structure: py
     }
     key |= {f"model_kwargs[{name!r}]": _frozen(value) for name, value in kwargs}
     classes: dict[type, None] = {}
-    tensors: dict[Any, int] = {}  # which keeps them: an address may be taken again
+    tensors = _Seen()
     modules = [(name, module) for name, module in step.named_modules(remove_duplicate=False) if name]
     # what an attribute leads to and is of the tree has its own entries
     tree: _Seen = _Seen({id(module): (number, module) for number, (_, module) in enumerate(modules)})
     for name, module in modules:
         classes[type(module)] = None
         key[name] = _Entries(_entries(module, tensors, tree))
+    if places:
+        addresses = tuple(tensor.data_ptr() for _, tensor in tensors.values() if tensor is not None)
+        key["the place of a parameter or buffer"] = addresses
     for cls in classes:
         key[f"the class {cls.__name__}"] = cls, _frozen_class(cls, _Seen(tree), 1)
     return key
 
 
-def _entries(module: nn.Module, tensors: dict[Any, int], tree: _Seen) -> list[tuple]:
+def _entries(module: nn.Module, tensors: _Seen, tree: _Seen) -> list[tuple]:
     entries: list[tuple] = [("", type(module))]
     # what pruning, weight_norm and spectral_norm set anew in each pass, before it is looked at
     hooks = module._forward_pre_hooks.values()
@@ -132,7 +138,7 @@ def _entries(module: nn.Module, tensors: dict[Any, int], tree: _Seen) -> list[tu
     for store in (module._parameters, module._buffers):
         for name, tensor in store.items():
             # tied ones have one number
-            number = tensors.setdefault(tensor, len(tensors))
+            number, _ = tensors.setdefault(id(tensor), (len(tensors), tensor))
             entries.append((name, number, None if tensor is None else _tensor_kind(tensor)))
     return entries
 
