@@ -18,6 +18,7 @@ __all__ = [
     "method_label",
     "method_rows",
     "method_table",
+    "mode_table",
     "pair",
     "pairs",
     "paper_table",
@@ -138,24 +139,49 @@ def pairs(record: Record) -> dict[str, Pair]:
 
 def ratio_series(record: Record) -> dict[str, dict[str, float]]:
     """For each precision and mode, such as "fp32 eager", the ratios of the networks."""
-    found: dict[str, dict[str, float]] = {}
-    usual = {"method": METHOD, "every": 1, "batch": record["protocol"]["batch"]}
-    for row in [row for captured in (False, True) for row in _matching(record, **usual, captured=captured)]:
+    rows = _by_mode(record)
+    return {mode: {network: row["ratio"] for network, row in found.items()} for mode, found in rows.items()}
+
+
+def mode_table(record: Record) -> str:
+    """Milliseconds of each network's step with saliency, and how many baselines these are, by mode.
+
+    A Markdown table with a column for each precision, mode and memory format; a baseline is of the same.
+    """
+    rows = _by_mode(record)
+    rows |= {f"{mode}, channels_last": found for mode, found in _by_mode(record, channels_last=True).items()}
+    lines = []
+    for network in dict.fromkeys(network for found in rows.values() for network in found):
+        each = [found.get(network) for found in rows.values()]
+        cells = (
+            f"{1000 * row['seconds']['mean']:.1f} ms, {row['ratio']:.2f}" if row else "–" for row in each
+        )
+        lines.append([network, *cells])
+    return markdown_table(["step", *rows], lines, rule="---")
+
+
+def _by_mode(record: Record, **wanted: Any) -> dict[str, dict[str, TimingRow]]:
+    """The steps with saliency that have a ratio, by precision and mode, then by network."""
+    found: dict[str, dict[str, TimingRow]] = {}
+    wanted |= {"method": METHOD, "every": 1, "batch": record["protocol"]["batch"]}
+    for row in [row for captured in (False, True) for row in _matching(record, **wanted, captured=captured)]:
         if row["ratio"]:
             case = case_of(row)
-            found.setdefault(f"{case.arithmetic} {case.mode}", {})[row["network"]] = row["ratio"]
+            found.setdefault(f"{case.arithmetic} {case.mode}", {})[row["network"]] = row
     return found
 
 
 def batches_of(record: Record) -> tuple[str, dict[int, dict[str | None, TimingRow]]]:
     """The network with most sizes of batches; its rows by originals in a batch, then by method or None.
 
+    Rows that had no turn are left out.
+
     Raises:
         ValueError: the record has no eager row of a baseline or of the plain gradient.
     """
     found: dict[tuple[str, str], dict[int, dict[str | None, TimingRow]]] = {}
     for row in _matching(record, every=1, compiled=False):
-        if row["method"] in (None, METHOD):
+        if row["method"] in (None, METHOD) and row["status"] != "not run":
             sizes = found.setdefault((row["network"], row["precision"]), {})
             sizes.setdefault(row["batch"], {})[row["method"]] = row
     if not found:

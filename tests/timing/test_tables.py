@@ -63,6 +63,18 @@ def test_series_are_told_apart_by_precision_and_mode(record, changed):
     assert not [row for row in tables.method_rows(changed) if row["captured"]]
 
 
+def test_each_mode_has_a_column(changed):
+    row = row_of(changed, network="resnet50", method="vanilla_gradient")
+    changed["rows"].append(row | {"precision": "bf16", "captured": True, "channels_last": True})
+    lines = tables.mode_table(changed).splitlines()
+    assert lines[0] == "| step | fp32 eager | fp32 compiled | fp32 eager, channels_last | " + (
+        "bf16 captured, channels_last |"
+    )
+    assert lines[3].startswith("| resnet50 | 90.0 ms, 3.21 | ")
+    assert lines[3].endswith("| 90.0 ms, 3.21 |")
+    assert [line.count("|") for line in lines] == [6] * len(lines)
+
+
 def test_batches_that_did_not_fit_are_told(record, changed):
     network, batches = tables.batches_of(record)
     assert network == "resnet18"
@@ -72,6 +84,11 @@ def test_batches_that_did_not_fit_are_told(record, changed):
     without(row_of(changed, network="resnet18", method="vanilla_gradient", batch=16))
     found = tables.unfinished_batches({"cpu": record, "other": changed})
     assert found == ["other, resnet18, 16+16: out of memory"]
+    for row in changed["rows"]:
+        if row["batch"] == 16:
+            row["status"] = "not run"
+    assert list(tables.batches_of(changed)[1]) == [2, 4, 8]
+    assert tables.unfinished_batches({"other": changed}) == []
 
 
 def test_fewer_steps_come_before_the_methods(record):
