@@ -8,11 +8,24 @@ import sys
 import traceback
 
 import torch
+from triton.runtime import interpreter
 
 from salnb.double_backward import batch_norm, kernels
 
 # of the largest value; the interpreter cuts bfloat16 off where a device rounds
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 1e-2}
+
+
+patch_tensors = interpreter._patch_lang_tensor
+
+
+def patch_tensors_and_bounds(tensor, *scope):
+    """Bounds of `range` are arrays of one number: older versions call `int` on them, which NumPy 2.4 refuses."""
+    patch_tensors(tensor, *scope)
+    tensor.__index__ = lambda self: self.handle.data.item()
+
+
+interpreter._patch_lang_tensor = patch_tensors_and_bounds
 
 
 def close(actual, expected, dtype):
