@@ -27,6 +27,7 @@ from salnb.objective.compiled import CompiledStep, Graph, TracedStep, all_at_onc
 from salnb.objective.gradients_read import refuse_reading_gradients
 from salnb.objective.graph_key import graph_key
 from salnb.objective.randomness import refuse_seeding
+from salnb.saliency.relu_masks import refuse_what_values_tell
 
 __all__ = ["CapturedStep"]
 
@@ -64,7 +65,7 @@ class CapturedStep(CompiledStep):
         with torch.enable_grad(), _without_cached_casts(), fused.preferred(device):
             with _as_before(step, device, generators):
                 stream.wait_stream(torch.cuda.current_stream(device))
-                with torch.cuda.stream(stream):
+                with torch.cuda.stream(stream), refuse_what_values_tell():
                     for _ in range(_WARM_UP):
                         run()
                 torch.cuda.current_stream(device).wait_stream(stream)

@@ -25,6 +25,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils import _pytree as pytree
 
+from salnb._common import catalog
 from salnb._common.checks import at_least_float32_dtype, check_labels
 from salnb._common.warning import warn_caller
 from salnb.double_backward.foreign import has_foreign_functions
@@ -35,6 +36,7 @@ from salnb.objective.precision import autocast_dtype, full_precision
 from salnb.objective.randomness import refuse_seeding
 from salnb.objective.terms import Losses, StepInputs, StepModules, TermSettings, step_losses
 from salnb.saliency.isolation import left_as_found
+from salnb.saliency.relu_masks import refuse_what_values_tell
 
 __all__ = ["CompiledStep", "Graph", "TracedStep", "all_at_once"]
 
@@ -161,12 +163,13 @@ def _check_constant(inputs: StepInputs) -> None:
 
 
 def _try_out(step: TracedStep, tensors: list[Tensor]) -> None:
-    """Run a step without trace: wrong derivatives of custom Functions show in values only."""
-    if step.settings.has_saliency and has_foreign_functions():
+    """Run a step without trace: wrong derivatives of Functions, and some ReLUs, show in values only."""
+    by_values = has_foreign_functions() or catalog.METHODS[step.settings.method].rule
+    if step.settings.has_saliency and by_values:
         inputs = pytree.tree_unflatten(tensors[3 : 3 + step.structure.num_leaves], step.structure)
         device, weights = inputs.images.device, (tensors[0], tensors[1], tensors[2])
         devices = [device] if device.type == "cuda" else []
-        with left_as_found(step), torch.random.fork_rng(devices):
+        with left_as_found(step), torch.random.fork_rng(devices), refuse_what_values_tell():
             step_losses(step.step_modules, inputs, weights, replace(step.settings, measured=False))
 
 

@@ -2,7 +2,8 @@
 
 import operator
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +16,13 @@ from torch.utils._python_dispatch import _disable_current_modes
 from salnb._common.checks import is_batched
 
 __all__ = ["PICKS", "SIGNS", "UnknownError", "functions_named", "is_sign", "is_zero", "mask_of_picks"]
-__all__ += ["negative_part", "note_picks", "note_sign"]
+__all__ += ["negative_part", "note_picks", "note_sign", "refuse_what_values_tell"]
+
+
+# places with a sign from which on a mask that agrees in all of them does not do so by chance
+_MANY = 32
+
+_values_refused = ContextVar("_values_refused", default=False)
 
 
 class UnknownError(Exception):
@@ -65,7 +72,7 @@ def note_sign(name: str, result: Any, args: tuple, kwargs: dict[str, Any]) -> No
         result._sign = found  # type: ignore[attr-defined]
     elif name in _PRODUCTS and len(given) == 2:
         for x, mask in (given, given[::-1]):
-            if is_sign(mask, x, positive=False):
+            if _is_noted_sign(mask, x, positive=False):
                 result._negative = x, x._version, result._version, mask  # type: ignore[attr-defined]
 
 
@@ -92,7 +99,14 @@ def mask_of_picks(indices: Any) -> Tensor | None:
 
 
 def is_sign(mask: Any, x: Any, *, positive: bool) -> bool:
-    """Whether a mask is one where `x` is positive and zero where it is negative, or the other way round."""
+    """Whether a mask is one where `x` is positive and zero where it is negative, or the other way round.
+
+    Where nothing was noted that tells, the values do.
+    """
+    return _is_noted_sign(mask, x, positive) or _has_values_of_sign(mask, x, positive)
+
+
+def _is_noted_sign(mask: Any, x: Any, positive: bool) -> bool:
     sign = _sign_of(mask)
     if sign is None or not isinstance(x, Tensor) or sign.values != ((0, 1) if positive else (1, 0)):
         return False
@@ -102,6 +116,40 @@ def is_sign(mask: Any, x: Any, *, positive: bool) -> bool:
     if same and unchanged and x.requires_grad and not sign.known:
         raise UnknownError
     return same and unchanged
+
+
+def _has_values_of_sign(mask: Any, x: Any, positive: bool) -> bool:
+    """Whether a mask that was made in some other way is nevertheless the sign of `x` in every place.
+
+    There have to be so many places with a sign that this is no coincidence. What is traced has no values:
+    a run before that is to `refuse_what_values_tell`.
+    """
+    if not (isinstance(mask, Tensor) and isinstance(x, Tensor)) or mask.shape != x.shape or x.numel() < _MANY:
+        return False
+    if mask.requires_grad or x.is_complex() or mask.is_complex() or mask.device != x.device:
+        return False
+    if any(each.is_meta or isinstance(each, FakeTensor) or is_batched(each) for each in (mask, x)):
+        return False
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        return False
+    x, mask = x.detach(), mask.detach()
+    below, above = (x < 0, x > 0) if positive else (x > 0, x < 0)
+    if not ((mask == 0) | ~below).all() or not ((mask == 1) | ~above).all():
+        return False
+    found = bool(below.any() and above.any() and (below | above).sum() >= _MANY)
+    if found and _values_refused.get():
+        raise UnknownError
+    return found
+
+
+@contextmanager
+def refuse_what_values_tell() -> Iterator[None]:
+    """Inside, a rectifier that is known by the values of its mask is refused: a graph will not see them."""
+    token = _values_refused.set(True)
+    try:
+        yield
+    finally:
+        _values_refused.reset(token)
 
 
 def _are_one(x: Tensor, y: Tensor) -> bool:

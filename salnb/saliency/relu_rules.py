@@ -22,10 +22,11 @@ class ReLURule(RecomputedMode):
     """Swaps every ReLU that a model calls for one whose backward pass can follow another rule.
 
     A ReLU is caught at the call, so modules, functions, methods, in-place variants, `clamp(min=0)`, ReLU6 and
-    the other spellings of `relu_spellings` are all alike, and the model needs no hooks. The rule acts inside
-    `active()`: for the gradient that makes the map. At any other time, the second backward pass of a loss on
-    the map included, the true derivative is used; the same rule there would give a wrong gradient for the
-    parameters.
+    the other spellings of `relu_spellings` are all alike, and the model needs no hooks. A product with a mask
+    that is the sign of the input in each of many places is one, however the mask was made. The rule acts
+    inside `active()`: for the gradient that makes the map. At any other time, the second backward pass of a
+    loss on the map included, the true derivative is used; the same rule there would give a wrong gradient for
+    the parameters.
 
     Args:
         rule: "deconvnet" or "guided_backprop".

@@ -220,9 +220,9 @@ _BY_NAME: dict[str, Callable[..., ReLUCall | None]] = {
 
 
 _UNKNOWN = (
-    "compile() has no values that would tell whether a tensor is zero, and with it whether this call ({}) is "
-    "a ReLU, for which the saliency method has a rule: give a number instead of the tensor (F.relu(x), "
-    "x.clamp(min=0.1), F.leaky_relu(x, 0.25), x > 0), or leave compile() out"
+    "compile() has no values that would tell whether this call ({}) is a ReLU, for which the saliency method "
+    "has a rule: write it as one (F.relu(x), x * (x > 0)), give a number instead of a tensor where it is "
+    "none (x.clamp(min=0.1), F.leaky_relu(x, 0.25)), or leave compile() out"
 )
 
 

@@ -75,6 +75,11 @@ def sign_changed(x):
     return x * mask
 
 
+def few_places(x):
+    corner = x[:1, :1, :4, :4] * 1
+    return x + (corner * (corner > -corner)).sum()
+
+
 # name: (what is called on a tensor that may be overwritten, the upper bound)
 SPELLINGS = {
     "nn.ReLU": (nn.ReLU(), INF),
@@ -188,6 +193,22 @@ SPELLINGS = {
     "where(x > 0, x, x * 0)": (lambda x: torch.where(x > 0, x, x * 0), INF),
 }  # fmt: skip
 
+# what only the values of a mask tell; the upper bound is infinity
+BY_VALUES = {
+    "x > -x": lambda x: x * (x > -x),
+    "2 * x > 0": lambda x: (2 * x > 0) * x,
+    "x > 0 of a copy": lambda x: x * (x.half() > 0),
+    "exp": lambda x: x * (x.exp() > 1),
+    "x == |x|": lambda x: x.mul_(x == x.abs()),
+    "NumPy": lambda x: x * torch.from_numpy(x.detach().numpy() > 0),
+    "where": lambda x: torch.where(x + x > 0, x, 0),
+    "where else": lambda x: torch.where(x.tanh() < 0, zeros(x), x),
+    "masked_fill": lambda x: x.masked_fill(3 * x < 0, 0),
+    "set item": lambda x: x.index_put((-x > 0,), torch.zeros(()).to(x)),
+    "einsum": lambda x: torch.einsum("...,...->...", x, (x > -x).to(x)),
+    "addcmul": lambda x: torch.addcmul(zeros(x), x, (x > -x).to(x)),
+}
+
 # what looks like a ReLU and is none
 OTHERS = {
     "nn.LeakyReLU": nn.LeakyReLU(0.1),
@@ -201,6 +222,12 @@ OTHERS = {
     "mask": lambda x: x * torch.ones_like(x),
     "mask of another": lambda x: x * (x - 0.1 > 0),
     "mask turned": mask_turned,
+    "mask of places": lambda x: x * (torch.arange(x.numel()).view_as(x) % 3 > 0),
+    "all but one place": lambda x: x * (x > -x).index_fill(3, torch.zeros(1, dtype=torch.int64), True),
+    "negative values": lambda x: x * (x < -x),
+    "half of a mask": lambda x: x * (0.5 * (x > -x).to(x)),
+    "few places": few_places,
+    "above zero": lambda x: x.square() * (x.square() > 0.0 * x + 0.1).logical_or(x > -9),
     "mask of inference": mask_of_inference,
     "masked_fill": lambda x: x.masked_fill(x > 0.5, 0),
     "dimension": lambda x: x.max(1, keepdim=True).values + x,

@@ -13,7 +13,7 @@ from salnb.saliency.recording import ForwardRecorder
 from salnb.saliency.relu_rules import ReLURule
 from tests.helpers.finite_differences import assert_gradient
 from tests.helpers.methods import WITH_RULE
-from tests.helpers.relus import OTHERS, SPELLINGS, mask_times_in_place, zeros
+from tests.helpers.relus import BY_VALUES, OTHERS, SPELLINGS, mask_times_in_place, zeros
 from tests.helpers.tolerances import assert_close
 
 
@@ -63,6 +63,15 @@ def test_each_spelling_follows_the_definition(spelling, method):
     model, x = Rectified(relu), images() * 5
     found = saliency.METHODS[method](model, x, 1, reduce=None)
     assert_close(found, slow_map(model, x, 1, method, upper))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("method", ["deconvnet", "guided_backprop"])
+@pytest.mark.parametrize("spelling", BY_VALUES)
+def test_values_tell_where_nothing_else_does(spelling, method):
+    model, x = Rectified(BY_VALUES[spelling]), images() * 5
+    found = saliency.METHODS[method](model, x, 1, reduce=None)
+    assert_close(found, slow_map(model, x, 1, method, float("inf")))
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)

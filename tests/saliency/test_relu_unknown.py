@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from salnb import Objective, saliency
 from salnb.augment import HorizontalFlip
 from tests.helpers.methods import WITH_RULE
-from tests.helpers.relus import mask_times_in_place, zeros
+from tests.helpers.relus import BY_VALUES, mask_times_in_place, zeros
 from tests.helpers.tolerances import assert_close
 from tests.saliency.test_relu_spellings import Rectified, images
 
@@ -64,10 +64,9 @@ def images_of_one_seed():
         lambda x, z: x + torch.maximum(x.detach(), zeros(x)),
         lambda x, z: x.clamp(min=torch.tensor(0.0)),
         lambda x, z: mask_times_in_place(x),
-        lambda x, z: x.sub(1) * (1 - (x.sub(1) < 0).to(x)),
         lambda x, z: torch.maximum(x - 0.1, (x - 0.1) * 0.5),
     ],
-    ids=["where", "x > buffer", "maxout", "detached", "constant", "mask", "turned", "leaky"],
+    ids=["where", "x > buffer", "maxout", "detached", "constant", "mask", "leaky"],
 )
 @pytest.mark.usefixtures("traced")
 def test_what_is_certain_compiles(act):
@@ -89,3 +88,19 @@ def test_what_is_certain_compiles(act):
 def test_what_may_be_a_relu_is_refused_by_name_in_a_graph(act, name, z):
     with pytest.raises(RuntimeError, match=rf"no values .* \({name}\) is a ReLU.*leave compile\(\) out"):
         compiled_and_eager(act, z)
+
+
+@pytest.mark.parametrize("spelling", BY_VALUES)
+@pytest.mark.usefixtures("traced")
+def test_what_values_tell_is_refused_by_name_in_a_graph(spelling):
+    objective = Objective(Rectified(BY_VALUES[spelling]), HorizontalFlip(), method="guided_backprop")
+    objective.compile(backend="eager")
+    with pytest.raises(RuntimeError, match=r"no values .*\) is a ReLU.*leave compile\(\) out"):
+        objective(images_of_one_seed(), torch.arange(2))
+
+
+@pytest.mark.usefixtures("traced")
+def test_without_a_rule_nothing_is_refused():
+    objective = Objective(Rectified(BY_VALUES["x > -x"]), HorizontalFlip())
+    objective.compile(backend="eager")
+    assert objective(images_of_one_seed(), torch.arange(2)).total > 0
