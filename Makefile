@@ -90,7 +90,7 @@ test-pages: | test-notebooks
 endif
 
 test-unit: $(READY)  ## test the package and the tools
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --durations 20 --ignore tests/book/test_pages.py -m 'not slow'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:nbval -n 2 --dist loadfile --durations 20 --ignore tests/book/test_pages.py -m 'not slow'
 
 test-notebooks: $(READY)  ## run the committed notebooks and compare their outputs
 	$(BIN)/python -m pytest -n 2 --dist loadfile -p no:cacheprovider --nbval --nbval-current-env \

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 
 import pytest
 
@@ -69,9 +70,13 @@ def cluster(tmp_path_factory, cache):
 @pytest.fixture
 def notes(cluster):
     """The folder of the workers' notes, emptied."""
-    for path in cluster.iterdir():
-        path.unlink()
+    empty(cluster)
     return cluster
+
+
+def empty(folder):
+    for path in folder.iterdir():
+        path.unlink()
 
 
 @pytest.fixture(scope="module")
@@ -101,27 +106,43 @@ def when_it_waits(notes, seed, act):
 # --- with a cluster ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM"])
-def test_a_training_whose_worker_dies_goes_on_in_another(tmp_path, notes, expected, name):
-    killed = []
+# of the seed whose first training gets it
+SIGNALS = {0: signal.SIGTERM, 1: signal.SIGKILL}
 
-    def kill(pid):
-        killed.append(pid)
-        os.kill(pid, signal.Signals[name])
 
-    when_it_waits(notes, 1, kill)
-    records = run(tmp_path)
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory, cluster):
+    """A study two of whose workers got a signal: its records and folder, and which processes that were."""
+    empty(cluster)
+    folder, got = tmp_path_factory.mktemp("interrupted"), {}
+
+    def send(seed, pid):
+        got[seed] = pid
+        os.kill(pid, SIGNALS[seed])
+
+    for seed in SIGNALS:
+        when_it_waits(cluster, seed, partial(send, seed))
+    records = run(folder)
+    return records, folder, attempts(cluster), got
+
+
+def test_a_study_whose_workers_die_is_whole(interrupted, expected):
+    records, folder, began, _ = interrupted
     assert hashes(records) == expected
-    assert sorted(p.stem for p in (tmp_path / "table3").iterdir()) == sorted(expected)
-    began = attempts(notes)
-    # ten trainings and one that was gone on with, from where it was, in another process
-    assert sorted(step for _, step, _ in began)[:10] == [0] * 10
-    (again,) = [(seed, step, pid) for seed, step, pid in began if step]
-    assert again[0] == 1
+    assert sorted(p.stem for p in (folder / "table3").iterdir()) == sorted(expected)
+    # ten trainings and two that were gone on with
+    assert sorted(step for _, step, _ in began)[:11] == [*[0] * 10, 5]
+    assert len(began) == 12
+
+
+@pytest.mark.parametrize("seed", SIGNALS, ids=[number.name for number in SIGNALS.values()])
+def test_a_training_whose_worker_dies_goes_on_in_another(interrupted, seed):
+    *_, began, got = interrupted
+    (again,) = [(step, pid) for of, step, pid in began if of == seed and step]
     # told to stop, it finishes its step and saves; killed, it has what it had saved
-    assert again[1] == {"SIGKILL": 5, "SIGTERM": 6}[name]
-    assert again[2] not in killed
-    assert killed[0] in {pid for _, _, pid in began}
+    assert again[0] == {signal.SIGKILL: 5, signal.SIGTERM: 6}[SIGNALS[seed]]
+    assert again[1] != got[seed]
+    assert got[seed] in {pid for _, _, pid in began}
 
 
 def test_a_failed_training_leaves_its_error_and_the_others_go_on(tmp_path, notes, expected):
