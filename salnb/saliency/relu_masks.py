@@ -132,7 +132,7 @@ def _has_values_of_sign(mask: Any, x: Any, positive: bool) -> bool:
         return False
     if x.is_cuda and torch.cuda.is_current_stream_capturing():
         return False
-    x, mask = x.detach(), mask.detach()
+    x = x.detach()
     below, above = (x < 0, x > 0) if positive else (x > 0, x < 0)
     if not ((mask == 0) | ~below).all() or not ((mask == 1) | ~above).all():
         return False

@@ -180,6 +180,7 @@ SPELLINGS = {
     "mask.where(ones, zeros)": (lambda x: x * torch.ones_like(x).where(x > 0, zeros(x)), INF),
     "sign.clamp": (lambda x: x * x.sign().clamp(min=0), INF),
     "sign.relu": (lambda x: x * x.sign().relu(), INF),
+    "mask.sign": (lambda x: x * (x > 0).to(x).sign(), INF),
     "relu(sign)": (lambda x: torch.relu(x.detach().sign()) * x, INF),
     "sign == 1": (lambda x: x * (x.sign() == 1), INF),
     "where(sign > 0)": (lambda x: torch.where(x.sign() > 0, x, 0), INF),

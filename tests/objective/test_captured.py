@@ -66,6 +66,7 @@ class Graph:
 @contextlib.contextmanager
 def capture(graph, pool, stream):
     assert not torch.is_autocast_cache_enabled()
+    assert pool == (0, 1)
     Graph.captured += 1
     graph.recorder, states = Recorder(), [each.get_state() for each in graph.generators]
     with torch.random.fork_rng([]), graph.recorder:

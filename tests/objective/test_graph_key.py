@@ -33,6 +33,24 @@ def step_with(value):
     return step
 
 
+def test_many_objects_that_do_not_lie_deep_are_all_looked_into():
+    values = [types.SimpleNamespace(scale=1.0) for _ in range(300)]
+    step = step_with(values)
+    before = key_of(step)
+    values[-1].scale = 2.0
+    assert key_of(step) != before
+
+
+def test_where_parameters_lie_matters_only_where_it_is_asked_for():
+    step, given = step_with(None), ([torch.zeros(4, 3, 8, 8)], pytree.tree_flatten([])[1])
+    before = [graph_key(step, SETTINGS, *given), graph_key(step, SETTINGS, *given, places=True)]
+    assert graph_key(step, SETTINGS, *given, places=True) == before[1]
+    weight = step["model"][0].weight
+    weight.data = weight.data.clone()
+    after = [graph_key(step, SETTINGS, *given), graph_key(step, SETTINGS, *given, places=True)]
+    assert [a == b for a, b in zip(after, before, strict=True)] == [True, False]
+
+
 WRAPPERS = {
     "object": (lambda value: types.SimpleNamespace(inner=value), 51),
     "dictionary": (lambda value: {"inner": value}, 51),

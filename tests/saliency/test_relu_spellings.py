@@ -10,6 +10,7 @@ from torch import nn
 
 from salnb import saliency
 from salnb.saliency.recording import ForwardRecorder
+from salnb.saliency.relu_masks import refuse_what_values_tell
 from salnb.saliency.relu_rules import ReLURule
 from tests.helpers.finite_differences import assert_gradient
 from tests.helpers.methods import WITH_RULE
@@ -61,7 +62,8 @@ def images():
 def test_each_spelling_follows_the_definition(spelling, method):
     relu, upper = SPELLINGS[spelling]
     model, x = Rectified(relu), images() * 5
-    found = saliency.METHODS[method](model, x, 1, reduce=None)
+    with refuse_what_values_tell():  # a graph would not have them
+        found = saliency.METHODS[method](model, x, 1, reduce=None)
     assert_close(found, slow_map(model, x, 1, method, upper))
 
 
@@ -72,6 +74,16 @@ def test_values_tell_where_nothing_else_does(spelling, method):
     model, x = Rectified(BY_VALUES[spelling]), images() * 5
     found = saliency.METHODS[method](model, x, 1, reduce=None)
     assert_close(found, slow_map(model, x, 1, method, float("inf")))
+
+
+@pytest.mark.parametrize("places", [31, 32])
+def test_from_so_many_places_on_it_is_no_coincidence(places):
+    x = torch.zeros(80, dtype=torch.float64)
+    x[:places] = torch.arange(places) - 3.5
+    with ReLURule("guided_backprop") as rule:
+        y = x.requires_grad_() * torch.from_numpy(x.detach().numpy() > 0)
+    assert torch.equal(y, x.relu())
+    assert rule.relu_count == (places == 32)
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
@@ -168,6 +180,7 @@ def test_a_bound_that_is_learned_keeps_its_gradient(clip, method, bound):
     for a, b in zip(found, expected, strict=True):
         assert_close(a, b)
     assert found[1] != 0
+    assert method not in WITH_RULE or rule.relu_count == 1
 
 
 # --- those that no rule reaches -----------------------------------------------------------------------------
@@ -222,6 +235,7 @@ UNREACHED = {
     "fmin": (lambda: lambda x: -torch.fmin(-x, zeros(x)), "FminBackward0"),
     "mask in vmap": (lambda: torch.vmap(lambda x: x * (x > 0)), r"mul in torch\.vmap"),
     "where in vmap": (lambda: torch.vmap(lambda x: torch.where(x > 0, x, 0.0)), r"where in torch\.vmap"),
+    "else in vmap": (lambda: torch.vmap(lambda x: torch.where(x < 0, 0.0, x)), r"where in torch\.vmap"),
     "maximum in a thread": (lambda: in_a_thread(lambda x: x.maximum(torch.zeros_like(x))), "MaximumBackward0"),
 }  # fmt: skip
 
