@@ -18,7 +18,6 @@ from salnb._common.checks import is_batched
 __all__ = ["PICKS", "SIGNS", "UnknownError", "functions_named", "is_sign", "is_zero", "mask_of_picks"]
 __all__ += ["negative_part", "note_picks", "note_sign", "refuse_what_values_tell"]
 
-
 # places with a sign from which on a mask that agrees in all of them does not do so by chance
 _MANY = 32
 
@@ -124,13 +123,10 @@ def _has_values_of_sign(mask: Any, x: Any, positive: bool) -> bool:
     There have to be so many places with a sign that this is no coincidence. What is traced has no values:
     a run before that is to `refuse_what_values_tell`.
     """
-    if not (isinstance(mask, Tensor) and isinstance(x, Tensor)) or mask.shape != x.shape or x.numel() < _MANY:
+    alike = isinstance(mask, Tensor) and isinstance(x, Tensor) and mask.shape == x.shape
+    if not alike or x.numel() < _MANY or mask.requires_grad or mask.device != x.device:
         return False
-    if mask.requires_grad or x.is_complex() or mask.is_complex() or mask.device != x.device:
-        return False
-    if any(each.is_meta or isinstance(each, FakeTensor) or is_batched(each) for each in (mask, x)):
-        return False
-    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+    if not (_has_values(mask) and _has_values(x)):
         return False
     x = x.detach()
     below, above = (x < 0, x > 0) if positive else (x > 0, x < 0)
@@ -140,6 +136,15 @@ def _has_values_of_sign(mask: Any, x: Any, positive: bool) -> bool:
     if found and _values_refused.get():
         raise UnknownError
     return found
+
+
+def _has_values(tensor: Tensor) -> bool:
+    """Whether its values can be looked at and compared, and nobody notes down that they were."""
+    if get_proxy_mode() is not None or (tensor.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return False
+    if tensor.is_meta or isinstance(tensor, FakeTensor) or is_batched(tensor):
+        return False
+    return tensor.layout is torch.strided and not tensor.is_complex()
 
 
 @contextmanager
