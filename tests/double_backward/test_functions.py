@@ -48,6 +48,7 @@ CONVOLUTIONS = {
     "grouped": {"groups": 2, "padding": 1},
     "depthwise": {"groups": 4, "padding": 1, "stride": 2},
     "same": {"padding": "same"},
+    "same, kernel of two": {"padding": "same", "kernel": (2, 2)},
     "same, even kernel": {"padding": "same", "kernel": (2, 4)},
     "same, even and odd kernel": {"padding": "same", "kernel": (3, 2)},
     "same, dilated": {"padding": "same", "dilation": 2, "kernel": (2, 3)},
