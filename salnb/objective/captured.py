@@ -65,10 +65,12 @@ class CapturedStep(CompiledStep):
         with torch.enable_grad(), _without_cached_casts(), fused.preferred(device):
             with _as_before(step, device, generators):
                 stream.wait_stream(torch.cuda.current_stream(device))
-                with torch.cuda.stream(stream), refuse_what_values_tell():
-                    for _ in range(_WARM_UP):
-                        run()
-                torch.cuda.current_stream(device).wait_stream(stream)
+                try:
+                    with torch.cuda.stream(stream), refuse_what_values_tell():
+                        for _ in range(_WARM_UP):
+                            run()
+                finally:
+                    torch.cuda.current_stream(device).wait_stream(stream)
             drawn = torch.random.get_rng_state()
             self._pool = self._pool or torch.cuda.graph_pool_handle()
             graph = torch.cuda.CUDAGraph()
@@ -120,12 +122,14 @@ def _as_before(
     buffers = [(buffer, buffer.clone()) for buffer in step.buffers()]
     states = [(generator, generator.get_state()) for generator in generators]
     with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
-        with torch.enable_grad():
-            yield
-        for buffer, before in buffers:
-            buffer.copy_(before)
-    for generator, state in states:
-        generator.set_state(state)
+        try:
+            with torch.enable_grad():
+                yield
+        finally:  # also where a warm-up finds what is refused
+            for buffer, before in buffers:
+                buffer.copy_(before)
+            for generator, state in states:
+                generator.set_state(state)
 
 
 @contextmanager

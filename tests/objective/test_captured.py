@@ -252,3 +252,21 @@ def test_grad_must_not_be_read():
     _, captured = pair(Reading(192, 4).double())
     with pytest.raises(RuntimeError, match=r"does not read \.grad"):
         captured(images(), TARGET)
+
+
+class Masked(nn.Module):
+    """A ReLU that only values tell, behind batch norm, which has seen the batch by then."""
+
+    def forward(self, x):
+        return x * (x > -x)
+
+
+@pytest.mark.usefixtures("played")
+def test_what_is_refused_leaves_the_model_as_it_was():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), Masked(), nn.Flatten(), nn.Linear(144, 4))
+    _, captured = pair(model.double(), method="guided_backprop")
+    before = copy.deepcopy(captured.state_dict())
+    with pytest.raises(RuntimeError, match=r"no values .*\) is a ReLU"):
+        captured(images(), TARGET)
+    for name, tensor in captured.state_dict().items():
+        assert torch.equal(tensor, before[name]), name

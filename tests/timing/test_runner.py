@@ -375,7 +375,7 @@ def test_the_default_file_is_named_by_the_device(monkeypatch):
 
 def test_committed_records_are_whole():
     root = results.Path(results.__file__).parent.parent
-    paths = sorted((root / "results").glob("timing-*.json"))
+    paths = [path for kind in ("timing", "beside") for path in (root / "results").glob(f"{kind}-*.json")]
     assert paths
     for path in paths:
         assert json.loads(path.read_text()) == timing.read_timing(path)
